@@ -34,7 +34,7 @@ def project_root() -> Path:
     raise FileNotFoundError(f'no project folder (settings.ini beside papers/) found in {places[0]} or above it; '
                             'run inside a clone or set MLLM_REPLICA_ROOT to it')
 
-# %% ../nbs/foundations/01_settings.ipynb #ea8027c9
+# %% ../nbs/foundations/01_settings.ipynb #94b6fc24
 class Settings(Strict):
     "The `[replication]` section of `settings.ini`."
     tracking_uri: str    # MLflow address; SQLite under `run_folder` when the file leaves it empty
@@ -42,6 +42,7 @@ class Settings(Strict):
     scale: Scale         # the default scale
     seeds: tuple[int, ...]  # the default seeds
     workers: int         # units that run side by side
+    backbones: dict[str, str] = {}  # hub id -> local folder, from `[backbones]`
 
     @field_validator('workers')
     @classmethod
@@ -54,15 +55,17 @@ def read_settings(
     path: Path,  # a settings.ini
 ) -> Settings:
     "Read and check `[replication]`; a missing, unknown or malformed key is an error that names it."
-    ini = configparser.ConfigParser(default_section='no defaults')
+    ini = configparser.ConfigParser(default_section='no defaults', delimiters=('=',))
+    ini.optionxform = str
     ini.read(path, encoding='utf-8')
     if 'replication' not in ini: raise ValueError(f'{path} has no [replication] section')
     raw = dict(ini['replication'])
     run_folder = (path.parent/raw.pop('run_folder', 'runs')).resolve()
+    backbones = dict(ini['backbones']) if 'backbones' in ini else {}
     uri = raw.pop('tracking_uri', '') or f'sqlite:///{run_folder}/mlflow.db'
     try:
         seeds, workers = tuple(map(int, raw.pop('seeds').split())), int(raw.pop('workers'))
-        return Settings(tracking_uri=uri, run_folder=run_folder, seeds=seeds, workers=workers, **raw)
+        return Settings(tracking_uri=uri, run_folder=run_folder, seeds=seeds, workers=workers, backbones=backbones, **raw)
     except (KeyError, ValueError) as error: raise ValueError(f'{path} [replication]: {error}') from error
 
 

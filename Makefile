@@ -1,0 +1,38 @@
+# `make replicate` and `make test` need nothing but Python 3.11 and bash: the environment is made on first use.
+SHELL  := bash
+PYTHON ?= python3
+BIN    := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export DO_NOT_TRACK ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export TIMEFORMAT ?= took %0R s
+
+.PHONY: env replicate test quick readme clean
+
+env: .venv/installed  ## .venv from pyproject.toml, at the releases of constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+replicate: env  ## Honeybee's Table 3 at scale tiny: train, evaluate, compare
+	$(BIN)/mllm-replica run honeybee 3 --scale tiny
+	$(BIN)/mllm-replica report honeybee 3
+
+test quick: export MLLM_REPLICA_RUNS := $(CURDIR)/runs/test
+
+test: env  ## every notebook (its cells are tests), then the tests of the exported package
+	time $(BIN)/nbdev-test --n-workers 2 --timing
+	time $(BIN)/pytest
+
+quick: env  ## the tests of the package that take less than a minute each
+	$(BIN)/pytest -m 'not slow'
+
+readme: env  ## run nbs/index.ipynb and write README.md from it
+	$(BIN)/python -c 'from mllm_replica.readme import write_readme; print(write_readme())'
+
+clean:  ## what tests and builds leave; keeps .venv and runs/
+	rm -rf runs/test build .pytest_cache .ruff_cache .benchmarks
+	find mllm_replica tests nbs -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,179 @@
+"""The language of claims: closed, faithful to the papers' own numbers; verdicts: sound."""
+import ast
+import inspect
+import random
+
+import pytest
+
+from mllm_replica import claims
+from mllm_replica.claims import ClaimError, Interval, cell_verdict, comparisons, holds, interval, parse, verdict
+from mllm_replica.published import Claim, Column, Scope, Table, load_table, tables_of
+from mllm_replica.registry import PAPERS
+
+ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
+CLAIMS = [(paper, key, c.id) for paper, key in ALL for c in load_table(paper, key).claims]
+
+
+def table_of(rows: dict, better='higher') -> Table:
+    return Table(key='1', paper='owl2', table='1', arxiv='x', title='t', source='s', status='complete',
+                 columns=[Column(key='score', name='Score', better=better)],
+                 rows=[dict(key=k, label=k, params=dict(kind=k[0]), values=dict(score=v)) for k, v in rows.items()])
+
+
+def judged(test, samples, better='higher', scale='paper'):
+    table = table_of({r: None for r in 'abcd'}, better)
+    claim = Claim(id='c', statement='s', test=test, scales={'tiny': Scope(testable=True)})
+    return verdict(claim, table, scale, {row: {'score': dict(enumerate(values))} for row, values in samples.items()})
+
+
+@pytest.mark.parametrize('paper, key, name', CLAIMS)
+def test_recorded_truth_is_the_evaluated_truth(paper, key, name):
+    table = load_table(paper, key)
+    claim = next(c for c in table.claims if c.id == name)
+    if claim.test is not None: assert holds(claim.test, table) is claim.holds_on_published_numbers
+    for scope in claim.scales.values():
+        if scope.test: assert comparisons(parse(scope.test), table)
+
+
+def test_papers_that_contradict_themselves_are_recorded():
+    false = {(p, k, c.id) for p, k in ALL for c in load_table(p, k).claims if c.holds_on_published_numbers is False}
+    assert false == {('eagle', '4', 'cc-best-average'), ('owl3', '4', 'mmvet-sota-text-claim'), ('owl3', '7', 'open-best-tr')}
+
+
+def test_an_altered_cell_is_noticed():
+    table = load_table('honeybee', '3')
+    rows = [r.model_dump() for r in table.rows]
+    next(r for r in rows if r['key'] == 'cabs_144')['values']['avg_n'] = 40.0
+    spoilt = Table(**{**table.model_dump(), 'rows': rows})
+    assert [holds(c.test, spoilt) for c in spoilt.claims] == [False, True, False, True]
+
+
+@pytest.mark.parametrize('paper, key', [(p, k) for p, k in ALL if load_table(p, k).replication])
+def test_every_testable_claim_is_judged_once_all_rows_are_run(paper, key):
+    table, rng = load_table(paper, key), random.Random(0)
+    samples = {r.key: {c.key: {s: rng.random() for s in range(3)} for c in table.measured('tiny').columns} for r in table.rows}
+    for claim in table.claims:
+        found = verdict(claim, table, 'tiny', samples)
+        if claim.scope('tiny').testable: assert found.word in ('supported', 'contradicted', 'inconclusive'), (claim.id, found.note)
+        else: assert found.word == 'not testable at this scale' and found.note
+        printed = {c.key for c in table.columns} - {c.key for c in table.measured('tiny').columns}
+        assert not [e.text for e in found.evidence if any(f'.{c}' in e.text.split('.')[-1] for c in printed)]
+
+
+@pytest.mark.parametrize('text', [
+    '__import__("os").system("true") == 0', 'open("x") == 1', 'a.score.__class__ == 1', 'a.__dict__ == 1', 'eval("1") == 1', '(lambda: 1)() == 1',
+    '9**9**9 > 1',
+    '[x for x in rows] == 1', 'a.score if 1 else 2', 'a.score > 1 or a.score < 2', 'not a.score > 1', 'values["a"].score > 1', 'a[0].score > 1',
+    '(y := 3) > 1', 'f"{a}" == 1',
+    'a.score', '1', 'max(a.score)', 'a.score > b.score, 1', '*a', 'a.score > 1; b', '', '(' * 300 + '1' + ')' * 300 + ' > 0', 'a.score != 1',
+    'a.score is 1', 'True > False and None == 1', 'rows.score > 1', 'abs(a.score, b.score) > 1', 'sum() > 1',
+    'better(a.score, b.score, margin=1)', 'better(a.score, b.score, b.score)', 'better_everywhere(a, b, by=1)', 'better_everywhere(a, 1)', 'a > 1',
+    '"x" > 1', '(a.score > 1) + 1 > 1',
+    'a.score / 0 > 1 and where(kind > 1).score > 1', "monotone([a, b], score, 'upwards')", 'mean(x=1) > 1'])
+def test_what_is_not_in_the_language_is_refused(text):
+    with pytest.raises(ClaimError): comparisons(parse(text), table_of(dict(a=1, b=2)))
+
+
+def test_nothing_is_evaluated_as_code():
+    calls = {n.func.id for n in ast.walk(ast.parse(inspect.getsource(claims))) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert not calls & {'eval', 'exec', 'compile', '__import__', 'getattr'}
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('1 < 2 < 3', True), ('a.score == 1 and b.score >= 2', True), ('values[a].score < values[b].score', True), ('sum(rows.score) == 10', True),
+    ('mean([a, d].score) == 2.5', True),
+    ('median([a, b, d].score) == 2', True), ("max(where(kind == 'c').score) == 3", True), ('abs(a.score - b.score) < 1', False),
+    ('abs(a.score - b.score) <= 1', True),
+    ('a.score > min(b.score, c.score)', False), ('d.score > max(rows.score)', False), ("monotone([a, b, c], score, 'increasing')", True),
+    ("monotone([c, a], score, 'increasing')", False),
+    ("monotone([c, b, a], score, 'decreasing')", True), ('better(b.score, a.score)', True), ('better(b.score, a.score, by=1)', False),
+    ('no_worse(a.score, b.score, by=1)', True),
+    ('no_worse(a.score, c.score, by=1)', False), ('better_everywhere(b, a)', True), ('round(exp(log(2)), 6) == 2', True),
+    ('-a.score * 2 + b.score / 2 == -1', True),
+    ('0.1 + 0.2 == 0.3', True), ('a.score > 1', False), ('a.score > 0.1 + 0.9', False)])
+def test_language(text, expected):
+    assert holds(text, table_of(dict(a=1, b=2, c=3, d=4))) is expected
+
+
+def test_lower_is_better_turns_the_direction():
+    table = table_of(dict(a=1, b=2), better='lower')
+    assert holds('better(a.score, b.score)', table) and holds('better_everywhere(a, b)', table)
+    assert not holds('no_worse(b.score, a.score, by=0.5)', table)
+
+
+def test_missing_cells_are_not_a_verdict_on_the_paper():
+    table = table_of(dict(a=1, b=None, c=3))
+    assert holds('a.score < b.score', table) is None and holds('a.score < b.score and a.score > c.score', table) is False
+    assert holds('sum(rows.score) > 0', table) is None and holds('better_everywhere(c, a)', table) is True
+
+
+def test_interval_covers_the_truth():
+    rng = random.Random(1)
+    inside = sum(low <= 3 <= high for _, low, high, _ in (interval([rng.gauss(3, 2) for _ in range(5)]) for _ in range(4000)))
+    assert 0.94 < inside / 4000 < 0.96
+
+
+@pytest.mark.parametrize('test, samples, word', [
+    ('a.score > b.score', dict(a=[3, 3.1], b=[1, 1.1]), 'supported'),
+    ('a.score > b.score', dict(a=[1, 1.1], b=[3, 3.1]), 'contradicted'),
+    ('a.score > b.score', dict(a=[1, 3], b=[2, 2]), 'inconclusive'),
+    ('a.score > b.score', dict(a=[3], b=[1]), 'inconclusive'),
+    ('a.score > b.score', dict(a=[3, 3]), 'not run'),
+    ('a.score > b.score', dict(a=[1, 1], b=[1, 1]), 'inconclusive'),
+    ('a.score >= b.score', dict(a=[1, 1], b=[1, 1]), 'supported'),
+    ('a.score < b.score', dict(a=[5, 5], b=[6, 6]), 'supported'),
+    ('a.score == b.score', dict(a=[5, 5], b=[5, 5]), 'supported'),
+    ('a.score == b.score', dict(a=[5, 5], b=[6, 6]), 'contradicted'),
+    ('a.score > b.score + 1', dict(a=[3, 3.1, 3], b=[2.5, 2.6, 2.5]), 'contradicted'),
+    ('abs(a.score - b.score) < 1', dict(a=[3, 3.1, 3], b=[2.5, 2.7, 2.6]), 'supported'),
+    ('abs(a.score - b.score) < 1', dict(a=[3, 3.1, 3], b=[6, 6.2, 6.1]), 'contradicted'),
+    ('abs(a.score - b.score) < 1', dict(a=[3, 3.1, 3], b=[1.9, 2.2, 2.1]), 'inconclusive'),
+    ('no_worse(a.score, b.score, by=1)', dict(a=[2.5, 2.6, 2.5], b=[3, 3.1, 3]), 'supported'),
+    ('a.score > b.score and c.score > b.score', dict(a=[1, 1.1], b=[3, 3.1]), 'contradicted'),
+    ('a.score > b.score and c.score > b.score', dict(a=[4, 4.1], b=[3, 3.1]), 'not run'),
+    ('c.score > max(a.score, b.score)', dict(a=[1, 1.1], b=[2, 3], c=[2.4, 2.6]), 'inconclusive'),
+])
+def test_verdicts(test, samples, word):
+    assert judged(test, samples).word == word
+
+
+def test_differences_are_paired_by_seed():
+    shift = [0.0, 5.0, 10.0]
+    found = judged('a.score > b.score', dict(a=[x + 1 for x in shift], b=[x + 0.1 * i for i, x in enumerate(shift)]))
+    assert found.word == 'supported' and found.evidence[0].difference.mean == pytest.approx(0.9)
+    table = table_of(dict(a=None, b=None))
+    claim = Claim(id='c', statement='s', test='a.score > b.score', scales={'tiny': Scope(testable=True)})
+    only = verdict(claim, table, 'paper', {'a': {'score': {1: 3.0, 2: 3.0, 3: 3.1}}, 'b': {'score': {3: 1.0, 4: 9.0, 2: 1.0}}})
+    assert only.evidence[0].difference.n == 2 and only.word == 'supported'
+    assert verdict(claim, table, 'paper', {'a': {'score': {1: 3.0, 2: 3.0}}, 'b': {'score': {3: 1.0, 4: 1.0}}}).word == 'inconclusive'
+
+
+def test_rarely_wrong_when_nothing_differs():
+    rng = random.Random(2)
+    words = [judged('a.score > b.score', {r: [rng.gauss(0, 1) for _ in range(5)] for r in 'ab'}).word for _ in range(600)]
+    assert words.count('supported') / 600 < 0.05 and words.count('contradicted') / 600 < 0.05
+
+
+def test_not_finite_values_are_refused():
+    with pytest.raises(ValueError, match='not all finite'): judged('a.score > b.score', dict(a=[float('nan'), 1], b=[1, 2]))
+
+
+def test_scales():
+    assert judged('a.score > b.score', dict(a=[3, 3], b=[1, 1]), scale='smoke').word == 'not testable at this scale'
+    assert judged('a.score > b.score', dict(a=[3, 3], b=[1, 1]), scale='tiny').word == 'not run'  # no recipe measures anything at tiny
+
+
+def test_cells_of_another_table():
+    table = load_table('eagle', '6')
+    claim = next(c for c in table.claims if c.id == 'prealign-final-gain')
+    here = {'eagle_x5_pa_13b': {c: {0: 99.0, 1: 99.0} for c in ('ocrbench', 'chartqa', 'pope', 'mmb')}}
+    there = {'eagle_x5_13b': {c: {0: 50.0, 1: 50.0} for c in ('ocrbench', 'chartqa', 'pope', 'mmbench')}}
+    assert verdict(claim, table, 'paper', here).word == 'not run'
+    assert verdict(claim, table, 'paper', here, {'6_released': there}).word == 'supported'
+
+
+@pytest.mark.parametrize('published, ours, word', [
+    (53.5, 53.5, 'match'), (53.5, 54.04, 'match'), (53.5, 54.2, 'near'), (53.5, 56.0, 'differs'),
+    (54, 54.9, 'match'), (None, 1.0, 'not run'), ('AdamW', 1.0, 'not run')])
+def test_cell_verdict(published, ours, word):
+    assert cell_verdict(Column(key='x', name='x', max=100), published, Interval(ours, None, None, 1)) == word

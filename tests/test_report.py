@@ -1,0 +1,186 @@
+"""Result files and what is shown of them."""
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from mllm_replica import report, results
+from mllm_replica.published import load_table, tables_of
+from mllm_replica.registry import CHAPTERS, PAPERS
+from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, table_frame, verdict_frame, verdicts
+from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
+from mllm_replica.settings import project_root
+
+BASE = dict(table='3', scale='tiny', unit='key', digest='digest', source='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5)
+SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A copy of the published tables without results, and without recipes to be compared with."
+    shutil.copytree(project_root()/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results'))
+    shutil.copy(project_root()/'settings.ini', tmp_path)
+    monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
+    for paper in list(CHAPTERS): monkeypatch.delitem(CHAPTERS, paper)
+    project_root.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    project_root.cache_clear()
+
+
+def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
+    return Record(**BASE | dict(row=row, seed=seed, metric=metric, value=value, n_eval=1000) | more)
+
+
+def run(rows=SPATIAL, seeds=(10, 11, 12)):
+    return [record(row, seed, metric, value + 0.01 * (seed % 3) * noise) for row, score in rows.items() for seed in seeds
+            for metric, value, noise in (('spatial', score, 1), ('gflop_step', 5 + 3 * ('256' in row) + score / 100, 0))]
+
+
+def test_values_survive_the_file_exactly(project):
+    given = [(0.1 + 0.2, 7), (1e-300, None), (-0.0, 0), (1 / 3, 10), (123456789.123456789, 1)]
+    awkward = [record(value=v, seed=s, n_eval=n) for s, (v, n) in enumerate(given)]
+    path = write_results('honeybee', '3', 'tiny', awkward)
+    assert read_results('honeybee', '3', 'tiny') == awkward
+    assert path == results_path('honeybee', '3', 'tiny') and path.name == '3.tiny.csv' and b'\r' not in path.read_bytes()
+
+
+def test_writing_is_idempotent_and_ordered(project):
+    path = write_results('honeybee', '3', 'tiny', run())
+    before = path.read_bytes()
+    write_results('honeybee', '3', 'tiny', run()[::-1][:4])
+    rows = list(dict.fromkeys(r.row for r in read_results('honeybee', '3', 'tiny')))
+    assert rows == [r.key for r in load_table('honeybee', '3').rows if r.key in SPATIAL]
+    write_results('honeybee', '3', 'tiny', run())
+    assert path.read_bytes() == before
+
+
+def test_a_unit_is_replaced_as_a_whole(project):
+    write_results('honeybee', '3', 'tiny', run())
+    write_results('honeybee', '3', 'tiny', [record(value=0.9, unit='new')])
+    assert [(r.metric, r.value) for r in read_results('honeybee', '3', 'tiny') if (r.row, r.seed) == ('cabs_144', 10)] == [('spatial', 0.9)]
+
+
+def test_an_interrupted_write_leaves_the_old_file(project, monkeypatch):
+    path = write_results('honeybee', '3', 'tiny', run())
+    before = path.read_bytes()
+    def fail(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(results.os, 'replace', fail)
+    with pytest.raises(OSError, match='No space'): write_results('honeybee', '3', 'tiny', [record(value=0.9)])
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('3,cabs_144', '3,cabs_145', "has no row 'cabs_145'"), ('3,cabs_144', '4,cabs_144', 'belongs to table 4'), (',tiny,', ',paper,',
+    'belongs to table 3 at paper'),
+    (',0.5,', ',nan,', 'value'), (',0.5,', ',much,', 'value'), (',0.5,', ',,', 'value'), (',10,', ',ten,', 'seed'), ('2025-01-01', '2025-13-01',
+    'date'), (',61.5', ',-1', 'seconds'),
+    ('abc', 'abc,more', 'line 2'), ('seed', 'sede', 'has the columns')])
+def test_spoilt_files_are_refused_with_their_place(project, old, new, message):
+    path = write_results('honeybee', '3', 'tiny', [record()])
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match='3.tiny.csv') as error: read_results('honeybee', '3', 'tiny')
+    assert message in str(error.value)
+
+
+def test_doubled_and_torn_lines_are_refused(project):
+    path = write_results('honeybee', '3', 'tiny', [record()])
+    head, line = path.read_text().splitlines()
+    path.write_text('\n'.join([head, line, line]))
+    with pytest.raises(ValueError, match='line 3.*already given'): read_results('honeybee', '3', 'tiny')
+    path.write_text(f'{head}\n{line[:30]}')
+    with pytest.raises(ValueError, match='line 2'): read_results('honeybee', '3', 'tiny')
+
+
+def test_records_of_another_table_are_not_written(project):
+    with pytest.raises(ValueError, match='does not belong into 4.tiny.csv'): write_results('honeybee', '4', 'tiny', [record()])
+    assert not results_path('honeybee', '4', 'tiny').exists()
+
+
+def test_summary(project):
+    line = summarise(run()).set_index(['row', 'metric']).loc['cabs_144', 'spatial']
+    assert line['mean'] == pytest.approx(0.63) and line['n'] == 3 and line['low'] < 0.63 < line['high']
+
+
+def test_published_beside_replicated(project):
+    write_results('honeybee', '3', 'tiny', run())
+    frame = table_frame('honeybee', '3', 'tiny')
+    line = frame.loc['B3 C-Abstractor M=144']
+    ours = line['replicated at tiny']
+    assert line['published', 'AvgN'] == '53.5' and ours['spatial mean'].startswith('0.630 [') and ours['seeds'] == '3'
+    assert frame.loc['B1 Linear M=144', ('replicated at tiny', 'spatial mean')] == '–'
+    assert not {n for h, n in frame.columns if h != 'published'} & {c.name for c in load_table('honeybee', '3').columns}
+
+
+def test_verdicts_read_the_files(project):
+    assert {v.word for v in verdicts('honeybee', '3', 'tiny')} == {'not run'}
+    write_results('honeybee', '3', 'tiny', run())
+    words = {v.claim.id: v.word for v in verdicts('honeybee', '3', 'tiny')}
+    assert words['resampler-weak-144'] == words['step-time-follows-M'] == 'supported'
+    shown = verdict_frame('honeybee', '3', 'tiny')
+    assert 'cabs_144.spatial > resampler_144.spatial: by 0.270' in shown.iloc[0, 3] and not shown.iloc[:, 3].str.contains('avg_n|s_per_step').any()
+
+
+def test_contradictions_inside_a_paper_are_shown():
+    assert 'contradicted by its own table' in set(verdict_frame('owl3', '7', 'tiny')['published numbers'])
+
+
+def test_stale_rows_are_marked(project, monkeypatch):
+    monkeypatch.setitem(CHAPTERS, 'honeybee', 'somewhere')
+    digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest'}
+    recipe = lambda table, row, scale, seed: SimpleNamespace(digest=lambda: digests[row])
+    monkeypatch.setattr(results, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr('mllm_replica.journal.source_hash', lambda paper: 'source')
+    write_results('honeybee', '3', 'tiny', [record('cabs_144'), record('resampler_144'), record('linear_256'), record('cabs_256', source='older')])
+    assert stale('honeybee', read_results('honeybee', '3', 'tiny')) == {
+        'cabs_144': 'its recipe has changed', 'resampler_144': 'it has no recipe any more', 'cabs_256': 'the code has changed'}
+    marked = [label for label in table_frame('honeybee', '3', 'tiny').index if label.endswith('†')]
+    assert len(marked) == 3 and 'tiny †' in matrix()
+    assert [u['stale'] for u in as_json('honeybee')['honeybee']['tables']['3']['replicated']['tiny']['provenance']].count(None) == 1
+
+
+def test_matrix_has_a_line_per_table(project):
+    assert len(matrix().splitlines()) == 2 + sum(len(tables_of(p)) for p in PAPERS)
+    write_results('honeybee', '3', 'tiny', run())
+    write_results('honeybee', '3', 'smoke', [r.model_copy(update={'scale': 'smoke'}) for r in run(seeds=(0,))])
+    line = [x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |')]
+    assert len(line) == 1 and '| tiny | 5 of 6, 3 seeds |' in line[0] and 'supported' in line[0]
+
+
+def test_json_is_plain_and_complete(project):
+    write_results('honeybee', '3', 'tiny', run())
+    found = json.loads(json.dumps(as_json(), allow_nan=False))
+    assert set(found) == set(PAPERS)
+    table = found['honeybee']['tables']['3']
+    assert table['rows'][2]['values']['avg_n'] == 53.5 and table['replicated']['tiny']['cells']['cabs_144']['spatial']['n_eval'] == 1000
+    assert table['claims'][0]['verdicts']['tiny']['verdict'] == 'supported' and len(table['replicated']['tiny']['provenance']) == 15
+    assert found['owl2']['tables']['1']['replicated'] == {} and 'tiny' in found['owl2']['tables']['1']['claims'][0]['verdicts']
+
+
+def test_paper_scale_judges_cells(project):
+    ours = [record('cabs_144', metric='avg_n', value=53.6, scale='paper'), record('cabs_256', metric='avg_n', value=50.0, scale='paper')]
+    write_results('honeybee', '3', 'paper', ours)
+    frame = table_frame('honeybee', '3', 'paper')
+    assert frame.loc['B3 C-Abstractor M=144', ('replicated at paper', 'AvgN')] == '53.6 (one seed) match'
+    assert frame.loc['B6 C-Abstractor M=256', ('replicated at paper', 'AvgN')].endswith('differs')
+
+
+@pytest.mark.parametrize('paper, key', [('honeybee', k) for k in ('3', '4', '5a', '9', 'fig9')] + [('owl2', '7'), ('owl2', '15')])
+def test_figures_print_the_scale_and_keep_names_apart(project, paper, key):
+    if key == '3': write_results('honeybee', '3', 'tiny', run())
+    found, table = figure(paper, key, 'tiny'), load_table(paper, key)
+    assert 'scale tiny' in found.get_suptitle()
+    for ax in found.axes:
+        if ax.get_title(loc='left').startswith('replicated'): assert ax.get_xlabel().split('  (')[0] not in {c.name for c in table.columns}
+    assert len(png(found)) < 60_000
+
+
+def test_markdown_shows_cells_as_they_are():
+    frame = table_frame('honeybee', '3', 'tiny')[['published']]
+    frame.index = ['a|b', '<img src=x>', '*x*', '_y_', 'line\nbreak', 'c_d']
+    lines = markdown(frame).splitlines()
+    assert len(lines) == 8 and len({line.replace('\\|', '').count('|') for line in lines}) == 1
+    assert escape('a|b') == 'a\\|b' and escape('_y_ c_d') == '\\_y\\_ c_d' and escape('<img>') == '&lt;img>'

@@ -1,0 +1,135 @@
+"Tables from plan to report: equal units run once, finished tables cost nothing, and the executed notebooks show what was done."
+import json, subprocess, sys, time
+
+import pytest
+
+from mllm_replica import runner, worker
+from mllm_replica.engine import notebook_parameters, read_result
+from mllm_replica.publish import report_folder
+from mllm_replica.recipe import Recipe
+from mllm_replica.results import read_results, results_path
+from mllm_replica.runner import make_plan, run_tables
+from toyproject import HERE, PIPELINES, project, write_notebook
+
+
+def with_chapter(project):
+    "The real pipeline, with a cell before the others that makes the toy chapter known to the kernel."
+    notebook = json.loads((PIPELINES/'replicate_row.ipynb').read_text())
+    known = dict(cell_type='code', id='known', execution_count=None, metadata={}, outputs=[],
+                 source="from mllm_replica import registry\nregistry.CHAPTERS['mm1'] = 'toychapter'")
+    notebook['cells'].insert(0, known)
+    path = project.root/'with_chapter.ipynb'
+    path.write_text(json.dumps(notebook))
+    return path
+
+
+def texts(notebook):
+    "All that the cells of an executed notebook printed or returned as text or HTML."
+    outputs = [o for c in json.loads(notebook.read_text())['cells'] for o in c.get('outputs', ())]
+    data = [o.get('data', {}) for o in outputs]
+    parts = [part for o, d in zip(outputs, data) for part in (o.get('text', ''), d.get('text/plain', ''), d.get('text/html', ''))]
+    return ' '.join(''.join(part) for part in parts), outputs
+
+
+def test_pipelines_keep_their_typed_parameters():
+    names = dict(paper='str', table='str', row='str', scale='str', seed='int', out_dir='str')
+    assert notebook_parameters(PIPELINES/'replicate_row.ipynb') == names
+    assert notebook_parameters(PIPELINES/'report_table.ipynb') == {k: v for k, v in names.items() if k not in ('row', 'seed')}
+
+
+def test_a_real_unit_is_shown_tracked_and_reported(project):
+    summary = run_tables('mm1', ['second'], rows=['wide'], seeds=[10], pipeline=with_chapter(project))
+    assert summary.exit_code == 0, str(summary)
+    unit = project.runs/'units'/summary.outcomes[0].key
+    recipe = Recipe.model_validate_json((unit/'recipe.json').read_bytes())
+    result = read_result(unit, recipe.digest())
+    assert set(result.metrics) == {'toy', 'size'} and result.metrics['toy'].n == 6 and result.steps == 3
+    assert len((unit/'curve.csv').read_text().splitlines()) == 4 and len((unit/'predictions'/'toy.jsonl').read_text().splitlines()) == 6
+    said, outputs = texts(unit/'notebook.ipynb')
+    for part in ('mm1/second/wide/smoke/10', 'background:#a6e3a1', 'train: 12 samples', 'toy', 'size'): assert part in said, part
+    assert sum('image/png' in o.get('data', {}) for o in outputs) == 3  # samples, curve, predictions
+    assert (unit/'notebook.ipynb').stat().st_size < 300_000
+
+    folder = report_folder('mm1', 'second', 'smoke')
+    assert {p.name for p in folder.iterdir()} >= {'figure.png', 'table.md', 'table.json', 'report.json', 'notebook.ipynb', 'seal.json'}
+    said, outputs = texts(folder/'notebook.ipynb')
+    assert 'replicated at scale smoke' in said and 'not testable at this scale' in said and any('image/png' in o.get('data', {}) for o in outputs)
+    records = read_results('mm1', 'second', 'smoke')
+    assert {(r.row, r.seed, r.metric, r.unit, r.digest) for r in records} == {('wide', 10, m, unit.name, recipe.digest()) for m in ('toy', 'size')}
+    status, numbers, tags = project.tracked()['table']
+    assert status == 'FINISHED' and tags['verdict.order'] == 'not testable at this scale'
+    assert {'replicated/wide/toy', 'published/wide/acc', 'difference/wide/acc'} <= set(numbers)
+
+
+def test_equal_units_run_once_and_serve_both_tables(project):
+    run = lambda: run_tables('mm1', ['first', 'second'], seeds=[10], pipeline=project.pipeline)
+    summary = run()
+    assert summary.exit_code == 0, str(summary)
+    assert summary.plan.not_run == {'first/other': 'needs a telescope'}
+    assert sorted(row for _, row in project.events('started')) == ['deep', 'narrow', 'wide']
+    shared = [{r.unit for r in read_results('mm1', table, 'smoke') if r.row == 'wide'} for table in ('first', 'second')]
+    assert shared[0] == shared[1] and len(shared[0]) == 1
+    assert run().outcomes == []
+
+    (project.root/'papers'/'mm1'/'tables'/'table_second.yaml').open('a').write('notes: a printed cell was corrected\n')
+    seals = [report_folder('mm1', table, 'smoke')/'seal.json' for table in ('first', 'second')]
+    before = [seal.stat().st_mtime_ns for seal in seals]
+    assert run().exit_code == 0
+    assert [seal.stat().st_mtime_ns != old for seal, old in zip(seals, before)] == [False, True]  # only the changed table is reported again
+
+
+def test_a_finished_table_starts_no_kernel_and_imports_little(project):
+    assert run_tables('mm1', ['second'], seeds=[10], pipeline=project.pipeline).exit_code == 0
+    log = project.events()
+    script = ('import sys, time; from mllm_replica import journal, registry\n'
+              'registry.CHAPTERS["mm1"] = "toychapter"; journal.executed_modules = lambda paper: {}\n'
+              'from mllm_replica.runner import run_tables\n'
+              f'summary = run_tables("mm1", ["second"], seeds=[10], pipeline={str(project.pipeline)!r})\n'
+              'heavy = [m for m in ("torch", "mlflow", "papermill", "pandas", "transformers") if m in sys.modules]\n'
+              'print(summary.skipped, summary.exit_code, heavy, time.process_time())')
+    done = subprocess.run([sys.executable, '-c', script], cwd=project.root, capture_output=True, text=True, check=True)
+    skipped, code, heavy, seconds = done.stdout.rsplit('\n', 2)[-2].replace('[]', 'none').split()
+    assert (skipped, code, heavy) == ('2', '0', 'none') and float(seconds) < 3
+    assert project.events() == log
+
+
+def test_a_failing_report_is_trouble_not_silence(project):
+    write_notebook(project.root/'nbs'/'pipelines'/'report_table.ipynb', 'paper: str = ""\ntable: str = ""\nscale: str = ""\nout_dir: str = ""', '1/0')
+    summary = run_tables('mm1', ['second'], rows=['deep'], pipeline=project.pipeline)
+    assert summary.exit_code == 1 and not summary.failed and 'division by zero' in summary.problems[0]
+    assert project.tracked()['table'][0] == 'FAILED'
+
+
+def test_design_seeds_are_not_reported(project):
+    summary = run_tables('mm1', ['second'], 'tiny', rows=['deep'], seeds=[3], pipeline=project.pipeline)
+    assert summary.exit_code == 0, str(summary)
+    assert not results_path('mm1', 'second', 'tiny').exists()
+    assert project.tracked()['deep'][0] == 'FINISHED'
+
+
+def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
+    active, most = [], []
+
+    def pretend(order, stop=None):
+        active.append(order.key)
+        most.append(len(active))
+        time.sleep(0.1)
+        active.remove(order.key)
+        return worker.Outcome(unit=order.recipe.unit, key=order.key, status='finished')
+
+    monkeypatch.setattr(runner, 'supervise', pretend)
+    orders = [worker.Order(recipe=r[0], key=key, notebook=project.pipeline, run_folder=project.runs, timeout=None)
+              for key, r in make_plan('mm1', ['faults'], 'smoke').places.items()]
+    ended = []
+    runner.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.key))
+    assert max(most) == 2 and sorted(ended) == sorted(o.key for o in orders)
+    env = worker.environment(1, project.runs)
+    assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'1'} and env['HF_HUB_OFFLINE'] == '1'
+
+
+def test_ray_is_named_when_it_is_missing(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install mllm_replica\[ray\]'):
+        run_tables('mm1', ['faults'], 'smoke', rows=['good'], engine='ray', pipeline=project.pipeline)
+    with pytest.raises(ValueError, match='unknown engine'):
+        run_tables('mm1', ['faults'], 'smoke', rows=['good'], engine='slurm', pipeline=project.pipeline)

@@ -1,0 +1,115 @@
+"A project folder of its own with three small tables, and a pipeline whose units fail in every way that a notebook can."
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mllm_replica import journal, registry, settings as settings_module
+from mllm_replica.journal import Journal
+
+HERE = Path(__file__).resolve().parent
+PIPELINES = HERE.parent/'nbs'/'pipelines'
+PARAMETERS = '\n'.join(f"{name}: {kind} = {default!r}" for name, kind, default in [
+    ('paper', 'str', ''), ('table', 'str', ''), ('row', 'str', ''), ('scale', 'str', ''), ('seed', 'int', 0), ('out_dir', 'str', '')])
+FAULT = """import os, signal, sys, time
+from pathlib import Path
+broken = Path(os.environ['TOY_FAULTS']).exists()
+if row == 'raises' and broken: 1/0
+if row == 'exits' and broken: sys.exit(0)
+if row == 'killed' and broken: os.kill(os.getpid(), signal.SIGKILL)
+if row == 'hangs' and broken: time.sleep(600)
+time.sleep(float(os.environ.get('TOY_SECONDS', '0')))"""
+RESULT = """from mllm_replica.engine import Metric, Result, write_atomic
+from mllm_replica.recipe import Recipe
+recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
+numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0)
+result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={'toy': Metric(value=0.5 + seed/100, n=10)}, versions={}, **numbers)
+(Path(out_dir)/'curve.csv').write_text('step,stage,loss\\n1,joint,2.5\\n2,joint,1.5\\n')
+write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
+LATE = "if row == 'late' and broken: 1/0"
+DRIVER = """import sys
+from mllm_replica import journal, registry
+registry.CHAPTERS['mm1'] = 'toychapter'
+journal.executed_modules = lambda paper: {}  # these units execute nothing of the package
+from mllm_replica.runner import run_tables
+table, rows, pipeline = sys.argv[1], sys.argv[2].split(','), sys.argv[3]
+summary = run_tables('mm1', [table], 'smoke', rows=rows, workers=2, pipeline=pipeline, report=False)
+print(summary)
+sys.exit(summary.exit_code)"""
+
+
+def write_notebook(path, *cells, tags=('parameters',)):
+    "A notebook of code cells; the first carries the tags."
+    body = [dict(cell_type='code', id=f'cell{i}', execution_count=None, outputs=[], source=source, metadata=dict(tags=list(tags)) if i == 0 else {})
+            for i, source in enumerate(cells)]
+    kernel = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(cells=body, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def published_table(name, rows):
+    own = dict(columns=[dict(key='toy', name='toy task', better='higher', max=1), dict(key='size', name='parameters', better='none')],
+               stands_for=dict(acc='toy'))
+    return dict(paper='mm1', table=name, arxiv='0000.00000v1', title=f'Toy table {name}', source='made for a test', status='complete',
+                columns=[dict(key='acc', name='Acc', better='higher', max=100)],
+                rows=[dict(key=r, label=r, values=dict(acc=50.0 + 10*i)) for i, r in enumerate(rows)],
+                claims=[dict(id='order', statement='the second is better', test=f'{rows[1]}.acc > {rows[0]}.acc',
+                             scales=dict(tiny=dict(testable=True)))],
+                replication=dict(tiny=own))
+
+
+class Project:
+    "The folder and what a test asks of it."
+
+    def __init__(self, root):
+        self.root, self.runs, self.faults = root, root/'runs', root/'broken'
+        self.pipeline = write_notebook(root/'toy.ipynb', PARAMETERS, FAULT, RESULT, LATE)
+        self.driver = root/'driver.py'
+        self.driver.write_text(DRIVER)
+        self.environment = dict(MLLM_REPLICA_ROOT=str(root), TOY_FAULTS=str(self.faults), PYTHONPATH=str(HERE), OMP_NUM_THREADS='1')
+
+    def events(self, *kinds):
+        "(event, row) of the journal in order."
+        return [(e['event'], e['unit'].split('/')[2]) for e in Journal(self.runs).read()[0] if e['event'] in kinds or not kinds]
+
+    def start(self, *rows, table='faults', **environment):
+        "The driver in a process of its own."
+        command = [sys.executable, str(self.driver), table, ','.join(rows), str(self.pipeline)]
+        environment = os.environ | self.environment | environment
+        return subprocess.Popen(command, env=environment, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def tracked(self):
+        "Row -> (status, metrics, tags) of the unit runs."
+        from mllm_replica.tracking import Tracker
+        client = Tracker(f'sqlite:///{self.runs}/mlflow.db', self.runs).client
+        runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        return {r.data.tags.get('row', 'table'): (r.info.status, r.data.metrics, r.data.tags) for r in runs}
+
+
+def make_project(root):
+    from toychapter import recipes
+    root.mkdir(parents=True, exist_ok=True)
+    (root/'settings.ini').write_text('[replication]\nscale = smoke\nseeds = 10 11\nworkers = 2\n')
+    for name, rows in recipes.ROWS.items():
+        path = root/'papers'/'mm1'/'tables'/f'table_{name}.yaml'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(published_table(name, rows)))
+    shutil.copytree(PIPELINES, root/'nbs'/'pipelines')
+    return Project(root)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "The project, with this process working in it."
+    monkeypatch.syspath_prepend(str(HERE))
+    made = make_project(tmp_path/'project')
+    for name, value in made.environment.items(): monkeypatch.setenv(name, value)
+    monkeypatch.delenv('MLLM_REPLICA_RUNS', raising=False)
+    monkeypatch.setitem(registry.CHAPTERS, 'mm1', 'toychapter')
+    monkeypatch.setattr(journal, 'executed_modules', lambda paper: {})  # these units execute nothing of the package
+    clear = lambda: [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
+    clear()
+    yield made
+    clear()
