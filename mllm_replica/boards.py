@@ -7,14 +7,14 @@ __all__ = ['GROUNDS', 'WAYS', 'FILES', 'MARKS', 'BOARD', 'BOARD_WORDS', 'BOARD_P
            'ask_cell', 'ask_dot', 'ask_locate', 'ask_relation', 'ask_tint', 'ask_yesno', 'ask_letter', 'ask_sentence',
            'ask_description']
 
-# %% ../nbs/foundations/22_boards.ipynb #9ce7105b
+# %% ../nbs/foundations/22_boards.ipynb #51f0f88f
 from itertools import product
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .scenes import COLORS, Scene, World, pick, texture
+from .tiles import COLORS, Scene, World, pick, texture
 
 # %% ../nbs/foundations/22_boards.ipynb #5fbec103
 GROUNDS = dict(bright=1.0, dark=0.55)   # factor on all colours of a picture
@@ -136,12 +136,13 @@ def _name(style: str, words: str) -> Any:
         return f'{words}name {place(row, column)}', {'color': color, 'row': f'row {row + 1} {color}'}[style], []
     return ask
 
-# %% ../nbs/foundations/22_boards.ipynb #41f59260
+# %% ../nbs/foundations/22_boards.ipynb #635fd958
 BOARD = World(draw_board, render_board,
               dict(cell=ask_cell, dot=ask_dot, locate=ask_locate, relation=ask_relation, tint=ask_tint, yesno=ask_yesno, letter=ask_letter,
                    sentence=ask_sentence, describe=ask_description, coarse_name=_name('color', ''), coarse_name_row=_name('row', ''),
                    **{f'name{i}': _name('color', f'{way} {word} ') for i, (way, word) in enumerate(product(WAYS, ('color', 'paint')))},
                    **{f'name_row{i}': _name('row', f'{way} {word} ') for i, (way, word) in enumerate(product(WAYS, ('row', 'line')))}),
               dict(pixels=64, grid=4, colors=4))
-BOARD_WORDS = 'the color of dot in place black and white leftmost topmost picture is yes or no : at letter for tell me about a tile with describe on top by row name in with from as paint line'.split()
+BOARD_WORDS = ('the color of dot in place black and white leftmost topmost picture is yes or no : at letter for '
+               'tell me about a tile with describe on top by row name in with from as paint line').split()
 BOARD_PLACES = [place(row, column) for row in range(len(FILES)) for column in range(len(FILES))]

@@ -141,7 +141,7 @@ def kill_tree(
         try: process.kill()
         except psutil.NoSuchProcess: pass
 
-# %% ../nbs/foundations/62_engine.ipynb #61bd4b12
+# %% ../nbs/foundations/62_engine.ipynb #fd0b4188
 def execute(
     job: Job,  # the notebook and its parameters
 ) -> int:
@@ -168,7 +168,7 @@ def execute(
                                    progress_bar=False, log_output=True)
         return 0
     except papermill.PapermillExecutionError as error:
-        print(f'cell {seen["cell"]} raised {error.ename}: {error.evalue}', flush=True)
+        print(*error.traceback, f'cell {seen["cell"]} raised {error.ename}: {error.evalue}', sep='\n', flush=True)
         return 1
     except DeadKernelError:
         code = seen['kernel'].returncode if seen['kernel'] else None

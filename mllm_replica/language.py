@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGE', 'word_tokenizer', 'byte_tokenizer', 'Piece', 'text_ids', 'tokenize', 'LabelMask']
 
-# %% ../nbs/foundations/30_language.ipynb #81bb0b0b
+# %% ../nbs/foundations/30_language.ipynb #9ab8e13a
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from html import escape
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<unk>', bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 
-# %% ../nbs/foundations/30_language.ipynb #ef271f68
+# %% ../nbs/foundations/30_language.ipynb #97b42b32
 class Piece(NamedTuple):
     "A part of a sequence."
     text: str | None          # None: an image
@@ -50,12 +51,18 @@ class Piece(NamedTuple):
 IMAGE = Piece(None)
 
 
+@lru_cache(maxsize=1 << 16)
+def _ids(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> tuple[int, ...]:
+    "The tokens of a text; questions repeat a great deal. `size` is the tokenizer's, so that one that grew is asked again."
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids'])
+
+
 def text_ids(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
 ) -> list[int]:
     "The tokens of a text, without begin and end, special tokens not recognised."
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids'] if text else []
+    return list(_ids(tokenizer, len(tokenizer), text)) if text else []
 
 
 def tokenize(

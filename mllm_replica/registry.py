@@ -9,7 +9,7 @@ __all__ = ['PAPERS', 'CHAPTERS', 'recipes_of']
 import importlib
 from types import ModuleType
 
-# %% ../nbs/foundations/03_registry.ipynb #30231059
+# %% ../nbs/foundations/03_registry.ipynb #f98189b8
 PAPERS = {
     'owl2': 'mPLUG-Owl2',
     'honeybee': 'Honeybee',
@@ -25,5 +25,6 @@ def recipes_of(
 ) -> ModuleType:
     "The paper's `recipes` module: `rows`, `recipe`, `build` and `measure`."
     if paper not in PAPERS: raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
-    if paper not in CHAPTERS: raise NotImplementedError(f'the chapter of {PAPERS[paper]} ({paper}) is not written yet: its tables can be shown but not run')
+    if paper not in CHAPTERS:
+        raise NotImplementedError(f'the chapter of {PAPERS[paper]} ({paper}) is not written yet: its tables can be shown but not run')
     return importlib.import_module(CHAPTERS[paper] + '.recipes')

@@ -26,7 +26,7 @@ from .settings import project_root, settings
 from .training import History, train
 from .vision import FeatureCache, encoder_key, image_key
 
-# %% ../nbs/foundations/63_unit.ipynb #33e229f9
+# %% ../nbs/foundations/63_unit.ipynb #29800d50
 @dataclass
 class Unit:
     "A unit at work."
@@ -54,10 +54,10 @@ def open_unit(
     row: str,
     scale: str,
     seed: int,
-    out_dir: str,  # the unit's folder
+    out_dir: str,  # the unit's folder, absolute or under the run folder
 ) -> Unit:
     "The unit of these parameters; the recipe must be the one in the folder, if there is one."
-    recipe, folder = registry.recipes_of(paper).recipe(table, row, scale, seed), Path(out_dir)
+    recipe, folder = registry.recipes_of(paper).recipe(table, row, scale, seed), settings().run_folder/out_dir
     folder.mkdir(parents=True, exist_ok=True)
     ordered = folder/'recipe.json'
     if ordered.exists() and (given := Recipe.model_validate_json(ordered.read_bytes())).digest() != recipe.digest():
@@ -122,7 +122,7 @@ def cache_features(
         unit.features = FeatureCache.compute(folder, key, sorted(images), lambda names: [open_image(images[name]) for name in names],
                                              lambda batch: model.visual_features(pixels(batch)))
 
-# %% ../nbs/foundations/63_unit.ipynb #109d2501
+# %% ../nbs/foundations/63_unit.ipynb #1c10a576
 def fit(
     unit: Unit,
 ) -> History:
@@ -147,7 +147,8 @@ def score(
         found = evaluate(unit.model, unit.processor, benchmark, unit.sources[benchmark.source], file, features=unit.features, progress=say)
         unit.metrics[benchmark.name] = Metric(value=found.value, n=found.n, low=found.low, high=found.high)
     unit.progress('measuring')
-    for name, value in registry.recipes_of(unit.recipe.paper).measure(unit.model, unit.processor, unit.recipe).items():
+    scores = {name: m.value for name, m in unit.metrics.items()}
+    for name, value in registry.recipes_of(unit.recipe.paper).measure(unit.model, unit.processor, unit.recipe, scores).items():
         if name in unit.metrics: raise ValueError(f'{unit.recipe.unit}: {name!r} is both a benchmark and a measurement; rename one')
         unit.metrics[name] = Metric(value=float(value))
     return unit.metrics
