@@ -268,7 +268,7 @@ def interval(
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if max(values) > min(values) else 0.0
     return Interval(mean, mean - half, mean + half, n)
 
-# %% ../nbs/foundations/11_claims.ipynb #312d46c7
+# %% ../nbs/foundations/11_claims.ipynb #6625ecfa
 @dataclass(frozen=True)
 class Evidence:
     "One comparison on our runs."
@@ -293,13 +293,14 @@ def verdict(
     scale: Scale,
     samples: Samples,
     elsewhere: dict[str, Samples] = {},  # samples of other tables that the claim reads
+    reading: str | None = None,          # one of the table's further readings; None: the main one
 ) -> Verdict:
     "Judge a claim on replicated values, row -> metric -> seed -> value."
     scope, measured = claim.scope(scale), table.measured(scale)
     text = scope.test or claim.test
     if not scope.testable or text is None: return Verdict(claim, scale, 'not testable at this scale', scope.note)
     if measured is None: return Verdict(claim, scale, 'not run', scope.note)
-    names = {**{c.key: c.key for c in measured.columns}, **measured.stands_for, **scope.stands_for}
+    names = {**{c.key: c.key for c in measured.columns}, **measured.names(reading), **(scope.stands_for if reading is None else {})}
     try: found = comparisons(parse(text), table, names)
     except Unmeasured as error: return Verdict(claim, scale, 'not testable at this scale', str(error))
     def seeds(*cell: str) -> dict[int, float]:

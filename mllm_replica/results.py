@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'results_path', 'read_results', 'write_results', 'samples', 'summary', 'summarise', 'stale']
 
-# %% ../nbs/foundations/12_results.ipynb #64f9ec28
+# %% ../nbs/foundations/12_results.ipynb #b5450b48
 import csv, os
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError, field_validator
 from .claims import Interval, Samples, interval
 from .published import load_table, paper_folder
 from .registry import CHAPTERS, recipes_of
-from .settings import SCALES, Scale, Strict
+from .settings import SCALES, Scale, Strict, settings
 
-# %% ../nbs/foundations/12_results.ipynb #c19201b0
+# %% ../nbs/foundations/12_results.ipynb #a59ddd5c
 class Record(Strict):
     "One measured value of one unit."
     table: str
@@ -49,7 +49,8 @@ def results_path(
 ) -> Path:
     "Where the results of a table at a scale are kept."
     if scale not in SCALES: raise KeyError(f'unknown scale {scale!r}; known: {", ".join(SCALES)}')
-    return paper_folder(paper)/'results'/f'{load_table(paper, table).key}.{scale}.csv'
+    name = f'{load_table(paper, table).key}.{scale}.csv'
+    return settings().run_folder/'results'/paper/name if scale == 'smoke' else paper_folder(paper)/'results'/name
 
 # %% ../nbs/foundations/12_results.ipynb #cc9af52d
 def read_results(

@@ -162,18 +162,19 @@ def _projectors(table: str, row: str, params: dict[str, Any], scale: str, seed: 
     return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=_tiny_model(projector_of(params, tiny=True)),
                   sources=train | tests, stages=_joint(_TINY_MIX, scale), benchmarks=benchmarks, assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/02_honeybee.ipynb #c73b6448
+# %% ../../nbs/papers/02_honeybee.ipynb #878927b9
 _TINY_GROUPS = {
-    'vqa_open': {'cells': ['cell'], 'dots': ['dot'], 'yesno': ['yesno']},
+    'vqa_open': {'cells': ['cell'], 'yesno': ['yesno']},
     'vqa_mc': {'letters': ['letter']},
     'rec': {'places': ['locate']},
     'cap': {'captions': ['describe']},
     'v_inst': {'sentences': ['sentence']},
     't_inst': {'text': ['copy']},
 }
-_FEW_TURNS = {'places': 2, 'captions': 1, 'text': 1}  # as many different questions as one picture allows
+_TINY_RATIOS = dict(cells=3.0, yesno=2.0, letters=2.0, places=1.0, captions=0.4, sentences=1.0, text=0.3)  # tuned by hand on development seeds
+_FEW_TURNS = {'places': 2, 'captions': 1, 'sentences': 2, 'text': 1}  # what a picture allows, or long answers would weigh too much
 _TINY_FORMATS = {'mc': ('letter', 'exact_match', 1), 'yesno': ('yesno', 'exact_match', 1), 'open': ('cell', 'exact_match', 1),
-                 'dots': ('dot', 'exact_match', 1), 'places': ('locate', 'exact_match', 1), 'freeform': ('sentence', 'token_f1', 7)}
+                 'places': ('locate', 'exact_match', 1), 'freeform': ('sentence', 'token_f1', 7)}
 
 
 def _mixture(table: str, row: str, scale: str, seed: int, train: dict[str, Source], weights: dict[str, float],
@@ -193,20 +194,20 @@ def _groups(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
     if params.get('single_dataset_per_task'): groups = {g: dict([next(iter(sets.items()))]) for g, sets in groups.items()}
     train = {name: _world(tasks, scale, size=2000, name='text' if name == 'text' else 'boards', turns=_FEW_TURNS.get(name, 12))
              for sets in groups.values() for name, tasks in sets.items()}
-    return _mixture(table, row, scale, seed, train, dict.fromkeys(train, 1.0), _TINY_FORMATS)
+    return _mixture(table, row, scale, seed, train, {name: _TINY_RATIOS[name] for name in train}, _TINY_FORMATS)
 
 
 def _balance(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5a: rules of balancing, for data sets whose sizes differ a hundredfold."
-    sizes = dict(cells=6000, dots=6000, yesno=60, letters=60, places=6000, captions=6000)
+    sizes = dict(cells=6000, yesno=60, letters=60, places=6000, captions=6000)
     groups = {g: {n: t for n, t in sets.items() if n in sizes} for g, sets in _TINY_GROUPS.items() if set(sets) & set(sizes)}
     train = {name: _world(tasks, scale, size=sizes[name], turns=_FEW_TURNS.get(name, 12)) for sets in groups.values() for name, tasks in sets.items()}
     weights = {'per-dataset': dict.fromkeys(sizes, 1.0), 'per-task': {n: 1 / len(sets) for sets in groups.values() for n in sets},
                'per-sample-100k': {n: float(min(size, 1000)) for n, size in sizes.items()},
-               'per-dataset-tuned': dict(cells=2.0, dots=2.0, yesno=1.0, letters=1.0, places=1.5, captions=0.5)}[params['mixture']]
+               'per-dataset-tuned': {n: _TINY_RATIOS[n] for n in sizes}}[params['mixture']]
     return _mixture(table, row, scale, seed, train, weights, {n: f for n, f in _TINY_FORMATS.items() if n != 'freeform'})
 
-# %% ../../nbs/papers/02_honeybee.ipynb #672e88cd
+# %% ../../nbs/papers/02_honeybee.ipynb #aeb8728f
 def _templates(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5c: two data sets that want different answers, with wordings of their own (one or ten) or a shared one."
     tasks = {'coarse': (['coarse_name'], ['coarse_name_row']), 'fine': (['name0'], ['name_row0'])}[params['granularity']]
@@ -221,7 +222,7 @@ def _turns(table: str, row: str, params: dict[str, Any], scale: str, seed: int) 
     "Table 5d: one question per sample, twelve, or twelve of which those with a repeated answer are dropped."
     turns = 12 if params['multi_turn'] else 1
     train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns, dedup=params['dedup'])}
-    return _mixture(table, row, scale, seed, train, {'boards': 1.0}, {n: _TINY_FORMATS[n] for n in ('open', 'dots')})
+    return _mixture(table, row, scale, seed, train, {'boards': 1.0}, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
 
 # %% ../../nbs/papers/02_honeybee.ipynb #45832998
 _TINY = {'3': _projectors, '7': _projectors, '8': _projectors, '9': _projectors, 'fig9': _projectors, '4': _groups, '5a': _balance,
