@@ -167,7 +167,7 @@ def _axis(ax, column: Column, title: str, values: list[float]) -> None:
     edge = 1.03 * column.max if column.max else float('inf')
     ax.set_xlim(low - room, max(high, min(high + room, edge)))
 
-# %% ../nbs/foundations/13_report.ipynb #48c643ee
+# %% ../nbs/foundations/13_report.ipynb #385c97e6
 def _draw_published(ax, rows: list[Row], columns: list[Column], colours: list) -> None:
     shared, values = len(columns) > 1, []
     for marker, c in zip('osD^v*', columns):
@@ -176,16 +176,20 @@ def _draw_published(ax, rows: list[Row], columns: list[Column], colours: list) -
         points = [(x / unit, y, colour) for x, y, colour in cells if isinstance(x, (int, float))]
         values += [p[0] for p in points]
         ax.scatter([p[0] for p in points], [p[1] for p in points], c=[p[2] for p in points], marker=marker, s=38, zorder=3, label=c.name)
-    if shared: ax.legend(fontsize=7, frameon=False, loc='best')
+    if shared: ax.legend(fontsize=7, frameon=False, ncols=7, loc='lower right', bbox_to_anchor=(1, 0.98),
+                         borderpad=0, handletextpad=0, columnspacing=0.7)
     _axis(ax, columns[0] if not shared else Column(key='x', name='percent of the maximum', better=columns[0].better), 'published', values)
+
+
+_MARKS = ('D', '◇'), ('^', '△'), ('v', '▽')
 
 
 def _draw_ours(ax, rows: list[Row], column: Column, beside: list[Column], found: dict, seeds: Samples, colours: list, scale: Scale) -> None:
     n, values = set(), []
-    for marker, c in zip('D^v', beside):
+    for (marker, _), c in zip(_MARKS, beside):
         points = [(found[row.key, c.key].mean, y) for y, row in enumerate(rows) if (row.key, c.key) in found]
         values += [x for x, _ in points]
-        ax.scatter(*zip(*points) if points else ([], []), marker=marker, s=20, facecolors='none', edgecolors='0.6', linewidths=0.9, zorder=2, label=c.name)
+        ax.scatter(*zip(*points) if points else ([], []), marker=marker, s=20, facecolors='none', edgecolors='0.6', linewidths=0.9, zorder=2)
     for y, (row, colour) in enumerate(zip(rows, colours)):
         here = found.get((row.key, column.key))
         if here is None: continue
@@ -196,10 +200,10 @@ def _draw_ours(ax, rows: list[Row], column: Column, beside: list[Column], found:
         n.add(here.n)
         values += dots + ends
     count = '1 seed, no interval' if n == {1} else f'{" to ".join(map(str, sorted({min(n), max(n)})))} seeds, 95 % interval' if n else 'not run'
-    _axis(ax, column, f'replicated at scale {scale}: {count}', values)
-    if beside and n: ax.legend(fontsize=7, frameon=False, ncols=3, loc='lower right', bbox_to_anchor=(1, 0.98), borderpad=0, handletextpad=0.1)
+    legend = '\ngrey: ' + ', '.join(f'{sign} {c.name}' for (_, sign), c in zip(_MARKS, beside)) if beside and n else ''
+    _axis(ax, column, f'replicated at scale {scale}: {count}{legend}', values)
 
-# %% ../nbs/foundations/13_report.ipynb #e0cebdeb
+# %% ../nbs/foundations/13_report.ipynb #453e1e73
 def figure(
     paper: str,
     table: str,
@@ -221,7 +225,11 @@ def figure(
     for line, axes in zip(panels, lines):
         for ax, panel in zip(axes, line):
             if isinstance(panel, list): _draw_published(ax, shown, panel, colours)
-            else: _draw_ours(ax, shown, panel, _beside(t, panel, scale) if isinstance(line[0], list) else [], found, seeds, colours, scale)
+            elif isinstance(line[0], list): _draw_ours(ax, shown, panel, _beside(t, panel, scale), found, seeds, colours, scale)
+            else:
+                _draw_ours(ax, shown, panel, [], found, seeds, colours, scale)
+                ax.set_xlabel(panel.name, fontsize=8)
+                if ax is not axes[0]: ax.set_title('', loc='left')
             ax.set(ylim=(len(shown) - 0.5, -0.5), yticks=range(len(shown)), yticklabels=labels if ax is axes[0] else [])
             ax.tick_params(labelsize=8)
         for ax in axes[len(line):]: ax.set_visible(False)

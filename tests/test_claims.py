@@ -7,7 +7,7 @@ import pytest
 
 from mllm_replica import claims
 from mllm_replica.claims import ClaimError, Interval, cell_verdict, comparisons, holds, interval, parse, verdict
-from mllm_replica.published import Claim, Column, Scope, Table, load_table, tables_of
+from mllm_replica.published import Claim, Column, Reading, Replication, Scope, Table, load_table, tables_of
 from mllm_replica.registry import PAPERS
 
 ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
@@ -53,6 +53,9 @@ def test_every_testable_claim_is_judged_once_all_rows_are_run(paper, key):
     table, rng = load_table(paper, key), random.Random(0)
     samples = {r.key: {c.key: {s: rng.random() for s in range(3)} for c in table.measured('tiny').columns} for r in table.rows}
     for claim in table.claims:
+        for reading in table.measured('tiny').also:
+            again = verdict(claim, table, 'tiny', samples, reading=reading)
+            assert (again.word == 'not testable at this scale') is not claim.scope('tiny').testable, (claim.id, reading, again.note)
         found = verdict(claim, table, 'tiny', samples)
         if claim.scope('tiny').testable: assert found.word in ('supported', 'contradicted', 'inconclusive'), (claim.id, found.note)
         else: assert found.word == 'not testable at this scale' and found.note
@@ -161,6 +164,19 @@ def test_not_finite_values_are_refused():
 def test_scales():
     assert judged('a.score > b.score', dict(a=[3, 3], b=[1, 1]), scale='smoke').word == 'not testable at this scale'
     assert judged('a.score > b.score', dict(a=[3, 3], b=[1, 1]), scale='tiny').word == 'not run'  # no recipe measures anything at tiny
+
+
+def test_a_further_reading_asks_its_own_measurements():
+    columns = [Column(key=k, name=k) for k in ('own', 'other', 'third')]
+    measured = Replication(columns=columns, stands_for={'score': 'own'}, also={'again': Reading(stands_for={'score': 'other'})})
+    table = Table(**table_of(dict(a=None, b=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}})
+    claim = lambda **scope: Claim(id='c', statement='s', test='a.score > b.score', scales={'tiny': Scope(testable=True, **scope)})
+    samples = {'a': {'own': {0: 2.0, 1: 2.1}, 'other': {0: 1.0, 1: 1.1}}, 'b': {'own': {0: 1.0, 1: 1.1}, 'other': {0: 2.0, 1: 2.1}}}
+    judge = lambda claim, reading: verdict(claim, table, 'tiny', samples, reading=reading)
+    assert [judge(claim(), reading).word for reading in (None, 'again')] == ['supported', 'contradicted']
+    restated = claim(stands_for={'score': 'third'})
+    assert [judge(restated, reading).evidence[0].text for reading in (None, 'again')] == ['a.third > b.third', 'a.other > b.other']
+    with pytest.raises(KeyError, match="no reading 'never'; there is again"): judge(claim(), 'never')
 
 
 def test_cells_of_another_table():

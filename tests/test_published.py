@@ -86,6 +86,11 @@ def test_loads_what_is_right(project):
     ('rows:', 'errata: [{cell: a.score, printed: 2, note: n}]\nrows:', 'the cell holds 1.5'),
     ('rows:', 'replication: {tiny: {columns: [{key: own, name: Score}]}}\nrows:', 'carry the name of a published column'),
     ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], stands_for: {score: other}}}\nrows:', 'stands_for'),
+    ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], control: other}}\nrows:', "control 'other'"),
+    ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], also: {again: {stands_for: {score: other}}}}}\nrows:', 'tiny also again stands_for'),
+    ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], also: {again: {stands_for: {other: own}}}}}\nrows:', 'tiny also again stands_for'),
+    ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], also: {again: {stands_for: {}}}}}\nrows:', 'tiny also again stands_for'),
+    ('rows:', 'replication: {tiny: {columns: [{key: own, name: own}], also: {again: {note: n}}}}\nrows:', 'also.again.stands_for'),
 ])
 def test_refuses_what_is_wrong(project, old, new, message):
     assert old in GOOD
@@ -126,6 +131,14 @@ def test_smoke_and_small_measure_what_tiny_does():
     assert table.measured('smoke') == table.measured('small') == table.replication['tiny']
     assert table.measured('paper').stands_for['avg_n'] == 'avg_n'
     assert load_table('owl2', '1').measured('tiny') is None
+
+
+def test_tables_of_projectors_are_read_twice():
+    for key in '3', '7', '8', '9':
+        measured = load_table('honeybee', key).measured('tiny')
+        assert measured.control == 'control' and set(measured.names('easy-VQA')) == set(measured.names())
+        assert {measured.names()[c] for c, name in measured.names('easy-VQA').items() if name == 'easy_vqa'} == {'spatial'}
+    with pytest.raises(KeyError, match="no reading 'photographs'"): measured.names('photographs')
 
 
 def test_reading_uses_a_safe_loader():

@@ -9,9 +9,9 @@ import pytest
 from mllm_replica import report, results
 from mllm_replica.published import load_table, tables_of
 from mllm_replica.registry import CHAPTERS, PAPERS
-from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, table_frame, verdict_frame, verdicts
+from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
 from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
-from mllm_replica.settings import project_root
+from mllm_replica.settings import project_root, settings
 
 BASE = dict(table='3', scale='tiny', unit='key', digest='digest', source='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5)
 SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
@@ -23,11 +23,12 @@ def project(tmp_path, monkeypatch):
     shutil.copytree(project_root()/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results'))
     shutil.copy(project_root()/'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
     for paper in list(CHAPTERS): monkeypatch.delitem(CHAPTERS, paper)
-    project_root.cache_clear()
+    for cached in project_root, settings: cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    project_root.cache_clear()
+    for cached in project_root, settings: cached.cache_clear()
 
 
 def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
@@ -36,7 +37,7 @@ def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
 
 def run(rows=SPATIAL, seeds=(10, 11, 12)):
     return [record(row, seed, metric, value + 0.01 * (seed % 3) * noise) for row, score in rows.items() for seed in seeds
-            for metric, value, noise in (('spatial', score, 1), ('gflop_step', 5 + 3 * ('256' in row) + score / 100, 0))]
+            for metric, value, noise in (('spatial', score, 1), ('easy_vqa', 1.2 - score, 1), ('control', 0.99, 0), ('gflop_step', 5 + 3 * ('256' in row) + score / 100, 0))]
 
 
 def test_values_survive_the_file_exactly(project):
@@ -121,7 +122,26 @@ def test_verdicts_read_the_files(project):
     words = {v.claim.id: v.word for v in verdicts('honeybee', '3', 'tiny')}
     assert words['resampler-weak-144'] == words['step-time-follows-M'] == 'supported'
     shown = verdict_frame('honeybee', '3', 'tiny')
-    assert 'cabs_144.spatial > resampler_144.spatial: by 0.270' in shown.iloc[0, 3] and not shown.iloc[:, 3].str.contains('avg_n|s_per_step').any()
+    differences = shown['difference [95 % interval]']
+    assert 'cabs_144.spatial > resampler_144.spatial: by 0.270' in differences[0] and not differences.str.contains('avg_n|s_per_step').any()
+
+
+def test_every_claim_is_judged_on_both_readings(project):
+    write_results('honeybee', '3', 'tiny', run())
+    shown = verdict_frame('honeybee', '3', 'tiny')
+    assert shown['verdict at tiny'].tolist() == ['supported', 'supported', 'supported', 'supported']
+    assert shown['verdict on easy-VQA'].tolist() == ['contradicted', 'contradicted', 'supported', '–']  # the last one counts cost only
+    assert 'cabs_144.easy_vqa > resampler_144.easy_vqa: by -0.270' in shown['difference [95 % interval]'][0]
+    assert [v.word for v in verdicts('honeybee', '3', 'tiny', 'easy-VQA')][3] == 'supported'
+    assert '4 supported' in next(x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |'))
+    assert not [c for c in verdict_frame('honeybee', '4', 'tiny').columns if c.startswith('verdict on')]
+
+
+def test_smoke_stays_out_of_the_papers(project):
+    path = write_results('honeybee', '3', 'smoke', [record(scale='smoke')])
+    assert path == project/'runs'/'results'/'honeybee'/'3.smoke.csv' and len(read_results('honeybee', '3', 'smoke')) == 1
+    assert not list((project/'papers').rglob('results')) and scales_run('honeybee', '3') == ['smoke'] and 'smoke' not in matrix()
+    with pytest.raises(KeyError, match='unknown paper'): results_path('nobody', '3', 'smoke')
 
 
 def test_contradictions_inside_a_paper_are_shown():
@@ -156,7 +176,8 @@ def test_json_is_plain_and_complete(project):
     assert set(found) == set(PAPERS)
     table = found['honeybee']['tables']['3']
     assert table['rows'][2]['values']['avg_n'] == 53.5 and table['replicated']['tiny']['cells']['cabs_144']['spatial']['n_eval'] == 1000
-    assert table['claims'][0]['verdicts']['tiny']['verdict'] == 'supported' and len(table['replicated']['tiny']['provenance']) == 15
+    judged = table['claims'][0]['verdicts']['tiny']
+    assert judged['verdict'] == 'supported' and judged['also']['easy-VQA']['verdict'] == 'contradicted' and len(table['replicated']['tiny']['provenance']) == 15
     assert found['owl2']['tables']['1']['replicated'] == {} and 'tiny' in found['owl2']['tables']['1']['claims'][0]['verdicts']
 
 
@@ -174,8 +195,15 @@ def test_figures_print_the_scale_and_keep_names_apart(project, paper, key):
     found, table = figure(paper, key, 'tiny'), load_table(paper, key)
     assert 'scale tiny' in found.get_suptitle()
     for ax in found.axes:
-        if ax.get_title(loc='left').startswith('replicated'): assert ax.get_xlabel().split('  (')[0] not in {c.name for c in table.columns}
+        if ax.get_visible() and ax.get_title(loc='left') != 'published': assert ax.get_xlabel().split('  (')[0] not in {c.name for c in table.columns}
     assert len(png(found)) < 60_000
+
+
+def test_figure_shows_control_and_real_pictures_beside_the_mean(project):
+    write_results('honeybee', '3', 'tiny', run())
+    found = {ax.get_xlabel().split('  (')[0]: ax.get_title(loc='left') for ax in figure('honeybee', '3', 'tiny').axes}
+    assert found['spatial mean'].endswith('grey: ◇ bright or dark, △ easy-VQA') and not {'bright or dark', 'easy-VQA'} & set(found)
+    assert [x for x in found if found[x] == 'published'] == ['AvgN', 's/step'] and 'relation of two tiles' in found
 
 
 def test_markdown_shows_cells_as_they_are():
