@@ -1,0 +1,93 @@
+"Recipes of Honeybee: every published row has one or a reason, and what they say can be built."
+import re
+
+import pytest
+import torch
+
+from mllm_replica.honeybee import recipes
+from mllm_replica.published import load_table, tables_of
+from mllm_replica.settings import SCALES
+
+CASES = [(scale, table, row) for scale in SCALES for table in tables_of('honeybee') for row in recipes.rows(table, scale)]
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_every_row_has_a_recipe_or_a_reason(scale):
+    for _, table, row in (case for case in CASES if case[0] == scale):
+        reason = recipes.rows(table, scale)[row]
+        if reason is None: assert recipes.recipe(table, row, scale, 10).unit == f'honeybee/{table}/{row}/{scale}/10'
+        else:
+            with pytest.raises(ValueError, match=re.escape(reason)): recipes.recipe(table, row, scale, 10)
+
+
+def test_equal_settings_are_one_experiment():
+    digest = lambda table, row, seed=10: recipes.recipe(table, row, 'tiny', seed).digest()
+    assert digest('3', 'cabs_144') == digest('8', 'cabs_144') == digest('9', 'cabs') == digest('7', 'c7b_144')
+    assert len({digest('9', row) for row in recipes.rows('9', 'tiny')}) == 11
+    assert digest('3', 'cabs_144') != digest('3', 'cabs_144', 11)
+
+
+def test_rows_of_a_table_share_their_data():
+    for table in ('3', '8', '9'):
+        found = {tuple(sorted((n, s.model_dump_json()) for n, s in recipes.recipe(table, row, 'tiny', 10).sources.items()))
+                 for row, reason in recipes.rows(table, 'tiny').items() if reason is None}
+        assert len(found) == 1
+
+
+def test_task_groups_are_left_out():
+    mixture = lambda row: recipes.recipe('4', row, 'paper', 0).stages[1].mixture
+    assert 'vqav2' not in mixture('D3') and 'scienceqa' in mixture('D3')
+    assert set(mixture('D10')) == {'llava150k', 'sharegpt'}
+    assert len(mixture('D2')) == 6
+    assert sum(mixture('D1').values()) == pytest.approx(100.3)
+
+
+def test_balancing_rules_differ():
+    rules = {row.key: recipes.recipe('5a', row.key, 'paper', 0).stages[1].mixture for row in load_table('honeybee', '5a').rows}
+    assert len(set(rules['per_dataset'].values())) == 1
+    assert rules['per_sample_100k']['vg'] == 100_000 and rules['per_sample_100k']['vsr'] == 8_000
+    assert rules['per_task']['coyo'] == 1 and rules['per_task']['vqav2'] == 0.25
+
+
+@pytest.mark.parametrize('row, size, parameters', [('honeybee_c_7b', 4096, 37.07e6), ('honeybee_d_13b', 5120, None)])
+def test_paper_models_have_the_published_shapes(row, size, parameters):
+    recipe = recipes.recipe('6', row, 'paper', 42)
+    with torch.device('meta'): model, _ = recipes.build(recipe)
+    assert model.config.text_config.hidden_size == size
+    found = sum(p.numel() for p in model.abstractor.parameters())
+    if parameters: assert abs(found - parameters) < 0.01e6
+    stages = recipe.stages
+    assert [s.steps for s in stages] == [200_000, 10_000] and stages[0].lr == (1e-4 if '_d_' in row else 3e-4)
+    trained = [n for n, _ in model.named_parameters() if any(re.search(p, n) for p in stages[0].trainable)]
+    assert trained and all(n.startswith('abstractor.') for n in trained)
+
+
+def test_the_small_models_start_alike():
+    made = [recipes.build(recipes.recipe('3', row, 'tiny', 10))[0] for row in ('cabs_144', 'linear_256')]
+    for name, parameter in made[0].vision_model.named_parameters(): assert torch.equal(parameter, made[1].vision_model.get_parameter(name)), name
+    assert not torch.equal(made[0].vision_model.embeddings.position_embedding.weight,
+                           recipes.build(recipes.recipe('3', 'cabs_144', 'tiny', 11))[0].vision_model.embeddings.position_embedding.weight)
+
+
+def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from mllm_replica.language import byte_tokenizer
+    from mllm_replica.settings import settings
+    from mllm_replica.unit import run_unit
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
+    settings.cache_clear()
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=224,
+                                     patch_size=14)).save_pretrained(tmp_path/'vision')
+    byte_tokenizer().save_pretrained(tmp_path/'text')
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2,
+                                 pad_token_id=0)).save_pretrained(tmp_path/'text')
+    folders = {recipes._SMALL[part]: str(tmp_path/part) for part in recipes._SMALL}
+    monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    whole = recipes.recipe('3', 'linear_256', 'small', 0)
+    few = {name: source.model_copy(update={'size': 4}) for name, source in whole.sources.items()}
+    short = tuple(s.model_copy(update={'steps': 2, 'batch_size': 2, 'accumulate': 1, 'warmup_steps': 1, 'precision': 'fp32'}) for s in whole.stages)
+    recipe = whole.model_copy(update={'sources': few, 'stages': short})
+    monkeypatch.setattr(recipes, 'recipe', lambda *_: recipe)
+    result = run_unit(recipe, tmp_path/'unit')
+    settings.cache_clear()
+    assert result.steps == 4 and 0 <= result.metrics['spatial'].value <= 1
