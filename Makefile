@@ -24,6 +24,7 @@ replicate: env  ## Honeybee's Table 3 at scale tiny: train, evaluate, compare
 test quick: export MLLM_REPLICA_RUNS := $(CURDIR)/runs/test
 
 test: env  ## every notebook (its cells are tests), then the tests of the exported package
+	rm -rf runs/test
 	time $(BIN)/nbdev-test --n-workers 2 --timing
 	time $(BIN)/pytest
 
