@@ -122,7 +122,7 @@ def test_papers():
     for paper in PAPERS:
         found = load_paper(paper)
         assert found.deviations and found.arxiv and all(d.ours for d in found.deviations)
-    assert len(load_paper('honeybee').deviations) == 16
+    assert len(load_paper('honeybee').deviations) == 18
     assert load_paper('honeybee').code.commit == '68a8d84' and load_paper('mm1').code.repository is None
 
 
