@@ -42,7 +42,7 @@ def report_folder(
     "Where figure, rendered table and executed notebook of a table lie."
     return settings().run_folder/'reports'/paper/f'{table}.{scale}'
 
-# %% ../nbs/foundations/67_publish.ipynb #97e7bf84
+# %% ../nbs/foundations/67_publish.ipynb #2982ff0b
 def comparison(
     paper: str,
     table: str,
@@ -52,17 +52,11 @@ def comparison(
     prefix: str = '',              # put before the names, e.g. `<row>/`
 ) -> dict[str, float]:
     "The numbers of one row as the tracker gets them: `replicated/…`, `published/…`, `difference/…`."
-    t = load_table(paper, table)
-    measured = t.measured(scale)
-    cells = next((r.values for r in t.rows if r.key == row), {})
+    cells = next((r.values for r in load_table(paper, table).rows if r.key == row), {})
     printed = {key: float(v) for key, v in cells.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     logged = {f'replicated/{prefix}{name}': value for name, value in replicated.items()}
     logged |= {f'published/{prefix}{key}': value for key, value in printed.items()}
-    ours = {c.key: c for c in measured.columns} if measured else {}
-    for column, metric in (measured.stands_for if measured else {}).items():
-        if column not in printed or metric not in replicated: continue
-        theirs, own = t.column(column).max, ours[metric].max
-        if theirs and own: logged[f'difference/{prefix}{column}'] = replicated[metric] * theirs / own - printed[column]
+    if scale == 'paper': logged |= {f'difference/{prefix}{key}': replicated[key] - printed[key] for key in printed if key in replicated}
     check_finite(logged)
     return logged
 
