@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .registry import CHAPTERS
 
-# %% ../nbs/foundations/53_parity.ipynb #495c4234
+# %% ../nbs/foundations/53_parity.ipynb #55f19df9
 class Partial(NamedTuple):
     "A computed tensor that is to be compared in places only."
     value: Tensor
@@ -30,7 +30,7 @@ Case = Callable[[dict[str, Any], Mapping[str, Tensor]], dict[str, Tensor | Parti
 
 
 class Given(dict):
-    "The weights and inputs of a file; remembers which were read, and knows the names of what is `wanted`."
+    "The weights and inputs of a file; remembers which were read, and knows the names and shapes of what is `wanted`."
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Given(dict):
     ) -> None:
         super().__init__({name: tensor for name, tensor in tensors.items() if name.split('.')[0] in ('w', 'in')})
         self.read: set[str] = set()
-        self.wanted = sorted(set(tensors) - set(self))
+        self.wanted = {name: tuple(tensors[name].shape) for name in sorted(set(tensors) - set(self))}
 
     def __getitem__(self, name: str) -> Tensor:
         self.read.add(name)
@@ -48,7 +48,7 @@ class Given(dict):
         "All official weights, without the `w.`"
         return {name[2:]: self[name] for name in self if name.startswith('w.')}
 
-# %% ../nbs/foundations/53_parity.ipynb #cd8f9210
+# %% ../nbs/foundations/53_parity.ipynb #2ea3264c
 class Golden(NamedTuple):
     "A golden file."
     path: Path
@@ -56,6 +56,12 @@ class Golden(NamedTuple):
     config: dict[str, Any]
     metadata: str                # all of it, as text
     tensors: dict[str, Tensor]
+
+
+def _decoded(text: str) -> Any:
+    "What a metadata entry says: JSON, or plain text."
+    try: return json.loads(text)
+    except ValueError: return text
 
 
 def read_golden(
@@ -66,13 +72,13 @@ def read_golden(
         with safe_open(path, 'pt') as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error: raise ValueError(f'no safetensors file: {error}') from None
-    try: config = json.loads(metadata['config'])
-    except (KeyError, ValueError) as error: raise ValueError(f"no configuration in the metadata entry 'config': {error!r}") from None
-    kind = config.get('kind') or metadata.get('kind')
-    if not kind: raise ValueError(f"the metadata names no kind of case; expected 'kind' in {sorted(metadata)} or in 'config' {sorted(config)}")
+    entries = {name: _decoded(text) for name, text in metadata.items()}
+    config = entries.pop('config', {})
+    if not isinstance(config, dict): raise ValueError(f"no configuration in the metadata entry 'config': {config!r:.60}")
+    kind = config.get('kind') or metadata.get('kind') or ''
     strange = sorted(name for name in tensors if name.split('.')[0] not in ('w', 'in', 'out', 'grad'))
     if strange: raise ValueError(f'tensors of an unknown sort: {strange[:5]}; expected names in w., in., out. or grad.')
-    return Golden(Path(path), kind, config, ' '.join(metadata.values()), tensors)
+    return Golden(Path(path), kind, config | {'metadata': entries}, ' '.join(metadata.values()), tensors)
 
 # %% ../nbs/foundations/53_parity.ipynb #1ad7689b
 ABSOLUTE, RELATIVE, SINGLE = 1e-5, {'out': 1e-5, 'grad': 1e-4}, 1e-4
@@ -160,7 +166,7 @@ def check(
     report.notes.extend(f'{name} only {reason}' for name, reason in parts)
     return report
 
-# %% ../nbs/foundations/53_parity.ipynb #21a5ae1b
+# %% ../nbs/foundations/53_parity.ipynb #20dd0206
 def _golden_of(paper: str) -> Any:
     "The chapter's `golden` module, None if it has none."
     name = CHAPTERS[paper] + '.golden'
@@ -182,6 +188,12 @@ def paper_of(
     raise ValueError(f'unknown case: kind {golden.kind!r} in folder {folder!r} is claimed by {knowing}; name the paper with --paper')
 
 
+def _kind(golden: Golden, chapter: Any) -> str:
+    "The kind of a file that does not name it, by the names of its tensors."
+    if not hasattr(chapter, 'kind_of'): raise ValueError("the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration")
+    return chapter.kind_of(set(golden.tensors))
+
+
 def check_file(
     path: Path,                # a golden file
     paper: str | None = None,  # None: found by `paper_of`
@@ -189,7 +201,9 @@ def check_file(
     "The report of one file; an exception on the way is a problem, not a crash."
     try:
         golden = read_golden(path)
-        return check(golden, _golden_of(paper or paper_of(golden)).parity_cases)
+        chapter = _golden_of(paper or paper_of(golden))
+        if not golden.kind: golden = golden._replace(kind=_kind(golden, chapter))
+        return check(golden, chapter.parity_cases)
     except Exception as error:  # whatever a wrong file makes of our code belongs into its line
         return Report(Path(path).name, '?', [], [f'{type(error).__name__}: {error}'], [])
 

@@ -1,0 +1,227 @@
+"mPLUG-Owl3's model: parity, causality, padding, cache, beams, checkpoints and wrong input."
+import json, re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2ForCausalLM
+
+from mllm_replica import parity
+from mllm_replica.honeybee.model import OfficialWeightsError, check_keys
+from mllm_replica.owl3.components import GATES
+from mllm_replica.owl3.media import Media, Sight, image_attention
+from mllm_replica.owl3.model import Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config, paper_config
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parent/'golden/owl3'
+IMAGE = [3, 4, 5, 4, 6]
+VARIANTS = [dict(gate=gate) for gate in GATES] + [dict(shared_norm=False, mi_rope=False), dict(fusion='pre_cross'), dict(fusion='post_cross')]
+VISION = dict(hidden_size=24, image_size=42, intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, patch_size=14)
+TEXT = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, initializer_range=0.2)
+ROWS = [[10, 11, *IMAGE, 12, 13, *IMAGE, 14, 15], [20, *IMAGE, 21], [30, 31, 32]]
+COUNTS = [2, 1, 0]
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    model = Owl3Model(Owl3Config(vision_config=VISION, text_config=TEXT, hyper_layers=[0, 2], placeholder_ids=IMAGE, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith('.gate'): torch.nn.init.constant_(parameter, 0.7)   # scales that start at zero would hide the images
+    return model
+
+
+def pixels(): return torch.randn(3, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    pad = lambda row, fill: fill + row if side == 'left' else row + fill
+    ids = torch.tensor([pad(row, [0] * (width - len(row))) for row in rows])
+    return ids, torch.tensor([pad([1] * len(row), [0] * (width - len(row))) for row in rows])
+
+
+def alone(row):
+    "Input of one sample: ids and its pixels."
+    first = sum(COUNTS[:row])
+    return torch.tensor([ROWS[row]]), (pixels()[first:first + COUNTS[row]] if COUNTS[row] else None)
+
+
+@pytest.mark.parametrize('path', sorted(GOLDEN.glob('*.safetensors')), ids=lambda p: p.stem)
+def test_official_numbers(path):
+    report = parity.check_file(path)
+    assert not report.problems and report.compared, report
+
+
+def test_an_altered_number_is_noticed(tmp_path):
+    golden = parity.read_golden(GOLDEN/'hyper_attention.safetensors')
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in golden.config.pop('metadata').items()}
+    tensors = {**golden.tensors, 'out.visual_kv_proj': golden.tensors['out.visual_kv_proj'].clone()}
+    tensors['out.visual_kv_proj'][0, 0, 0] += 1e-3
+    save_file(tensors, tmp_path/'a.safetensors', metadata | {'config': json.dumps(golden.config)})
+    problems = parity.check_file(tmp_path/'a.safetensors').problems
+    assert len(problems) == 1 and problems[0].startswith('out.visual_kv_proj: 1 of')
+
+
+@pytest.mark.parametrize('changes', VARIANTS, ids=str)
+@torch.no_grad()
+def test_batches_and_padding_give_the_single_answer(changes):
+    model = build(**changes)
+    for side in ('left', 'right'):
+        ids, mask = padded(ROWS, side)
+        logits = model(ids, mask, pixels()).logits
+        for row in range(3):
+            one, images = alone(row)
+            assert torch.allclose(logits[row][mask[row].bool()], model(one, None, images).logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize('changes', VARIANTS, ids=str)
+@torch.no_grad()
+def test_an_image_changes_nothing_before_it(changes):
+    model, (ids, images) = build(**changes), alone(0)
+    other = images.clone()
+    other[1] += 1
+    same = (model(ids, None, images).logits == model(ids, None, other).logits).all(-1)[0]
+    assert same[:10].all() and not same[10:].any()   # the second placeholder starts at token 9
+    other = images.clone()
+    other[0] += 1
+    assert (model(ids, None, images).logits == model(ids, None, other).logits).all(-1)[0].sum() == 3
+
+
+@pytest.mark.parametrize('changes', VARIANTS, ids=str)
+def test_decoding_with_cache_beams_and_any_padding(changes):
+    model, options = build(**changes), dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for beams in (1, 3):
+        one = torch.cat([model.generate(ids, None, images, num_beams=beams, **options)[:, -6:] for ids, images in map(alone, range(3))])
+        for side in ('left', 'right'):
+            ids, mask = padded(ROWS, side)
+            assert torch.equal(model.generate(ids, mask, pixels(), num_beams=beams, **options)[:, -6:], one)
+    ids, images = alone(0)
+    slow, fast = (model.generate(ids, None, images, use_cache=cached, **options) for cached in (False, True))
+    assert torch.equal(slow, fast)
+
+
+@torch.no_grad()
+def test_decoding_projects_no_image_again(monkeypatch):
+    from mllm_replica.owl3.components import HyperAttention
+    model, (ids, images), calls = build(), alone(0), []
+    made = HyperAttention.visual_states
+    monkeypatch.setattr(HyperAttention, 'visual_states', lambda *a, **k: calls.append(1) or made(*a, **k))
+    model.generate(ids, None, images, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert len(calls) == 2   # once per hyper layer
+
+
+@torch.no_grad()
+def test_a_prompt_of_one_token_can_see_an_image():
+    model = build()
+    features = torch.randn(1, 9, 24)
+    seen = model(torch.tensor([[10]]), image_features=features, media_starts=[[-1]]).logits   # the image stands before the text
+    assert not torch.allclose(seen, model(torch.tensor([[10]])).logits)
+
+
+def test_without_images_it_is_qwen2():
+    model = build()
+    plain = Qwen2ForCausalLM(model.config.text_config).eval()
+    plain.load_state_dict({k: v for k, v in model.language_model.state_dict().items() if 'v_kv_proj' not in k and 'self_attn.gate' not in k})
+    ids = torch.randint(7, 96, (2, 20))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_text_is_untouched_by_stage_one():
+    model, ids = build(), torch.tensor([ROWS[2]])
+    before = model(ids).logits.detach()
+    stage = re.compile(r'^vision2text_model\.|v_kv_proj|self_attn\.gate')
+    for name, parameter in model.named_parameters(): parameter.requires_grad_(bool(stage.search(name)))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    one, images = alone(0)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(one, None, images, labels=one).loss.backward()
+        optimiser.step()
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_runs_and_padded_attention_agree(seed, monkeypatch):
+    torch.manual_seed(seed)
+    counts = torch.randint(0, 4, (3,)).tolist()
+    counts[seed % 3] = 2
+    starts = [sorted(torch.randperm(9)[:n].tolist()) for n in counts]
+    media = Media(torch.randn(sum(counts), 5, 8), starts)
+    sight = Sight.of(media, torch.arange(12).expand(6, -1))   # two beams each
+    query, keys, values = torch.randn(6, 4, 12, 8, requires_grad=True), *torch.randn(2, sum(counts) * 5, 2, 8)
+    found = []
+    for limit in (0, 2 ** 22):
+        monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
+        out = torch.where(sight.sees[:, None, :, None], image_attention(query, keys, values, sight), 0)
+        found += [out, *torch.autograd.grad(out.square().sum(), query)]
+    assert torch.allclose(found[0], found[2], atol=1e-6) and torch.allclose(found[1], found[3], atol=1e-5)
+
+
+@pytest.mark.parametrize('size,stage_one', [('7B', 18.88e6), ('2B', None), ('1B', None)])
+def test_released_keys(size, stage_one):
+    config = paper_config(size)
+    with torch.device('meta'): model = Owl3Model(config)
+    text, vision = config.text_config, config.vision_config
+    official = {'hyper_layers': [i + 1 for i in config.hyper_layers], 'vision_config': vision.to_dict(), **text.to_dict()}
+    state = dict(model.state_dict())
+    D, G, d = text.hidden_size, text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    hyper = sorted(int(re.search(r'layers\.(\d+)', name)[1]) for name in state if name.endswith('v_kv_proj.weight'))
+    assert hyper == config.hyper_layers and all(state[f'language_model.model.layers.{i}.self_attn.v_kv_proj.weight'].shape == (2 * G * d, D) for i in hyper)
+    gates = {'adaptive': ('gate_proj.0.weight', (d, d)), 'static': ('gate', (D,))}[config.gate]
+    assert all(state[f'language_model.model.layers.{i}.self_attn.{gates[0]}'].shape == gates[1] for i in hyper)
+    assert state['vision_model.embeddings.position_embedding.weight'].shape == (729, 1152) and state['vision2text_model.weight'].shape == (D, 1152)
+    extra = {'vision_model.head.probe': torch.empty(1, 1, 1152, device='meta')}
+    if text.tie_word_embeddings: state.pop('language_model.lm_head.weight')
+    ours, unused = convert_official(state | extra, official_config(official, gate_of(list(state))))
+    check_keys(model.state_dict(), ours)
+    assert unused == ['vision_model.head.probe']
+    if stage_one:
+        new = sum(p.numel() for name, p in model.named_parameters() if re.search(r'^vision2text_model\.|v_kv_proj|self_attn\.gate', name))
+        assert round(new, -4) == stage_one
+
+
+def official_folder(folder, model, **changes):
+    text = model.config.text_config.to_dict()
+    content = {**text, 'hyper_layers': [i + 1 for i in model.config.hyper_layers], 'vision_config': model.config.vision_config.to_dict()} | changes
+    (folder/'config.json').write_text(json.dumps({k: v for k, v in content.items() if k != 'rope_parameters'}))
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def test_official_checkpoint_and_what_is_missing(tmp_path):
+    model = build(gate='static')
+    state = official_folder(tmp_path, model)
+    save_file(state | {'vision_model.head.probe': torch.zeros(1, 1, 24)}, tmp_path/'model.safetensors')
+    loaded = load_official(tmp_path)
+    assert loaded.unused_keys == ['vision_model.head.probe'] and loaded.config.gate == 'static' and loaded.config.hyper_layers == [0, 2]
+    ids = torch.tensor([ROWS[2]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    lacking = {k: v for k, v in state.items() if not k.startswith('language_model.model.layers.2.self_attn.')}
+    save_file(lacking, tmp_path/'model.safetensors')
+    with pytest.raises(OfficialWeightsError, match=r'missing +language_model.model.layers.2.self_attn.v_kv_proj.weight'): load_official(tmp_path)
+
+
+def test_saved_and_loaded(tmp_path):
+    model, (ids, images) = build(gate='scalar'), alone(0)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Owl3Model.from_pretrained(tmp_path)(ids, None, images).logits, model(ids, None, images).logits)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(pixel_values=pixels()), '2 placeholders in the text'), (dict(pixel_values=pixels()[:1]), '2 placeholders in the text'),
+    (dict(), 'samples \\[0\\] have placeholders but neither')], ids=['more', 'fewer', 'none'])
+def test_images_must_fit_placeholders(change, message):
+    with pytest.raises(ValueError, match=message): build()(torch.tensor([ROWS[0]]), **change)
+
+
+def test_other_wrong_input():
+    model, (ids, images) = build(), alone(1)
+    with pytest.raises(ValueError, match='context of the language model has 64'): model(ids, None, images, media_starts=[[64]])
+    cache = model(ids, None, images, use_cache=True).past_key_values
+    with pytest.raises(NotImplementedError, match='already holds the images'): model(ids, None, images, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match='packed rows'): model(ids, torch.zeros(1, 1, 7, 7), images)
+    with pytest.raises(ValueError, match="gate is 'none'; expected one of"): build(gate='none')
+    with pytest.raises(ValueError, match='expected some of 0…3, not \\[4\\]'):
+        Owl3Model(Owl3Config(vision_config=VISION, text_config=TEXT, hyper_layers=[0, 4], placeholder_ids=IMAGE))
+    with pytest.raises(ValueError, match='config.json lacks \\[.hyper_layers'): official_config({**TEXT, 'vision_config': VISION})
