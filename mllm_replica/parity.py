@@ -166,7 +166,7 @@ def check(
     report.notes.extend(f'{name} only {reason}' for name, reason in parts)
     return report
 
-# %% ../nbs/foundations/53_parity.ipynb #20dd0206
+# %% ../nbs/foundations/53_parity.ipynb #6556d3f7
 def _golden_of(paper: str) -> Any:
     "The chapter's `golden` module, None if it has none."
     name = CHAPTERS[paper] + '.golden'
@@ -190,7 +190,8 @@ def paper_of(
 
 def _kind(golden: Golden, chapter: Any) -> str:
     "The kind of a file that does not name it, by the names of its tensors."
-    if not hasattr(chapter, 'kind_of'): raise ValueError("the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration")
+    if not hasattr(chapter, 'kind_of'):
+        raise ValueError("the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration")
     return chapter.kind_of(set(golden.tensors))
 
 

@@ -210,7 +210,7 @@ class UnitPlan(Strict):
         "The largest stage's memory on one device."
         return max((sum(s.memory.values()) for s in self.stages), default=0.0)
 
-# %% ../nbs/foundations/70_plan.ipynb #b6b3deee
+# %% ../nbs/foundations/70_plan.ipynb #2dad9ef3
 def plan_unit(
     recipe: Recipe,
     build: Callable[[Recipe], tuple[nn.Module, object]],  # the paper's `build`
@@ -228,7 +228,8 @@ def plan_unit(
     for stage in recipe.stages:
         length = max(1, mean_length(recipe, stage, visual, measured))
         key = json.dumps([recipe.model, stage.trainable, stage.precision, length, mean_images(recipe, stage), machine.checkpointing], sort_keys=True)
-        if key not in counted: counted[key] = stage_cost(make, stage, length, mean_images(recipe, stage) if length > visual else 0, machine.checkpointing)
+        images = mean_images(recipe, stage) if length > visual else 0
+        if key not in counted: counted[key] = stage_cost(make, stage, length, images, machine.checkpointing)
         plain, again, trained = counted[key]
         samples, forward = stage.steps * stage.batch_size, plain.forward
         flops = float(samples * (plain.forward + plain.backward))

@@ -84,7 +84,7 @@ class HyperAttention(Qwen2Attention):
             mixed = torch.lerp(context, visual, gate.expand_as(context).to(context.dtype))
         return torch.where(sees[..., None, None], mixed, context)
 
-# %% ../../nbs/papers/05_owl3.ipynb #62eae54f
+# %% ../../nbs/papers/05_owl3.ipynb #1bb7e7c7
 @patch
 def forward(
     self: HyperAttention,
@@ -112,7 +112,8 @@ def forward(
     mixed = self.mix(context, visual, sight.sees, record).flatten(2)
     output = self.o_proj(mixed)
     if record is not None:
-        record |= dict(query_rope=query, self_context=context.flatten(2), keys=keys, values=values, visual=visual.flatten(2), fused_context=mixed, hidden_states=output)
+        record |= dict(query_rope=query, self_context=context.flatten(2), keys=keys, values=values, visual=visual.flatten(2), fused_context=mixed,
+                       hidden_states=output)
     return output, None
 
 # %% ../../nbs/papers/05_owl3.ipynb #6e83f1ef

@@ -19,8 +19,9 @@ from .processor import GRIDS, choose_grid, cut
 from ..parity import Given
 from ..vision import clip_pixels, hidden_states
 
-# %% ../../nbs/papers/05_owl3.ipynb #16ddafee
+# %% ../../nbs/papers/05_owl3.ipynb #8fb8440e
 ORIGIN = 'mPLUG-Owl3'   # named in the files
+_OFFSET = 'media_offset does not follow from media_starts'
 
 
 def starts_of(
@@ -35,7 +36,7 @@ def starts_of(
     if f'{prefix}media_offset' in tensors:
         ours, theirs = media_offset(starts, length), tensors[f'{prefix}media_offset']
         some = torch.tensor(counted) > 0
-        if not torch.equal(ours[some], theirs[some]) or bool((theirs[~some][..., 1] >= 0).any()): raise ValueError('media_offset does not follow from media_starts')
+        if not torch.equal(ours[some], theirs[some]) or bool((theirs[~some][..., 1] >= 0).any()): raise ValueError(_OFFSET)
     return starts
 
 
@@ -57,7 +58,7 @@ def blocked(
     seen = torch.arange(len(media.starts[row]))[None] < counts[:, None]
     return ~seen[counts > 0].repeat_interleave(media.embeds.shape[1], 1)[None, None]
 
-# %% ../../nbs/papers/05_owl3.ipynb #6b8f8c51
+# %% ../../nbs/papers/05_owl3.ipynb #c0f42bf2
 def layer_case(
     config: dict[str, Any],
     tensors: Given,
@@ -105,7 +106,7 @@ def mi_rope_case(
     while f'in.{number}.visual_key' in tensors:
         keys, starts = tensors[f'in.{number}.visual_key'], [tensors[f'in.{number}.media_starts'].tolist()]
         media = Media(torch.zeros(len(starts[0]), meta['tokens_per_image'], 1), starts)
-        if not torch.equal(media_offset(starts, meta['text_len'])[0], tensors[f'in.{number}.media_offset']): raise ValueError('media_offset does not follow from media_starts')
+        if not torch.equal(media_offset(starts, meta['text_len'])[0], tensors[f'in.{number}.media_offset']): raise ValueError(_OFFSET)
         media.rotary(Qwen2RotaryEmbedding(fields))
         rotated = rotate(keys[0].transpose(0, 1).unflatten(0, (len(starts[0]), -1)), media.angles)
         sight = Sight.of(media, torch.arange(meta['text_len'])[None])
@@ -115,7 +116,7 @@ def mi_rope_case(
         number += 1
     return found
 
-# %% ../../nbs/papers/05_owl3.ipynb #66fe2056
+# %% ../../nbs/papers/05_owl3.ipynb #8939b70f
 def full_case(
     config: dict[str, Any],
     tensors: Given,
@@ -139,7 +140,8 @@ def full_case(
     gradients = {f'grad.w.{name}': p.grad for name, p in model.named_parameters()} | ({'grad.image_embeds': media.embeds.grad} if media else {})
     found |= {f'hidden.{i}': state for i, state in enumerate(result.hidden_states)} | dict(logits=result.logits, loss=result.loss)
     new = tensors.wanted['out.greedy_ids'][1]
-    answer = model.generate(ids, mask, pixels, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    answer = model.generate(ids, mask, pixels, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
+                            output_logits=True, return_dict_in_generate=True)
     found |= dict(greedy_ids=answer.sequences[:, ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
     if pixels is not None: found['cached_decode_logits'] = cached_steps(model, ids, mask, pixels, found['greedy_ids'][:, :4])
     return {f'out.{name}': tensor for name, tensor in found.items()} | {name: g for name, g in gradients.items() if g is not None}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-# %% ../../nbs/papers/05_owl3.ipynb #7fdecee4
+# %% ../../nbs/papers/05_owl3.ipynb #ccf9f0bf
 # Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value heads, R = H/G, d head width.
 States = tuple[Tensor, Tensor]   # keys and values of all images, [N·S, G, d] each
 
@@ -28,7 +28,8 @@ class Media:
     def __post_init__(self) -> None:
         found = sum(map(len, self.starts))
         if found != len(self.embeds):
-            raise ValueError(f'{found} placeholders in the text (per sample: {[len(s) for s in self.starts]}), {len(self.embeds)} images; they must be equal')
+            raise ValueError(f'{found} placeholders in the text (per sample: {[len(s) for s in self.starts]}), '
+                             f'{len(self.embeds)} images; they must be equal')
 
     @property
     def positions(self) -> Tensor:

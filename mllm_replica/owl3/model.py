@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['IMAGE_TOKENS', 'SIGLIP', 'SIZES', 'UNUSED_KEYS', 'Owl3Config', 'placeholder_starts', 'Owl3Model', 'paper_config', 'official_config', 'gate_of', 'convert_official', 'load_official']
 
-# %% ../../nbs/papers/05_owl3.ipynb #f3fd3b88
+# %% ../../nbs/papers/05_owl3.ipynb #5f53ed83
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from ..honeybee.model import OfficialWeightsError, check_keys, weight_files
 from .components import FUSIONS, GATES, insert_layers
 from .media import Media, Sight
 from .processor import Owl3Processor
@@ -57,7 +56,7 @@ class Owl3Config(VisionLanguageConfig):
         "Positions that one image takes in the text."
         return len(self.placeholder_ids)
 
-# %% ../../nbs/papers/05_owl3.ipynb #fe142738
+# %% ../../nbs/papers/05_owl3.ipynb #eb8fc471
 def placeholder_starts(
     input_ids: Tensor,              # [B,T]
     attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
@@ -90,9 +89,12 @@ class Owl3Model(VisionLanguageModel):
         media_starts: Sequence[Sequence[int]] | None = None,  # per sample, counted from the first real token; None: found in input_ids
     ) -> Media | None:
         "The images of a batch in their places; None without images."
-        starts = placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids) if media_starts is None else [list(s) for s in media_starts]
+        starts = (placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids) if media_starts is None else
+                  [list(s) for s in media_starts])
         if pixel_values is None and image_features is None:
-            if any(starts): raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features is given')
+            if any(starts):
+                raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
+                                 'is given')
             return None
         last = max((s[-1] for s in starts if s), default=0) + 1
         if last >= (context := self.config.text_config.max_position_embeddings):
@@ -101,7 +103,7 @@ class Owl3Model(VisionLanguageModel):
         media.rotary(self.get_decoder().rotary_emb)
         return media
 
-# %% ../../nbs/papers/05_owl3.ipynb #1a715815
+# %% ../../nbs/papers/05_owl3.ipynb #9d78b2f8
 @patch
 def forward(
     self: Owl3Model,
@@ -119,10 +121,12 @@ def forward(
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
     if attention_mask is not None and attention_mask.dim() == 4:
-        raise NotImplementedError('packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; set pack to False')
+        raise NotImplementedError('packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
+                                  'set pack to False')
     held = getattr(past_key_values, 'media', None)
     if held is not None and (pixel_values is not None or image_features is not None):
-        raise NotImplementedError('the cache already holds the images of this conversation; give all images with its first tokens, or start again without a cache')
+        raise NotImplementedError('the cache already holds the images of this conversation; give all images with its first tokens, '
+                                  'or start again without a cache')
     media = held or media or self.media(input_ids, attention_mask, pixel_values, image_features, media_starts) if input_ids is not None else media
     if media is not None:
         if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config.text_config)
@@ -171,18 +175,18 @@ def planned_step(
 
 register(Owl3Config, Owl3Model, Owl3Processor)
 
-# %% ../../nbs/papers/05_owl3.ipynb #cdb980b9
-SIGLIP = dict(model_type='siglip_vision_model', hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
-               patch_size=14, vision_use_head=False)
+# %% ../../nbs/papers/05_owl3.ipynb #1bf8e84e
+SIGLIP = dict(model_type='siglip_vision_model', hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+              image_size=384, patch_size=14, vision_use_head=False)
 _QWEN2 = dict(model_type='qwen2', vocab_size=151851, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=151643,
               eos_token_id=151645, use_sliding_window=False)
 SIZES = {   # language model, layers (from 0), gate
-    '7B': (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False),
-           (0, 8, 16, 24), 'adaptive'),
-    '2B': (dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
-           (6, 14, 22, 25), 'static'),
-    '1B': (dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
-           (5, 12, 19, 21), 'static'),
+    '7B': (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                tie_word_embeddings=False), (0, 8, 16, 24), 'adaptive'),
+    '2B': (dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                tie_word_embeddings=True), (6, 14, 22, 25), 'static'),
+    '1B': (dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                tie_word_embeddings=True), (5, 12, 19, 21), 'static'),
 }
 
 
@@ -195,7 +199,7 @@ def paper_config(
     text, layers, gate = SIZES[size]
     return Owl3Config(**(dict(vision_config=SIGLIP, text_config=_QWEN2 | text, hyper_layers=layers, gate=gate) | changes))
 
-# %% ../../nbs/papers/05_owl3.ipynb #7d4c0afc
+# %% ../../nbs/papers/05_owl3.ipynb #828f5c45
 UNUSED_KEYS = ('vision_model.head.',)   # accepted, named in `model.unused_keys`
 _TEXT_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads')
 _TEXT_OPTIONS = ('max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings', 'bos_token_id', 'eos_token_id', 'use_sliding_window',
@@ -223,8 +227,10 @@ def gate_of(
     names: Sequence[str],  # keys of a checkpoint
 ) -> str:
     "Which gate a checkpoint has."
-    kinds = [kind for kind, ending in (('adaptive', '.self_attn.gate_proj.0.weight'), ('static', '.self_attn.gate')) if any(n.endswith(ending) for n in names)]
-    if len(kinds) != 1: raise OfficialWeightsError(f'found gates {kinds}; expected self_attn.gate_proj.0 (adaptive) or self_attn.gate (static) in the hyper layers')
+    kinds = [kind for kind, ending in (('adaptive', '.self_attn.gate_proj.0.weight'), ('static', '.self_attn.gate'))
+             if any(n.endswith(ending) for n in names)]
+    if len(kinds) != 1:
+        raise ValueError(f'found gates {kinds}; expected self_attn.gate_proj.0 (adaptive) or self_attn.gate (static) in the hyper layers')
     return kinds[0]
 
 
@@ -246,12 +252,15 @@ def load_official(
 ) -> Owl3Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
     folder, state = Path(folder), {}
-    for path in weight_files(folder):
-        if path.suffix != '.safetensors': raise OfficialWeightsError(f'{path.name}: the released files are safetensors; convert this one first')
+    files = sorted(folder.glob('*.safetensors'))
+    if not files: raise FileNotFoundError(f'no safetensors in {folder}; found {sorted(p.name for p in folder.iterdir())}')
+    for path in files:
         with safe_open(path, 'pt') as file: state |= {name: file.get_tensor(name) for name in file.keys()}
     config = official_config(json.loads((folder/'config.json').read_text()), gate_of(list(state)))
     state, unused = convert_official(state, config)
-    with torch.device('meta'): check_keys(Owl3Model(config).state_dict(), state)
+    with torch.device('meta'): shapes = Owl3Model(config)
+    try: shapes.load_state_dict(state, assign=True)   # strict: lists every missing, unexpected and wrongly shaped key
+    except RuntimeError as error: raise ValueError(f'the checkpoint in {folder.name} does not fit, nothing was loaded: {error}') from None
     model = Owl3Model.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
     model.unused_keys = unused
     return model

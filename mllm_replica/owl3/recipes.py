@@ -52,11 +52,12 @@ def layers_of(
         changed |= dict(gate='adaptive' if params['adaptive_gate'] else 'scalar', shared_norm=params['shared_norm'], mi_rope=params['mi_rope'])
     return changed
 
-# %% ../../nbs/papers/05_owl3.ipynb #15e08690
+# %% ../../nbs/papers/05_owl3.ipynb #02b7f3dd
 _VISION = dict(model_type='siglip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32,
                patch_size=8, vision_use_head=False)
 _TEXT = dict(model_type='qwen2', hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=32768, initializer_range=0.08, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+             max_position_embeddings=32768, initializer_range=0.08, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+             pad_token_id=0)
 _PLACEHOLDER = '<|'   # two words instead of five; the second is the first to see the image
 _TINY_LAYERS = {'l2': [2, 6], 'l4': [0, 2, 4, 6], 'l8': list(range(8))}   # of eight, as Table 9's of thirty-two
 _ASSUMPTIONS = ('one joint stage from random weights: no language model is pre-trained', 'frozen random encoder instead of SigLIP',
@@ -92,7 +93,7 @@ def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: in
                   stages=_joint({'album': 0.7, 'shape': 0.3}, scale, 1000 if table == '9' else 1500),
                   benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests), assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/05_owl3.ipynb #5380688f
+# %% ../../nbs/papers/05_owl3.ipynb #a4f68400
 _COUNTS = (1, 2, 3, 4, 6, 8)                # pictures in a prompt of the Distractor Resistance test
 _QUESTIONS = 100                            # of it, four passes each
 _IMAGES = (10, 20, 50, 100, 200, 400)       # of Figure 1a
@@ -101,7 +102,8 @@ _ROWS = {'owl3': {'fusion': 'hyper', 'hyper_layers': [0, 2]}, 'llava_interleave'
 
 def _distractors(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 4."
-    return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed, model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
+    return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed,
+                  model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
                   sources={'album': _album(scale, 'train', 8000, 1, 6), 'test_control': _album(scale, 'test', 500, 1, 1)},
                   stages=_joint({'album': 1.0}, scale, 1200), assumptions=_ASSUMPTIONS,
                   benchmarks=(Benchmark(name='control', source='test_control', max_new_tokens=1),))
@@ -144,8 +146,9 @@ def tables(
     "The tables with a row that can run."
     return [table for table in tables_of('owl3') if None in rows(table, scale).values()]
 
-# %% ../../nbs/papers/05_owl3.ipynb #b92c4e11
-_SHOWN = {'text_reading': 7, 'key_point': 7, 'video': 8, 'vatex': 8, 'msr': 8, 'caption': 4, 'interleave': 4, 'mmdu': 4, 'mantis': 4}  # part of a name -> images
+# %% ../../nbs/papers/05_owl3.ipynb #2aa8ca65
+_SHOWN = {'text_reading': 7, 'key_point': 7, 'video': 8, 'vatex': 8, 'msr': 8, 'caption': 4, 'interleave': 4, 'mmdu': 4,
+          'mantis': 4}   # part of a data set's name -> images per sample
 
 
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
@@ -154,10 +157,13 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     model = {'base': 'Qwen1.5-7B', **layers_of(params)} if ablation else {'size': _SIZES[row]}
     stages = ablation_stages() if ablation else published_stages()
     images = lambda name: next((count for part, count in _SHOWN.items() if part in name and not name.startswith('s1_')), 1)
-    assumed = ('tables 8 to 10: LLaVA-1.5\'s schedule, Qwen1.5-7B with 32 layers, cross-attention in the same four layers as hyper attention',) if ablation else (
-        'optimiser, weight decay and clipping are not stated: AdamW as everywhere here', 'images per sample by the kind of data set: 8 frames, 7 tiles, 4 interleaved, else 1')
+    assumed = (('tables 8 to 10: LLaVA-1.5\'s schedule, Qwen1.5-7B with 32 layers, '
+                'cross-attention in the same four layers as hyper attention',) if ablation else
+               ('optimiser, weight decay and clipping are not stated: AdamW as everywhere here',
+                'images per sample by the kind of data set: 8 frames, 7 tiles, 4 interleaved, else 1'))
     return Recipe(paper='owl3', table=table, row=row, scale='paper', seed=seed, model=model, stages=stages, benchmarks=(), assumptions=assumed,
-                  sources={name: Source(kind='folder', name=f'owl3/{name}', options={'images': images(name)}) for stage in stages for name in stage.mixture})
+                  sources={name: Source(kind='folder', name=f'owl3/{name}', options={'images': images(name)})
+                           for stage in stages for name in stage.mixture})
 
 
 def recipe(
@@ -171,7 +177,7 @@ def recipe(
     if reason: raise ValueError(f'owl3 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
-# %% ../../nbs/papers/05_owl3.ipynb #14a2e446
+# %% ../../nbs/papers/05_owl3.ipynb #13292132
 _QWEN15 = dict(model_type='qwen2', vocab_size=151936, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
 
@@ -198,25 +204,24 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor; at scale paper on the meta device only the shapes."
     import torch
-    from mllm_replica.honeybee.model import HoneybeeProcessor
     from mllm_replica.language import word_tokenizer
     from mllm_replica.owl3.model import SIGLIP, Owl3Model, paper_config
-    from mllm_replica.owl3.processor import Owl3Processor
+    from mllm_replica.owl3.processor import ConcatProcessor, Owl3Processor
     from mllm_replica.worlds import vocabulary
     made, meta = {k: v for k, v in recipe.model.items() if k not in ('test', 'base')}, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
-        if not meta: raise NotImplementedError(f'{recipe.unit}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only')
+        if not meta:
+            raise NotImplementedError(f'{recipe.unit}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only')
         if 'size' in made: return Owl3Model(paper_config(made['size'])), None
         return _model(made, dict(vision_config=SIGLIP, text_config=_QWEN15)), None
-    tokenizer, colours = word_tokenizer([*vocabulary(), _PLACEHOLDER]), dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    vision = made.pop('vision')
+    tokenizer, vision = word_tokenizer([*vocabulary(), _PLACEHOLDER]), made.pop('vision')
     backbones = dict(vision_config=vision, text_config=made.pop('text') | {'vocab_size': len(tokenizer)})
     processor = Owl3Processor(tokenizer, image_size=vision['image_size'], style='plain', ends=False, placeholder=_PLACEHOLDER)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = _model(made, backbones, placeholder_ids=processor.placeholder_ids)
         if not meta: _scratch(model, recipe.seed)
-    if made['fusion'] == 'concat': processor = HoneybeeProcessor.from_config(model.config, tokenizer, style='plain', **colours)
+    if made['fusion'] == 'concat': processor = ConcatProcessor.from_config(model.config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return model, processor
 
 # %% ../../nbs/papers/05_owl3.ipynb #a26c0329

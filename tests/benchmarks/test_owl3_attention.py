@@ -1,4 +1,4 @@
-"""Hyper attention at the sizes of the 7B model (hidden 3584, 28 / 4 heads, 729 patches, 256 text tokens), and what an image costs a whole small model."""
+"""Hyper attention at the sizes of the 7B model (hidden 3584, 28 / 4 heads, 729 patches, 256 text tokens), and what an image costs a small model."""
 import json
 import os
 import subprocess
@@ -15,7 +15,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Rotary
 from mllm_replica.owl3.components import HyperAttention
 from mllm_replica.owl3.media import Media, Sight, rotate
 
-CONFIG = Qwen2Config(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, attn_implementation='sdpa', max_position_embeddings=65536, rope_theta=1e6)
+CONFIG = Qwen2Config(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, attn_implementation='sdpa',
+                     max_position_embeddings=65536, rope_theta=1e6)
 D, HEADS, GROUPS, HEAD, TEXT, PATCHES = 3584, 28, 4, 128, 256, 729
 MATMUL_FLOPS = 2 * 2048 ** 3
 SLACK = 1.2   # other processes share the machine
@@ -161,7 +162,8 @@ print(json.dumps(peak() - before))
 
 
 def program(text, *arguments):
-    done = subprocess.run([sys.executable, '-c', text, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, '-c', text, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
