@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ORIGIN', 'parity_cases', 'starts_of', 'causal_mask', 'blocked', 'layer_case', 'mi_rope_case', 'full_case', 'cached_steps', 'crop_case', 'kind_of']
 
-# %% ../../nbs/papers/05_owl3.ipynb #995cebce
+# %% ../../nbs/papers/05_owl3.ipynb #e43531e1
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from .components import HyperAttention, HyperLayer
 from .media import Media, Sight, media_offset, rotate
-from .model import Owl3Model, convert_official, official_config
+from .model import IMAGE_TOKENS, Owl3Model, convert_official, gate_of, official_config, placeholder_starts
 from .processor import GRIDS, choose_grid, cut
 from ..parity import Given
 from ..vision import clip_pixels, hidden_states
@@ -116,47 +116,50 @@ def mi_rope_case(
         number += 1
     return found
 
-# %% ../../nbs/papers/05_owl3.ipynb #8939b70f
+# %% ../../nbs/papers/05_owl3.ipynb #8d1d559f
 def full_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor]:
     "A whole model with pixels, or with text only."
-    ours, weights = official_config(config, placeholder_ids=config['metadata']['placeholder_ids']), tensors.weights()
+    weights, meta = tensors.weights(), config['metadata']
+    ours = official_config(config, gate_of(list(weights)), meta.get('placeholder_ids', IMAGE_TOKENS))
     state, _ = convert_official(weights, ours)
     model = Owl3Model(ours).eval()
     model.load_state_dict(state)
     ids, mask, pixels, found = tensors['in.input_ids'], tensors['in.attention_mask'], None, {}
     starts, media = starts_of(tensors, ids.shape[1]), None
+    if 'placeholder_ids' in meta and (seen := placeholder_starts(ids, mask, ours.placeholder_ids)) != starts:
+        raise ValueError(f'placeholders were found at {seen}, recorded are {starts}')
     if 'in.pixel_values' in tensors:
-        pixels, encoder = tensors['in.pixel_values'], model.vision_model
-        with torch.no_grad(): states = hidden_states(encoder, pixels)
-        media = model.media(ids, mask, pixels)
-        if media.starts != starts: raise ValueError(f'placeholders were found at {media.starts}, recorded are {starts}')
+        pixels = tensors['in.pixel_values']
+        with torch.no_grad(): states = hidden_states(model.vision_model, pixels)
+        media = model.media(ids, mask, pixels, media_starts=starts)
         media.embeds.retain_grad()
         found |= {'vision_feature_hidden_-2': states[-2], 'vision_last_hidden_state_unused': states[-1], 'image_embeds': media.embeds}
-    result = model(input_ids=ids, attention_mask=mask, media=media, labels=tensors['in.labels'], return_logits=True, output_hidden_states=True)
-    result.loss.backward()
+    labels = tensors['in.labels'] if 'in.labels' in tensors else None
+    result = model(input_ids=ids, attention_mask=mask, media=media, labels=labels, return_logits=True, output_hidden_states=True)
+    if result.loss is not None: result.loss.backward()
     gradients = {f'grad.w.{name}': p.grad for name, p in model.named_parameters()} | ({'grad.image_embeds': media.embeds.grad} if media else {})
     found |= {f'hidden.{i}': state for i, state in enumerate(result.hidden_states)} | dict(logits=result.logits, loss=result.loss)
-    new = tensors.wanted['out.greedy_ids'][1]
-    answer = model.generate(ids, mask, pixels, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
-                            output_logits=True, return_dict_in_generate=True)
-    found |= dict(greedy_ids=answer.sequences[:, ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
-    if pixels is not None: found['cached_decode_logits'] = cached_steps(model, ids, mask, pixels, found['greedy_ids'][:, :4])
-    return {f'out.{name}': tensor for name, tensor in found.items()} | {name: g for name, g in gradients.items() if g is not None}
+    if 'out.greedy_ids' in tensors.wanted:
+        answer = model.generate(ids, mask, pixels, media_starts=starts, max_new_tokens=tensors.wanted['out.greedy_ids'][1], do_sample=False,
+                                eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+        found |= dict(greedy_ids=answer.sequences[:, ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
+        steps = tensors.wanted.get('out.cached_decode_logits', (0, 0))[1]
+        if steps: found['cached_decode_logits'] = cached_steps(model, dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, media_starts=starts),
+                                                               found['greedy_ids'][:, :steps])
+    return {f'out.{n}': t for n, t in found.items() if t is not None} | {name: g for name, g in gradients.items() if g is not None}
 
 
 @torch.no_grad()
 def cached_steps(
     model: Owl3Model,
-    input_ids: Tensor,       # [B,T] prompt
-    attention_mask: Tensor,  # [B,T]
-    pixel_values: Tensor,    # [N,3,height,width]
+    prompt: dict[str, Any],  # input_ids and attention_mask [B,T], pixel_values, media_starts
     tokens: Tensor,          # [B,n] to be fed one after the other
 ) -> Tensor:
     "Logits of every fed token, with the cache: → [B,n,V]."
-    cache, logits = model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=True).past_key_values, []
+    cache, attention_mask, logits = model(**prompt, use_cache=True).past_key_values, prompt['attention_mask'], []
     for token in tokens.T:
         attention_mask = torch.cat([attention_mask, torch.ones_like(token)[:, None]], 1)
         logits.append(model(input_ids=token[:, None], attention_mask=attention_mask, past_key_values=cache).logits)

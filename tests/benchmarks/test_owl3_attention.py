@@ -175,3 +175,49 @@ def test_extra_memory_of_a_forward(images, official, record_property):
     print(f'\nextra memory of a forward, {images} images: {extra:.0f} MiB, official {official} MiB')
     record_property('extra_mib', extra)
     assert extra <= min(official, 410)
+
+
+PREFILL = '''
+import json, resource, sys, time, torch
+torch.set_num_threads(1)
+from mllm_replica.owl3.recipes import _IMAGES, build, recipe
+from mllm_replica.cost import count
+row, counts = sys.argv[1], [int(n) for n in sys.argv[2].split(',')]
+torch.manual_seed(0)
+model, processor = build(recipe('fig1a', row, 'tiny', 0))
+ids = torch.tensor([processor.placeholder_ids if row == 'owl3' else [processor.image_token_id] * 64])
+text = torch.randint(4, 90, (1, 16))
+found = {}
+for n in counts:
+    given = dict(input_ids=torch.cat([ids.repeat(1, n), text], 1), image_features=torch.randn(n, 64, 48), use_cache=True, logits_to_keep=1)
+    times = []
+    with torch.inference_mode():
+        for _ in range(3 if n < 100 else 1):
+            start = time.process_time()
+            model(**given)
+            times.append(time.process_time() - start)
+        flops = count(lambda: model(**given).logits).forward if n < 100 else 0
+    found[n] = [min(times), flops]
+found['peak_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps(found))
+'''
+
+
+@pytest.mark.slow
+def test_slope_per_image_follows_the_flops(record_property):
+    counts, slopes = (1, 2, 4, 8, 16, 32), {}
+    for row in ('owl3', 'llava_interleave'):
+        found = program(PREFILL, row, ','.join(map(str, counts)))
+        slopes[row] = [(found['32'][part] - found['8'][part]) / 24 for part in (0, 1)]
+        print(f'\n{row}: {slopes[row][0] * 1e3:.2f} ms and {slopes[row][1] / 1e6:.1f} MFLOP per image from 8 to 32 images')
+        for n in counts: print(f'  {n:3} images {found[str(n)][0] * 1e3:8.2f} ms {found[str(n)][1] / 1e6:10.1f} MFLOP')
+        assert found['32'][0] / found['8'][0] <= 1.5 * found['32'][1] / found['8'][1]   # time grows no faster than the work does
+    record_property('slopes', slopes)
+    assert slopes['owl3'][0] < slopes['llava_interleave'][0] / 4
+
+
+@pytest.mark.slow
+def test_four_hundred_images_fit_in_two_gigabytes():
+    found = program(PREFILL, 'owl3', '400')
+    print(f"\n400 images of 64 tokens: {found['400'][0]:.2f} s, peak {found['peak_mb']:.0f} MiB")
+    assert found['peak_mb'] < 2000
