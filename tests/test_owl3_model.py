@@ -101,6 +101,84 @@ def test_decoding_with_cache_beams_and_any_padding(changes):
     assert torch.equal(slow, fast)
 
 
+@pytest.mark.parametrize('gate', GATES)
+@pytest.mark.parametrize('limit', (0, 2 ** 22))
+def test_mixed_precision(gate, limit, monkeypatch):
+    monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
+    model, (ids, mask) = build(gate=gate), padded(ROWS, 'right')
+    with torch.autocast('cpu', torch.bfloat16): loss = model(ids, mask, pixels(), labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    assert torch.allclose(loss, model(ids, mask, pixels(), labels=ids.masked_fill(mask == 0, -100)).loss, rtol=0.02)
+
+
+def test_images_projected_in_parts_give_the_same_gradients(monkeypatch):
+    found = []
+    for at_once in (4096, 9):   # all, and one image of nine patches
+        monkeypatch.setattr('mllm_replica.owl3.components._TOKENS_AT_ONCE', at_once)
+        model, (ids, mask) = build(), padded(ROWS, 'right')
+        model(ids, mask, pixels(), labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and all(torch.allclose(found[0][n], found[1][n], atol=1e-6) for n in found[0])
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, (ids, mask) = build().train(), padded(ROWS, 'right')
+    found = []
+    for used in (False, True):
+        if used: model.gradient_checkpointing_enable({'use_reentrant': False})
+        model.zero_grad()
+        model(ids, mask, pixels(), labels=ids).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+@pytest.mark.parametrize('limit', (0, 2 ** 22))
+@torch.no_grad()
+def test_attention_implementations_agree(limit, monkeypatch):
+    monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
+    model, (ids, mask) = build(), padded(ROWS, 'left')
+    first = model(ids, mask, pixels()).logits
+    model.set_attn_implementation('eager')
+    assert torch.allclose(model(ids, mask, pixels()).logits[mask.bool()], first[mask.bool()], atol=5e-5)
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids():
+    model, (ids, images) = build(), alone(0)
+    embeds, starts = model.get_input_embeddings()(ids), [[2, 9]]
+    assert torch.equal(model(inputs_embeds=embeds, pixel_values=images, media_starts=starts).logits, model(ids, None, images).logits)
+    with pytest.raises(ValueError, match='need media_starts'): model(inputs_embeds=embeds, pixel_values=images)
+    cache = model(ids, None, images, use_cache=True).past_key_values
+    again = model(ids, None, images, use_cache=True).past_key_values
+    token = torch.tensor([[40]])
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(token), past_key_values=cache).logits, model(token, past_key_values=again).logits)
+
+
+def test_what_a_cache_and_positions_cannot_say():
+    model, (ids, images) = build(), alone(1)
+    cache = model(torch.tensor([ROWS[2]]), use_cache=True).past_key_values
+    with pytest.raises(NotImplementedError, match='holds text without images'): model(ids, None, images, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match='start again within a row'): model(ids, None, images, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0]]))
+    assert torch.equal(model(torch.tensor([ROWS[2]]), None, images[:0]).logits, model(torch.tensor([ROWS[2]])).logits)
+
+
+def test_an_answer_may_spell_the_placeholder(monkeypatch):
+    model = build()
+    with torch.no_grad():   # a model that says 3 4 5 4 6 whatever it reads
+        spelled = iter(IMAGE * 2)
+        head = model.language_model.lm_head
+        monkeypatch.setattr(head, 'forward', lambda x: torch.nn.functional.one_hot(torch.tensor(next(spelled)), 96).float().expand(*x.shape[:2], -1))
+        out = model.generate(torch.tensor([ROWS[2]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+    assert out[0, -6:].tolist() == [*IMAGE, IMAGE[0]]
+
+
+@torch.no_grad()
+def test_the_cache_keeps_keys_and_values_only():
+    model, (ids, images) = build(), alone(0)
+    media = model(ids, None, images, use_cache=True).past_key_values.media
+    assert not len(media.embeds) and sorted(media.states) == [0, 2] and all(len(k) == 18 for k, _ in media.states.values())
+
+
 @torch.no_grad()
 def test_decoding_projects_no_image_again(monkeypatch):
     from mllm_replica.owl3.components import HyperAttention
@@ -207,6 +285,18 @@ def test_saved_and_loaded(tmp_path):
     model, (ids, images) = build(gate='scalar'), alone(0)
     model.save_pretrained(tmp_path)
     assert torch.equal(Owl3Model.from_pretrained(tmp_path)(ids, None, images).logits, model(ids, None, images).logits)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file({k: v for k, v in state.items() if not k.endswith('layers.2.self_attn.gate')}, tmp_path/'model.safetensors', {'format': 'pt'})
+    with pytest.raises(ValueError, match='lacks 1 weights of the image layers'): Owl3Model.from_pretrained(tmp_path)
+
+
+def test_tied_embeddings_survive(tmp_path):
+    torch.manual_seed(0)
+    model = Owl3Model(Owl3Config(vision_config=VISION, text_config=TEXT | {'tie_word_embeddings': True}, hyper_layers=[0, 2], placeholder_ids=IMAGE)).eval()
+    model.save_pretrained(tmp_path)
+    loaded, (ids, images) = Owl3Model.from_pretrained(tmp_path), alone(0)
+    assert loaded.language_model.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(ids, None, images).logits, model(ids, None, images).logits)
 
 
 @pytest.mark.parametrize('change, message', [

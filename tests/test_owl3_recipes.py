@@ -25,6 +25,7 @@ def test_rows_of_the_ablations_differ_in_what_they_say():
     assert made['9', 'l4']['hyper_layers'] == [0, 8, 16, 24]
     assert made['10', 'base'] == dict(fusion='hyper', gate='scalar', shared_norm=False, mi_rope=False)
     assert made['10', 'full'] == dict(fusion='hyper', gate='adaptive', shared_norm=True, mi_rope=True)
+    assert recipe('8', 'hyper', 'tiny', 3).digest() == recipe('10', 'full', 'tiny', 3).digest()   # one unit serves both tables
 
 
 def test_every_row_runs_or_says_why():

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GATES', 'FUSIONS', 'HyperAttention', 'HyperLayer', 'ImageCrossAttention', 'CrossLayer', 'insert_layers']
 
-# %% ../../nbs/papers/05_owl3.ipynb #3eea82a2
+# %% ../../nbs/papers/05_owl3.ipynb #d090bc9e
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import (ALL_ATTENTION_FUNCTIONS, Q
 from ..layers import Linear, split_heads
 from .media import Sight, image_attention, rotate
 
-# %% ../../nbs/papers/05_owl3.ipynb #d6cf828a
+# %% ../../nbs/papers/05_owl3.ipynb #9948fd15
 GATES = ('adaptive', 'static', 'scalar')
 _TOKENS_AT_ONCE = 4096   # image tokens that are normalised and projected together
 
@@ -38,11 +39,11 @@ class HyperAttention(Qwen2Attention):
         self.gate_kind, self.mi_rope, self.num_key_value_heads = gate, mi_rope, config.num_key_value_heads
         self.v_kv_proj = Linear(config.hidden_size, 2 * config.num_key_value_heads * self.head_dim)
         if gate == 'adaptive': self.gate_proj = nn.Sequential(nn.Linear(self.head_dim, self.head_dim), nn.Sigmoid())
-        else: self.gate = nn.Parameter(torch.zeros(config.hidden_size if gate == 'static' else 1))
+        else: self.gate = nn.Parameter(torch.zeros(config.num_attention_heads * self.head_dim if gate == 'static' else 1))
 
     @torch.no_grad()
     def initialise(self) -> None:
-        "Image keys and values start as those of the text (section 2.3); the gate near one half."
+        "Image keys and values start as those of the text (section 2 of the paper); the gate near one half."
         for kind in ('weight', 'bias'):
             k, v = (getattr(part, kind).unflatten(0, (self.num_key_value_heads, self.head_dim)) for part in (self.k_proj, self.v_proj))
             getattr(self.v_kv_proj, kind).copy_(torch.stack([k, v], 1).flatten(0, 2))
@@ -59,12 +60,12 @@ class HyperAttention(Qwen2Attention):
         "Keys (rotated) and values of all images, a few images at a time: [N,S,D] → [N·S,G,d] twice."
         media, keys, values = sight.media, [], []
         at_once = max(1, _TOKENS_AT_ONCE // media.embeds.shape[1])
-        for first in range(0, len(media.embeds), at_once):
-            part = slice(first, first + at_once)
-            projected = self.v_kv_proj(norm(media.embeds[part]))
+        angles = zip(*(table.split(at_once) for table in media.angles)) if self.mi_rope else ()
+        for part, turned in zip_longest(media.embeds.split(at_once), angles):
+            projected = self.v_kv_proj(norm(part))
             if record is not None: record.setdefault('visual_kv_proj', []).append(projected)
             k, v = projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)
-            if self.mi_rope: k = rotate(k, tuple(table[part] for table in media.angles))
+            if turned: k = rotate(k, turned)
             keys.append(k.flatten(0, 1))
             values.append(v.flatten(0, 1))
         return torch.cat(keys), torch.cat(values)
@@ -77,7 +78,8 @@ class HyperAttention(Qwen2Attention):
         record: dict | None = None,
     ) -> Tensor:
         "The gate: → [B,T,H,d]."
-        if self.gate_kind == 'scalar': mixed = context + torch.tanh(self.gate) * visual
+        visual = visual.to(context.dtype)
+        if self.gate_kind == 'scalar': mixed = context + (torch.tanh(self.gate) * visual).to(context.dtype)
         else:
             gate = self.gate_proj(context) if self.gate_kind == 'adaptive' else torch.sigmoid(self.gate.view(context.shape[2:]))
             if record is not None: record['gate'] = gate
@@ -216,7 +218,7 @@ class CrossLayer(Qwen2DecoderLayer):
         normalised = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.mlp(normalised + self.cross_attn(normalised, sight))
 
-# %% ../../nbs/papers/05_owl3.ipynb #c8f9c60b
+# %% ../../nbs/papers/05_owl3.ipynb #1646b278
 FUSIONS = ('hyper', 'pre_cross', 'post_cross')
 
 
@@ -230,6 +232,7 @@ def insert_layers(
     if fusion not in FUSIONS: raise ValueError(f'fusion {fusion!r} is unknown; expected one of {FUSIONS}')
     blocks, config = language_model.model.layers, language_model.config
     wrong = [i for i in layers if not 0 <= i < len(blocks)]
+    if len(set(layers)) < len(layers): raise ValueError(f'layers {list(layers)}: some are named twice')
     if wrong or not layers: raise ValueError(f'layers {list(layers)}: expected some of 0…{len(blocks) - 1}' + f', not {wrong}' * bool(wrong))
     for i in layers:
         new = HyperLayer(config, i, **options) if fusion == 'hyper' else CrossLayer(config, i, fusion.removesuffix('_cross'))

@@ -116,7 +116,7 @@ def mi_rope_case(
         number += 1
     return found
 
-# %% ../../nbs/papers/05_owl3.ipynb #8d1d559f
+# %% ../../nbs/papers/05_owl3.ipynb #bd5e324e
 def full_case(
     config: dict[str, Any],
     tensors: Given,
@@ -147,8 +147,8 @@ def full_case(
                                 eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         found |= dict(greedy_ids=answer.sequences[:, ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
         steps = tensors.wanted.get('out.cached_decode_logits', (0, 0))[1]
-        if steps: found['cached_decode_logits'] = cached_steps(model, dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, media_starts=starts),
-                                                               found['greedy_ids'][:, :steps])
+        prompt = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, media_starts=starts)
+        if steps: found['cached_decode_logits'] = cached_steps(model, prompt, found['greedy_ids'][:, :steps])
     return {f'out.{n}': t for n, t in found.items() if t is not None} | {name: g for name, g in gradients.items() if g is not None}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-# %% ../../nbs/papers/05_owl3.ipynb #ccf9f0bf
+# %% ../../nbs/papers/05_owl3.ipynb #9751542f
 # Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value heads, R = H/G, d head width.
 States = tuple[Tensor, Tensor]   # keys and values of all images, [N·S, G, d] each
 
@@ -35,6 +35,10 @@ class Media:
     def positions(self) -> Tensor:
         "Rotary position of every image, one past its placeholder's first token: [N]."
         return torch.tensor([start + 1 for sample in self.starts for start in sample], dtype=torch.long, device=self.embeds.device)
+
+    def forget(self) -> None:
+        "Let the features go, once every layer has made its keys and values of them."
+        self.embeds = self.embeds.new_empty(0, *self.embeds.shape[1:])
 
     def rotary(
         self,
@@ -118,7 +122,7 @@ def rotate(
     cos, sin = (table[:, None, None].to(keys.dtype) for table in angles)
     return keys * cos + rotate_half(keys) * sin
 
-# %% ../../nbs/papers/05_owl3.ipynb #4a01acd8
+# %% ../../nbs/papers/05_owl3.ipynb #9d6fda1d
 def _fold(query: Tensor, groups: int) -> Tensor:
     "Query heads of a group one after the other: [B,H,T,d] → [B,G,R·T,d]."
     return query.unflatten(1, (groups, -1)).flatten(2, 3)
@@ -136,18 +140,18 @@ def _by_runs(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
             part = slice(at, at + count * per_image)
             k, v = (states[part].transpose(0, 1)[None] for states in (keys, values))
             asked = F.scaled_dot_product_attention(_fold(asked, k.shape[1]), k, v).unflatten(2, (-1, stop - start)).flatten(1, 2)
-        else: asked = torch.zeros_like(asked)
+        else: asked = torch.zeros_like(asked, dtype=values.dtype)
         pieces[row].append(asked)
     return torch.cat([torch.cat(row, 2) for row in pieces])
 
 
 def _padded(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
     "One call with padded keys and a mask: [B,H,T,d] → [B,H,T,d]; what tokens that see nothing get is undefined."
-    (images, per_image), starts, width = sight.media.embeds.shape[:2], sight.media.starts, max(map(len, sight.media.starts))
-    numbers = iter(range(images))
+    per_image, starts, width = sight.media.embeds.shape[1], sight.media.starts, max(map(len, sight.media.starts))
+    numbers = iter(range(sum(map(len, starts))))
     index = torch.tensor([[next(numbers) for _ in sample] + [0] * (width - len(sample)) for sample in starts], device=query.device)
     index = index.repeat_interleave(len(query) // len(starts), 0)
-    k, v = (states.unflatten(0, (images, per_image))[index].flatten(1, 2).transpose(1, 2) for states in (keys, values))
+    k, v = (states.unflatten(0, (-1, per_image))[index].flatten(1, 2).transpose(1, 2) for states in (keys, values))
     mask = (torch.arange(width, device=query.device) < sight.counts[..., None]) | ~sight.sees[..., None]  # a row of nothing but −∞ has no softmax
     mask = mask.repeat_interleave(per_image, -1)[:, None].repeat(1, 1, query.shape[1] // k.shape[1], 1)
     return F.scaled_dot_product_attention(_fold(query, k.shape[1]), k, v, attn_mask=mask).unflatten(2, (-1, query.shape[2])).flatten(1, 2)

@@ -30,7 +30,7 @@ def published_stages() -> tuple[Stage, ...]:
             Stage(name='multi_image', mixture=mixture_of(2), steps=3_000, warmup_steps=90, **later),
             Stage(name='sft', mixture=mixture_of(3), steps=11_000, warmup_steps=330, **later))
 
-# %% ../../nbs/papers/05_owl3.ipynb #c3a38039
+# %% ../../nbs/papers/05_owl3.ipynb #6c4fe4cb
 _ABLATIONS = ('8', '9', '10')
 
 
@@ -48,8 +48,9 @@ def layers_of(
     fusion = str(params.get('fusion', 'parallel')).split(',')[0]
     changed = {'fusion': {'concat': 'concat', 'cross': 'post_cross' if 'after' in str(params.get('fusion')) else 'pre_cross'}.get(fusion, 'hyper')}
     if 'hyper_layers' in params: changed['hyper_layers'] = [i - 1 for i in params['hyper_layers']]
-    if 'adaptive_gate' in params:
-        changed |= dict(gate='adaptive' if params['adaptive_gate'] else 'scalar', shared_norm=params['shared_norm'], mi_rope=params['mi_rope'])
+    if changed['fusion'] == 'hyper':
+        changed |= dict(gate='adaptive' if params.get('adaptive_gate', True) else 'scalar', shared_norm=params.get('shared_norm', True),
+                        mi_rope=params.get('mi_rope', True))
     return changed
 
 # %% ../../nbs/papers/05_owl3.ipynb #02b7f3dd
@@ -93,11 +94,11 @@ def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: in
                   stages=_joint({'album': 0.7, 'shape': 0.3}, scale, 1000 if table == '9' else 1500),
                   benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests), assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/05_owl3.ipynb #a4f68400
+# %% ../../nbs/papers/05_owl3.ipynb #cbd1dcc8
 _COUNTS = (1, 2, 3, 4, 6, 8)                # pictures in a prompt of the Distractor Resistance test
 _QUESTIONS = 100                            # of it, four passes each
 _IMAGES = (10, 20, 50, 100, 200, 400)       # of Figure 1a
-_ROWS = {'owl3': {'fusion': 'hyper', 'hyper_layers': [0, 2]}, 'llava_interleave': {'fusion': 'concat', 'hyper_layers': [0, 2]}}
+_ROWS = {'owl3': {'hyper_layers': [0, 2]} | layers_of({}), 'llava_interleave': {'fusion': 'concat', 'hyper_layers': [0, 2]}}
 
 
 def _distractors(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
