@@ -75,9 +75,11 @@ def test_batches_and_padding_give_the_single_answer(changes):
             assert torch.allclose(logits[row][mask[row].bool()], model(one, None, images).logits[0], atol=2e-5)
 
 
+@pytest.mark.parametrize('limit', (0, 2 ** 22), ids=('runs', 'padded'))
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 @torch.no_grad()
-def test_an_image_changes_nothing_before_it(changes):
+def test_an_image_changes_nothing_before_it(changes, limit, monkeypatch):
+    monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
     model, (ids, images) = build(**changes), alone(0)
     other = images.clone()
     other[1] += 1
@@ -236,6 +238,27 @@ def test_runs_and_padded_attention_agree(seed, monkeypatch):
     assert torch.allclose(found[0], found[2], atol=1e-6) and torch.allclose(found[1], found[3], atol=1e-5)
 
 
+def recorded_keys():
+    "Names and shapes of the released 7B file, without the unused pooling head."
+    D, F, V, W = 3584, 18944, 151851, 1152
+    keys = {'language_model.model.embed_tokens.weight': (V, D), 'language_model.lm_head.weight': (V, D), 'language_model.model.norm.weight': (D,),
+            'vision_model.embeddings.patch_embedding.weight': (W, 3, 14, 14), 'vision_model.embeddings.patch_embedding.bias': (W,),
+            'vision_model.embeddings.position_embedding.weight': (729, W), 'vision2text_model.weight': (D, W), 'vision2text_model.bias': (D,)}
+    for l in range(28):
+        layer = {'input_layernorm.weight': (D,), 'post_attention_layernorm.weight': (D,), 'self_attn.q_proj.weight': (D, D), 'self_attn.q_proj.bias': (D,),
+                 'self_attn.o_proj.weight': (D, D), 'mlp.gate_proj.weight': (F, D), 'mlp.up_proj.weight': (F, D), 'mlp.down_proj.weight': (D, F)}
+        for p in 'kv': layer |= {f'self_attn.{p}_proj.weight': (512, D), f'self_attn.{p}_proj.bias': (512,)}
+        if l in (0, 8, 16, 24):
+            layer |= {'self_attn.v_kv_proj.weight': (1024, D), 'self_attn.v_kv_proj.bias': (1024,), 'self_attn.gate_proj.0.weight': (128, 128),
+                      'self_attn.gate_proj.0.bias': (128,)}
+        keys |= {f'language_model.model.layers.{l}.{name}': shape for name, shape in layer.items()}
+    sizes = {'layer_norm1': (W,), 'layer_norm2': (W,), 'mlp.fc1': (4304, W), 'mlp.fc2': (W, 4304)}
+    sizes |= {f'self_attn.{p}_proj': (W, W) for p in ('q', 'k', 'v', 'out')}
+    for name, shape in sizes.items():
+        for l in range(27): keys |= {f'vision_model.encoder.layers.{l}.{name}.weight': shape, f'vision_model.encoder.layers.{l}.{name}.bias': shape[:1]}
+    return keys | {'vision_model.post_layernorm.weight': (W,), 'vision_model.post_layernorm.bias': (W,)}
+
+
 @pytest.mark.parametrize('size,stage_one', [('7B', 18.88e6), ('2B', None), ('1B', None)])
 def test_released_keys(size, stage_one):
     config = paper_config(size)
@@ -250,6 +273,7 @@ def test_released_keys(size, stage_one):
     gates = {'adaptive': ('gate_proj.0.weight', (d, d)), 'static': ('gate', (D,))}[config.gate]
     assert all(state[f'language_model.model.layers.{i}.self_attn.{gates[0]}'].shape == gates[1] for i in hyper)
     assert state['vision_model.embeddings.position_embedding.weight'].shape == (729, 1152) and state['vision2text_model.weight'].shape == (D, 1152)
+    if size == '7B': assert {name: tuple(t.shape) for name, t in state.items()} == recorded_keys()
     extra = {'vision_model.head.probe': torch.empty(1, 1, 1152, device='meta')}
     if text.tie_word_embeddings: state.pop('language_model.lm_head.weight')
     ours, unused = convert_official(state | extra, official_config(official, gate_of(list(state))))

@@ -41,9 +41,9 @@ def inputs(images, late=False, keep=False):
     "Text, its angles, and what it sees: all images from the first token on, or evenly spread over the text."
     torch.manual_seed(1)
     starts = [i * TEXT // images for i in range(images)] if late else [-1] * images
-    media = Media(torch.randn(images, PATCHES, D), [starts])
+    media = Media(torch.randn(images, PATCHES, D, requires_grad=True), [starts])   # both come from layers that train
     media.rotary(rotary())
-    x = torch.randn(1, TEXT, D)
+    x = torch.randn(1, TEXT, D, requires_grad=True)
     return x, rotary()(x, torch.arange(TEXT)[None]), Sight.of(media, torch.arange(TEXT)[None], keep)
 
 
@@ -76,6 +76,7 @@ def run(module, x, angles, sight, backward=False):
     with torch.set_grad_enabled(backward): out = module(x, angles, sight=sight)[0]
     if not backward: return out
     module.zero_grad()
+    x.grad = sight.media.embeds.grad = None
     out.backward(torch.ones_like(out))
 
 
@@ -93,9 +94,9 @@ def test_equal_to_the_formula(late):
 def test_hyper_attention(images, backward, ratio, table):
     given = inputs(images)
     measured = ratio(lambda: run(attention(), *given, backward), rounds=2 if images == 50 else 3)
-    official = OFFICIAL[images][backward]
-    table.append((f'hyper {images}', '', 'both' if backward else 'forward', measured, official, bound(images, images * PATCHES * TEXT, backward)))
-    assert measured <= official * SLACK
+    official, work = OFFICIAL[images][backward], bound(images, images * PATCHES * TEXT, backward)
+    table.append((f'hyper {images}', '', 'both' if backward else 'forward', measured, official, work))
+    assert measured <= min(official, 1.15 * work if images == 50 else official) * SLACK
 
 
 @pytest.mark.benchmark(timer=time.process_time)
@@ -104,7 +105,7 @@ def test_images_that_come_late_cost_less(ratio, table):
     seen = int(given[2].counts.sum()) * PATCHES
     measured = ratio(lambda: run(attention(), *given), rounds=2)
     table.append(('hyper 50 late', '', 'forward', measured, OFFICIAL[50][0], bound(50, seen)))
-    assert measured <= OFFICIAL[50][0]
+    assert measured <= 1.15 * bound(50, seen) * SLACK
 
 
 @pytest.mark.benchmark(timer=time.process_time)
@@ -133,7 +134,7 @@ def test_decode_step(images, ratio, table):
 @pytest.mark.parametrize('images', (1, 8))
 def test_concatenation(images, backward, ratio, table):
     module, length = Qwen2Attention(CONFIG, 0).eval(), TEXT + images * PATCHES
-    x = torch.randn(1, length, D)
+    x = torch.randn(1, length, D, requires_grad=True)
     angles = rotary()(x, torch.arange(length)[None])
 
     def step():
@@ -146,7 +147,7 @@ def test_concatenation(images, backward, ratio, table):
 
 
 MEMORY = '''
-import json, resource, sys, torch
+import json, psutil, resource, sys, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 import test_owl3_attention as t
@@ -155,7 +156,7 @@ module = t.attention()
 with torch.no_grad():
     t.run(module, *t.inputs(1))
     given = t.inputs(int(sys.argv[2]))
-    before = peak()
+    before = psutil.Process().memory_info().rss / 2**20
     t.run(module, *given)
 print(json.dumps(peak() - before))
 '''
