@@ -165,15 +165,16 @@ def test_glyphs_stay_inside_and_differ():
 @pytest.mark.parametrize('name', WORLDS)
 def test_every_task_of_every_world_is_valid_and_speakable(name):
     known, world = set(vocabulary()), WORLDS[name]
+    options = {'images': [2, 4]} if name == 'albums' else {}   # a comparison needs two pictures
     for task in world.tasks:
-        rows = list(samples(name, 'train', 0, 25, tasks=[task]))
+        rows = list(samples(name, 'train', 0, 25, tasks=[task], **options))
         assert {row['task'] for row in rows} == {task}
         for row in rows:
             check_sample(row)
             assert {w for t in row['conversations'] for w in words_of(t['value'])} <= known | {'<image>'}
         closed = all(len(row['options']) > 1 for row in rows)
         if closed:
-            lettered = list(samples(name, 'train', 0, 25, tasks=[f'choice:{task}']))
+            lettered = list(samples(name, 'train', 0, 25, tasks=[f'choice:{task}'], **options))
             assert all(row['answer'] in row['options'] and set(row['options']) <= set('abcd') for row in lettered)
 
 
