@@ -19,7 +19,7 @@ from .processor import GRIDS, choose_grid, cut
 from ..parity import Given
 from ..vision import clip_pixels, hidden_states
 
-# %% ../../nbs/papers/05_owl3.ipynb #8fb8440e
+# %% ../../nbs/papers/05_owl3.ipynb #169ce9a8
 ORIGIN = 'mPLUG-Owl3'   # named in the files
 _OFFSET = 'media_offset does not follow from media_starts'
 
@@ -27,14 +27,13 @@ _OFFSET = 'media_offset does not follow from media_starts'
 def starts_of(
     tensors: Given,
     length: int,             # T
-    prefix: str = 'in.',
 ) -> list[list[int]]:
     "Where the placeholders of each sample start; both recorded forms must say the same."
-    starts = [tensors[f'{prefix}media_starts.{b}'].tolist() for b in range(len(tensors[f'{prefix}num_images']))]
+    starts = [tensors[f'in.media_starts.{b}'].tolist() for b in range(len(tensors['in.num_images']))]
     counted = [len(s) for s in starts]
-    if counted != tensors[f'{prefix}num_images'].tolist(): raise ValueError(f'num_images is not {counted}, the number of media_starts')
-    if f'{prefix}media_offset' in tensors:
-        ours, theirs = media_offset(starts, length), tensors[f'{prefix}media_offset']
+    if counted != tensors['in.num_images'].tolist(): raise ValueError(f'num_images is not {counted}, the number of media_starts')
+    if 'in.media_offset' in tensors:
+        ours, theirs = media_offset(starts, length), tensors['in.media_offset']
         some = torch.tensor(counted) > 0
         if not torch.equal(ours[some], theirs[some]) or bool((theirs[~some][..., 1] >= 0).any()): raise ValueError(_OFFSET)
     return starts
