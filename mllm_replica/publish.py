@@ -89,7 +89,7 @@ def write_records(
     if records: write_results(paper, table, scale, records)
     return results_path(paper, table, scale)
 
-# %% ../nbs/foundations/67_publish.ipynb #f78b7f9f
+# %% ../nbs/foundations/67_publish.ipynb #696afb6f
 class TableReport(Strict):
     "What the report notebook leaves in `report.json`."
     numbers: dict[str, FiniteFloat]  # as `comparison` names them, `<row>/` before the column
@@ -106,6 +106,7 @@ def write_report(
     from mllm_replica.report import figure, markdown, table_frame, verdict_frame, verdicts
     from mllm_replica.results import read_results, summary
     out_dir, rows = Path(out_dir), {}
+    out_dir.mkdir(parents=True, exist_ok=True)
     for (row, metric), found in summary(read_results(paper, table, scale)).items(): rows.setdefault(row, {})[metric] = found.mean
     numbers = {}
     for row, values in rows.items(): numbers |= comparison(paper, table, row, scale, values, f'{row}/')
