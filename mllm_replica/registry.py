@@ -9,7 +9,7 @@ __all__ = ['PAPERS', 'CHAPTERS', 'recipes_of']
 import importlib
 from types import ModuleType
 
-# %% ../nbs/foundations/03_registry.ipynb #746af1fc
+# %% ../nbs/foundations/03_registry.ipynb #fa86c189
 PAPERS = {
     'owl2': 'mPLUG-Owl2',
     'honeybee': 'Honeybee',
@@ -17,7 +17,7 @@ PAPERS = {
     'eagle': 'Eagle',
     'owl3': 'mPLUG-Owl3',
 }
-CHAPTERS = {'honeybee': 'mllm_replica.honeybee', 'owl3': 'mllm_replica.owl3'}
+CHAPTERS = {'owl2': 'mllm_replica.owl2', 'honeybee': 'mllm_replica.honeybee', 'owl3': 'mllm_replica.owl3'}
 
 
 def recipes_of(
