@@ -149,14 +149,16 @@ def memory_per_device(
                  optimizer=trained * state * share[2], activations=activations * micro_batch)
     return {name: size / 1e9 for name, size in found.items()}
 
-# %% ../nbs/foundations/70_plan.ipynb #ffcaac51
+# %% ../nbs/foundations/70_plan.ipynb #03aa3f7c
 def mean_images(
     recipe: Recipe,
     stage: Stage,
 ) -> int:
-    "Mean images of the stage's samples, at least one."
-    total = sum(weight * recipe.sources[name].options.get('images', 1) for name, weight in stage.mixture.items() if recipe.scale == 'paper')
-    return max(1, round(total / sum(stage.mixture.values())))
+    "Mean images of the stage's samples, at least one where some have any; one below the scale of the paper."
+    if recipe.scale != 'paper': return 1
+    shares = stage.mixture.values()
+    mean = sum(share * recipe.sources[name].options.get('images', 1) for name, share in stage.mixture.items()) / sum(shares)
+    return max(round(mean), int(mean > 0))
 
 
 def mean_length(
@@ -210,7 +212,7 @@ class UnitPlan(Strict):
         "The largest stage's memory on one device."
         return max((sum(s.memory.values()) for s in self.stages), default=0.0)
 
-# %% ../nbs/foundations/70_plan.ipynb #2dad9ef3
+# %% ../nbs/foundations/70_plan.ipynb #2f28b497
 def plan_unit(
     recipe: Recipe,
     build: Callable[[Recipe], tuple[nn.Module, object]],  # the paper's `build`
@@ -221,15 +223,16 @@ def plan_unit(
 ) -> UnitPlan:
     "Count the stages of one unit."
     from mllm_replica.vlm import visual_token_count
-    make, counted = (lambda: build(recipe)[0]), {} if counted is None else counted
-    with torch.device('meta'): model = make()
+    counted = {} if counted is None else counted
+    with torch.device('meta'): model = build(recipe)[0]
     parameters, visual = sum(p.numel() for p in model.parameters()), visual_token_count(model.config)
     rate, stages, forward, length = machine.devices * machine.tflops * 1e12 * machine.utilisation, [], 0, 1
     for stage in recipe.stages:
         length = max(1, mean_length(recipe, stage, visual, measured))
-        key = json.dumps([recipe.model, stage.trainable, stage.precision, length, mean_images(recipe, stage), machine.checkpointing], sort_keys=True)
+        here = recipe.model_copy(update={'model': recipe.model | recipe.model.get('in_stage', {}).get(stage.name, {})})
+        key = json.dumps([here.model, stage.trainable, stage.precision, length, mean_images(recipe, stage), machine.checkpointing], sort_keys=True)
         images = mean_images(recipe, stage) if length > visual else 0
-        if key not in counted: counted[key] = stage_cost(make, stage, length, images, machine.checkpointing)
+        if key not in counted: counted[key] = stage_cost(lambda: build(here)[0], stage, length, images, machine.checkpointing)
         plain, again, trained = counted[key]
         samples, forward = stage.steps * stage.batch_size, plain.forward
         flops = float(samples * (plain.forward + plain.backward))

@@ -135,7 +135,7 @@ class Owl2Processor(VisionLanguageProcessor):
         squares = [to_square(image, self.image_size, self.mode, self.image_mean) for image in images]
         return clip_pixels(squares, self.image_size, self.image_mean, self.image_std)
 
-# %% ../../nbs/papers/01_owl2.ipynb #60939ba1
+# %% ../../nbs/papers/01_owl2.ipynb #8b76de26
 def _turns(turns: Sequence[dict[str, str]], training: bool, name: str) -> list[dict[str, str]]:
     "The turns that are encoded, checked."
     turns = list(turns[:-1] if not training and turns and turns[-1]['from'] == 'gpt' else turns)
@@ -157,7 +157,7 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
         if found != len(given): raise ValueError(f'{name}: {found} <{kind}> placeholders, {len(given)} {kind}s; they must be equal')
     for i, video in enumerate(videos):
         if not isinstance(video, (list, tuple)) or not video:
-            raise ValueError(f'{name}: video {i} is {type(video).__name__} {str(video)[:40]!r}; expected a list of frames, at least one')
+            raise ValueError(f'{name}: video {i} is {"of no frames" if not video else type(video).__name__}; expected a list of frames, at least one')
     frames, shown, pictures = iter(videos), iter(images), []
 
     def place(mark: re.Match) -> str:
@@ -166,36 +166,28 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
         return IMAGE * len(new)
     return [_ANY.sub(place, text) for text in texts], pictures
 
-# %% ../../nbs/papers/01_owl2.ipynb #58240a11
+# %% ../../nbs/papers/01_owl2.ipynb #0a562a6a
 _Part = tuple[list[int | None], bool]  # token ids, None for an image, and whether they are supervised
 
 
 @patch
-def _chat(
-    self: Owl2Processor,
-    turns: Sequence[dict[str, str]],  # with `<image>` per picture
-    name: str,
-) -> Iterator[_Part]:
-    "The parts of a conversation in the official template."
-    training = self.style == 'training'
-    if training: turns = [dict(turn, value=image_first(turn['value'])) for turn in turns]
-    for i, (asked, answer) in enumerate(rounds(turns, SYSTEM * training)):
+def _chat(self: Owl2Processor, turns: Sequence[dict[str, str]], name: str) -> Iterator[_Part]:
+    "The parts of a conversation, one `<image>` per picture, in the official template."
+    if self.style == 'training': turns = [dict(turn, value=image_first(turn['value'])) for turn in turns]
+    for i, (asked, answer) in enumerate(rounds(turns, SYSTEM if self.style == 'training' else '')):
         prompt = prompt_ids(self.tokenizer, asked)[i > 0:]  # one begin token, in front of everything
         yield prompt, False
         if answer is None: continue
         whole = prompt_ids(self.tokenizer, asked + answer)[i > 0:]
         if whole[:len(prompt)] != prompt:
-            raise ValueError(f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, so the loss cannot begin between; "
+            raise ValueError(f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, so no loss can begin there; "
                              'use another tokenizer, such as that of LLaMA-2')
         yield [*whole[len(prompt):], self.tokenizer.eos_token_id], True
 
 
 @patch
-def _plain(
-    self: Owl2Processor,
-    sample: dict[str, Any],  # turns or document, with `<image>` per picture
-) -> Iterator[_Part]:
-    "The parts of turns without role names, or of a document."
+def _plain(self: Owl2Processor, sample: dict[str, Any]) -> Iterator[_Part]:
+    "The parts of turns without role names, or of a document, one `<image>` per picture."
     yield [self.tokenizer.bos_token_id], False
     for piece in self.pieces(sample, training=True):
         text = [None] if piece.text is None else text_ids(self.tokenizer, piece.text)
