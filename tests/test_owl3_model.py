@@ -113,23 +113,34 @@ def test_mixed_precision(gate, limit, monkeypatch):
     assert torch.allclose(loss, model(ids, mask, pixels(), labels=ids.masked_fill(mask == 0, -100)).loss, rtol=0.02)
 
 
-def test_images_projected_in_parts_give_the_same_gradients(monkeypatch):
-    found = []
-    for at_once in (4096, 9):   # all, and one image of nine patches
-        monkeypatch.setattr('mllm_replica.owl3.components._TOKENS_AT_ONCE', at_once)
-        model, (ids, mask) = build(), padded(ROWS, 'right')
+@pytest.mark.parametrize('changes', [{}, dict(mi_rope=False), dict(fusion='pre_cross')], ids=str)
+def test_images_projected_in_parts_give_the_same_results(changes, monkeypatch):
+    found, parts = [], []
+    for at_once in (2 ** 23, 1):   # all, and one image
+        monkeypatch.setattr('mllm_replica.owl3.media._AT_ONCE', at_once)
+        model, (ids, mask) = build(**changes), padded(ROWS, 'right')
+        layer = model.get_decoder().layers[0]
+        (layer.cross_attn.kv_proj if 'fusion' in changes else layer.self_attn.v_kv_proj).register_forward_hook(lambda _, given, __: parts.append(len(given[0])))
         model(ids, mask, pixels(), labels=ids).loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and all(torch.allclose(found[0][n], found[1][n], atol=1e-6) for n in found[0])
+        with torch.no_grad(): logits = model(ids, mask, pixels()).logits[mask.bool()]
+        assert torch.allclose(logits, model(ids, mask, pixels()).logits[mask.bool()], atol=1e-5)   # written in place, or joined for the gradients
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {'logits': logits})
+    assert parts == [3] * 3 + [1] * 9
+    assert found[0].keys() == found[1].keys() and all(torch.allclose(found[0][n], found[1][n], atol=1e-5) for n in found[0])
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize('limit', (0, 2 ** 22), ids=('runs', 'padded'))
+def test_gradient_checkpointing_changes_nothing(limit, dtype, monkeypatch):
+    monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
+    monkeypatch.setattr('mllm_replica.owl3.media._AT_ONCE', 1)
     model, (ids, mask) = build().train(), padded(ROWS, 'right')
     found = []
     for used in (False, True):
         if used: model.gradient_checkpointing_enable({'use_reentrant': False})
         model.zero_grad()
-        model(ids, mask, pixels(), labels=ids).loss.backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16): loss = model(ids, mask, pixels(), labels=ids).loss
+        loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
@@ -154,6 +165,44 @@ def test_embeddings_instead_of_ids():
     again = model(ids, None, images, use_cache=True).past_key_values
     token = torch.tensor([[40]])
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(token), past_key_values=cache).logits, model(token, past_key_values=again).logits)
+
+
+@pytest.mark.parametrize('mode', (torch.no_grad, torch.inference_mode))
+def test_a_cache_made_without_gradients_serves_a_step_with_them(mode):
+    model, (ids, images) = build(), alone(0)
+    with mode(): caches = [model(ids, None, images, use_cache=True).past_key_values for _ in range(2)]
+    step = dict(input_ids=torch.tensor([[40]]), labels=None)
+    with mode(): expected = model(**step, past_key_values=caches[0]).logits
+    model.requires_grad_(mode is torch.no_grad)   # what inference mode made takes no part in a gradient
+    assert torch.equal(model(**step, past_key_values=caches[1]).logits, expected)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_has_forgotten_the_images():
+    model, (ids, images) = build(), alone(0)
+    text = torch.arange(30, 45)[None]
+    cache = model(ids, None, images, use_cache=True).past_key_values
+    cache.crop(-ids.shape[1])
+    assert torch.equal(model(text, past_key_values=cache).logits, model(text).logits)
+    assert torch.allclose(model(ids[:, :1], past_key_values=cache).logits[0, -1], model(torch.cat([text, ids[:, :1]], 1)).logits[0, -1], atol=2e-5)
+
+
+@torch.no_grad()
+def test_images_that_nobody_sees_or_none_at_all():
+    model, text = build(), torch.tensor([ROWS[2]])
+    expected = model(text).logits
+    unseen = model(text, None, pixels()[:2], media_starts=[[2, 7]]).logits   # the last token, and beyond the text
+    assert torch.allclose(unseen, expected, atol=2e-5)
+    none = Media(torch.zeros(0, 9, 48), [[], []])
+    none.rotary(model.get_decoder().rotary_emb)
+    assert torch.allclose(model(text.repeat(2, 1), media=none).logits[0], expected[0], atol=2e-5)
+
+
+def test_images_out_of_order_are_refused():
+    model, (ids, images) = build(), alone(0)
+    with pytest.raises(ValueError, match=r'sample 0: placeholders at \[9, 2\]; give images and places in reading order'):
+        model(ids, None, images, media_starts=[[9, 2]])
+    with pytest.raises(ValueError, match='media_starts of 1 samples, 2 rows'): model(ids.repeat(2, 1), None, images, media_starts=[[2, 9]])
 
 
 def test_what_a_cache_and_positions_cannot_say():
@@ -301,7 +350,7 @@ def test_official_checkpoint_and_what_is_missing(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     lacking = {k: v for k, v in state.items() if not k.startswith('language_model.model.layers.2.self_attn.')}
     save_file(lacking, tmp_path/'model.safetensors')
-    with pytest.raises(ValueError, match=r'Missing key\(s\).*layers.2.self_attn.v_kv_proj.weight'): load_official(tmp_path)
+    with pytest.raises(ValueError, match='missing .*layers.2.self_attn.v_kv_proj.weight'): load_official(tmp_path)
     with pytest.raises(ValueError, match='found gates \\[\\]'): gate_of(['vision_model.x'])
 
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['GATES', 'FUSIONS', 'HyperAttention', 'HyperLayer', 'ImageCrossAttention', 'CrossLayer', 'insert_layers']
 
-# %% ../../nbs/papers/05_owl3.ipynb #d090bc9e
-from itertools import zip_longest
+# %% ../../nbs/papers/05_owl3.ipynb #186d0c3b
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from transformers.models.qwen2.modeling_qwen2 import (ALL_ATTENTION_FUNCTIONS, Q
                                                       eager_attention_forward)
 
 from ..layers import Linear, split_heads
-from .media import Sight, image_attention, rotate
+from .media import Sight, States, image_attention, image_states
 
-# %% ../../nbs/papers/05_owl3.ipynb #9948fd15
+# %% ../../nbs/papers/05_owl3.ipynb #c32d7a74
 GATES = ('adaptive', 'static', 'scalar')
-_TOKENS_AT_ONCE = 4096   # image tokens that are normalised and projected together
 
 
 class HyperAttention(Qwen2Attention):
@@ -56,19 +54,13 @@ class HyperAttention(Qwen2Attention):
         sight: Sight,
         norm: nn.Module,               # normalises image features
         record: dict | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        "Keys (rotated) and values of all images, a few images at a time: [N,S,D] → [N·S,G,d] twice."
-        media, keys, values = sight.media, [], []
-        at_once = max(1, _TOKENS_AT_ONCE // media.embeds.shape[1])
-        angles = zip(*(table.split(at_once) for table in media.angles)) if self.mi_rope else ()
-        for part, turned in zip_longest(media.embeds.split(at_once), angles):
+    ) -> States:
+        "Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice."
+        def project(part: Tensor) -> States:
             projected = self.v_kv_proj(norm(part))
             if record is not None: record.setdefault('visual_kv_proj', []).append(projected)
-            k, v = projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)
-            if turned: k = rotate(k, turned)
-            keys.append(k.flatten(0, 1))
-            values.append(v.flatten(0, 1))
-        return torch.cat(keys), torch.cat(values)
+            return projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)
+        return image_states(sight.media, project, sight.media.angles if self.mi_rope else None)
 
     def mix(
         self,
@@ -149,7 +141,7 @@ class HyperLayer(Qwen2DecoderLayer):
         if sight is not None: kwargs['norm'] = getattr(self, 'visual_layernorm', self.input_layernorm)
         return super().forward(hidden_states, *args, sight=sight, **kwargs)
 
-# %% ../../nbs/papers/05_owl3.ipynb #aa9f6fc9
+# %% ../../nbs/papers/05_owl3.ipynb #37a75b7d
 class ImageCrossAttention(nn.Module):
     "A gated cross-attention sub-layer from text to images."
 
@@ -166,10 +158,10 @@ class ImageCrossAttention(nn.Module):
         self.kv_proj = Linear(width, 2 * config.num_key_value_heads * head)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def visual_states(self, sight: Sight) -> tuple[Tensor, Tensor]:
+    def visual_states(self, sight: Sight) -> States:
         "Keys and values of all images: [N,S,D] → [N·S,G,d] twice."
-        projected = self.kv_proj(self.image_norm(sight.media.embeds)).flatten(0, 1)
-        return projected.unflatten(-1, (2, self.num_key_value_heads, -1)).unbind(1)
+        layout = (2, self.num_key_value_heads, -1)
+        return image_states(sight.media, lambda part: self.kv_proj(self.image_norm(part)).unflatten(-1, layout).unbind(-3))
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['IMAGE_TOKENS', 'NEW_PARTS', 'SIGLIP', 'SIZES', 'UNUSED_KEYS', 'Owl3Config', 'placeholder_starts', 'Owl3Model', 'paper_config', 'official_config', 'gate_of', 'convert_official', 'load_official']
 
-# %% ../../nbs/papers/05_owl3.ipynb #5f53ed83
+# %% ../../nbs/papers/05_owl3.ipynb #c5120723
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from ..official import check_keys, read_weights
 from .components import FUSIONS, GATES, insert_layers
 from .media import Media, Sight
 from .processor import Owl3Processor
@@ -57,7 +57,7 @@ class Owl3Config(VisionLanguageConfig):
         "Positions that one image takes in the text."
         return len(self.placeholder_ids)
 
-# %% ../../nbs/papers/05_owl3.ipynb #c56c8368
+# %% ../../nbs/papers/05_owl3.ipynb #6f5b9909
 def placeholder_starts(
     input_ids: Tensor,              # [B,T]
     attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
@@ -103,6 +103,7 @@ class Owl3Model(VisionLanguageModel):
         pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
         starts = (placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids) if media_starts is None else
                   [list(s) for s in media_starts])
+        if input_ids is not None and len(starts) != len(input_ids): raise ValueError(f'media_starts of {len(starts)} samples, {len(input_ids)} rows')
         if pixel_values is None and image_features is None:
             if any(starts):
                 raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
@@ -115,7 +116,7 @@ class Owl3Model(VisionLanguageModel):
         media.rotary(self.get_decoder().rotary_emb)
         return media
 
-# %% ../../nbs/papers/05_owl3.ipynb #d9b1e321
+# %% ../../nbs/papers/05_owl3.ipynb #aa9e0935
 @patch
 def forward(
     self: Owl3Model,
@@ -136,20 +137,19 @@ def forward(
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
         raise NotImplementedError('packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
                                   'set pack to False')
-    given, held = inputs_embeds if input_ids is None else input_ids, getattr(past_key_values, 'media', None)
-    images, past = pixel_values is not None or image_features is not None, past_key_values.get_seq_length() if past_key_values is not None else 0
-    if images and past and held is None:
-        raise NotImplementedError('the cache holds text without images; give all images with the first tokens, or start again without a cache')
-    if images and held is not None:
-        raise NotImplementedError('the cache already holds the images of this conversation; give all images with its first tokens, '
-                                  'or start again without a cache')
+    given, images = inputs_embeds if input_ids is None else input_ids, pixel_values is not None or image_features is not None
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    held = getattr(past_key_values, 'media', None) if past else None   # an emptied cache may still name the images of what it held
+    if images and past:
+        raise NotImplementedError(f"the cache {'already holds the images of this conversation' if held else 'holds text without images'}; "
+                                  'give all images with the first tokens, or start again without a cache')
     media = media if held is None else held
     if media is None and (images or not past and input_ids is not None):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
+    if media and use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config.text_config)
+    if past_key_values is not None: past_key_values.media = media or None
     if media:
-        if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config.text_config)
         position_ids = self.text_positions(given, attention_mask, position_ids, past)
-        if past_key_values is not None: past_key_values.media = media
         kwargs['sight'] = Sight.of(media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled())
     out = VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=position_ids,
                                       past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
@@ -233,7 +233,7 @@ def paper_config(
     text, layers, gate = SIZES[size]
     return Owl3Config(**(dict(vision_config=SIGLIP, text_config=_QWEN2 | text, hyper_layers=layers, gate=gate) | changes))
 
-# %% ../../nbs/papers/05_owl3.ipynb #828f5c45
+# %% ../../nbs/papers/05_owl3.ipynb #9867ed52
 UNUSED_KEYS = ('vision_model.head.',)   # accepted, named in `model.unused_keys`
 _TEXT_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads')
 _TEXT_OPTIONS = ('max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings', 'bos_token_id', 'eos_token_id', 'use_sliding_window',
@@ -281,20 +281,15 @@ def convert_official(
 
 
 def load_official(
-    folder: str | Path,                # an official checkpoint: config.json and safetensors
+    folder: str | Path,                # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
 ) -> Owl3Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
-    folder, state = Path(folder), {}
-    files = sorted(folder.glob('*.safetensors'))
-    if not files: raise FileNotFoundError(f'no safetensors in {folder}; found {sorted(p.name for p in folder.iterdir())}')
-    for path in files:
-        with safe_open(path, 'pt') as file: state |= {name: file.get_tensor(name) for name in file.keys()}
+    folder = Path(folder)
+    state = read_weights(folder)
     config = official_config(json.loads((folder/'config.json').read_text()), gate_of(list(state)))
     state, unused = convert_official(state, config)
-    with torch.device('meta'): shapes = Owl3Model(config)
-    try: shapes.load_state_dict(state, assign=True)   # strict: lists every missing, unexpected and wrongly shaped key
-    except RuntimeError as error: raise ValueError(f'the checkpoint in {folder.name} does not fit, nothing was loaded: {error}') from None
+    with torch.device('meta'): check_keys(Owl3Model(config).state_dict(), state)
     model = Owl3Model.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
     model.unused_keys = unused
     return model
