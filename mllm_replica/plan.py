@@ -283,7 +283,7 @@ def assumptions(
         said.append('mean sample lengths measured on the first samples; every image encoded in every step, though a frozen encoder runs once')
     return tuple(said) + tuple(dict.fromkeys(a for r in recipes for a in r.assumptions))
 
-# %% ../nbs/foundations/70_plan.ipynb #1cd22562
+# %% ../nbs/foundations/70_plan.ipynb #bd71dc57
 def plan(
     paper: str,
     table: str | None = None,       # None: every table with a row at that scale
@@ -305,7 +305,8 @@ def plan(
                 if recipe.digest() in seen:
                     shared += 1
                     continue
-                if scale != 'paper': lengths = measured_lengths(recipe, paper_recipes.build(recipe)[1])
+                with torch.device('meta'): processor = paper_recipes.build(recipe)[1]
+                if scale != 'paper': lengths = measured_lengths(recipe, processor)
                 found = plan_unit(recipe, paper_recipes.build, machine, lengths, earlier_seconds(paper, name, scale, row), counted)
                 seen.add(recipe.digest())
                 units.append(found)

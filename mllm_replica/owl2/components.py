@@ -90,11 +90,14 @@ class WayNorm(nn.Module):
         states = (states * torch.rsqrt(states.square().mean(-1, keepdim=True) + text.variance_epsilon)).to(x.dtype)
         return torch.where(route.visual[..., None], visual.weight, text.weight) * states
 
-# %% ../../nbs/papers/01_owl2.ipynb #ba9320dd
+# %% ../../nbs/papers/01_owl2.ipynb #c0581a98
 ADAPTIVE = {   # language model -> parts with ways
     'llama': ('input_layernorm', 'post_attention_layernorm', 'self_attn.k_proj', 'self_attn.v_proj'),
     'qwen2': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
 }
+
+
+_WAYS = tuple(dict.fromkeys([*ADAPTIVE['llama'], *ADAPTIVE['qwen2']]))
 
 
 def _through(part: nn.Module, x: Tensor, route: Route | None) -> Tensor:
@@ -148,7 +151,7 @@ class _AdaptiveLayer:
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(_through(self.post_attention_layernorm, hidden_states, route))
 
-# %% ../../nbs/papers/01_owl2.ipynb #6fae61be
+# %% ../../nbs/papers/01_owl2.ipynb #cfb07a28
 class AdaptiveLlamaAttention(_AdaptiveAttention, LlamaAttention): "Llama's attention with ways."
 class AdaptiveLlamaLayer(_AdaptiveLayer, LlamaDecoderLayer): "Llama's layer with ways."
 class AdaptiveQwen2Attention(_AdaptiveAttention, Qwen2Attention): "Qwen2's attention with ways."
@@ -167,8 +170,7 @@ def adapt_layers(
     for layer in language_model.model.layers:
         if type(layer) not in _CLASSES:
             raise NotImplementedError(f'ways in a {type(layer).__name__}; expected one of {[c.__name__ for c in _CLASSES]}')
-        unknown = sorted(set(parts) - {name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, LlamaRMSNorm, Qwen2RMSNorm))})
-        if unknown: raise ValueError(f'a {type(layer).__name__} has no parts {unknown} that could have ways; expected e.g. {ADAPTIVE["llama"]}')
+        if unknown := sorted(set(parts) - set(_WAYS)): raise ValueError(f'parts {unknown} cannot have ways; expected some of {_WAYS}')
         for module in list(layer.modules()):   # the fast product of `layers`, with the same weights
             for name, part in list(module.named_children()):
                 if type(part) is nn.Linear: setattr(module, name, _fast(part))

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Owl2Config', 'Owl2Model', 'paper_config', 'is_owl21', 'convert_official', 'official_config', 'load_official', 'encoder_from_clip', 'both_ways']
 
-# %% ../../nbs/papers/01_owl2.ipynb #84508917
+# %% ../../nbs/papers/01_owl2.ipynb #f1fd23b9
 import json, re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..official import OfficialWeightsError, check_keys, read_weights
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import Owl2VisionConfig, VisualAbstractor, abstractor_fields, resize_positions, sine_grid, sine_positions
+from .encoder import Owl2VisionConfig, VisualAbstractor, WholeCheckpoint, abstractor_fields, resize_positions, sine_grid, sine_positions
 from .processor import Owl2Processor
 from ..placing import pad_left
 from ..vlm import VisionLanguageConfig, VisionLanguageModel, register
@@ -45,8 +45,8 @@ class Owl2Config(VisionLanguageConfig):
         "Positions that one image takes: queries + end token."
         return self.connector_config['num_learnable_queries'] + 1
 
-# %% ../../nbs/papers/01_owl2.ipynb #21670d1b
-class Owl2Model(VisionLanguageModel):
+# %% ../../nbs/papers/01_owl2.ipynb #04d50f01
+class Owl2Model(WholeCheckpoint, VisionLanguageModel):
     "Encoder → abstractor → language model with ways."
     config_class = Owl2Config
     connector_name = 'visual_abstractor'
@@ -59,13 +59,6 @@ class Owl2Model(VisionLanguageModel):
         "The abstractor."
         return VisualAbstractor(config.connector_config, config.text_config.hidden_size)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        "As transformers', but a checkpoint must hold the whole model."
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if missing := sorted(info['missing_keys']): raise ValueError(f'the checkpoint lacks {len(missing)} weights: {missing[:8]}; save the whole model')
-        return (model, info) if output_loading_info else model
-
     def visual_features(
         self,
         pixel_values: Tensor,  # [N,3,height,width]
@@ -75,19 +68,23 @@ class Owl2Model(VisionLanguageModel):
 
     def route(
         self,
-        tokens: Tensor,                      # [B,T] ids or [B,T,D] embeddings
-        modality_indicators: Tensor | None,  # [B,T] 1 at visual tokens, if known
+        input_ids: Tensor | None,                   # [B,T]
+        inputs_embeds: Tensor | None,               # [B,T,D]
+        modality_indicators: Tensor | bool | None,  # [B,T] 1 at visual tokens, False: all text, None: not said
     ) -> Route | None:
         "Who goes which way; None for a batch of text."
-        if modality_indicators is None:
-            return Route.of(tokens == self.config.image_token_id) if tokens.dim() == 2 else None
+        if modality_indicators is False: return None
+        found, tokens = None if input_ids is None else input_ids == self.config.image_token_id, input_ids if inputs_embeds is None else inputs_embeds
+        if modality_indicators is None: return None if found is None or inputs_embeds is not None else Route.of(found)
         if modality_indicators.shape != tokens.shape[:2]:
             raise ValueError(f'modality_indicators are {list(modality_indicators.shape)}, the tokens {list(tokens.shape[:2])}; they must be equal')
         strange = modality_indicators[(modality_indicators != 0) & (modality_indicators != 1)].unique().tolist()
         if strange: raise ValueError(f'modality_indicators hold {strange[:5]}; expected 0 at text and 1 at visual tokens')
+        if inputs_embeds is None and not torch.equal(found, modality_indicators.bool()):
+            raise ValueError('modality_indicators differ from the placeholders in input_ids; leave them out')
         return Route.of(modality_indicators)
 
-# %% ../../nbs/papers/01_owl2.ipynb #644dc292
+# %% ../../nbs/papers/01_owl2.ipynb #f0c7e1f2
 @patch
 def forward(
     self: Owl2Model,
@@ -96,7 +93,7 @@ def forward(
     pixel_values: Tensor | None = None,         # [N,3,height,width] in reading order
     image_features: Tensor | None = None,       # [N,S,C] instead of pixels
     inputs_embeds: Tensor | None = None,        # [B,T,D] instead of input_ids
-    modality_indicators: Tensor | None = None,  # [B,T] 1 at visual tokens; None: read off input_ids, or text only with inputs_embeds
+    modality_indicators: Tensor | bool | None = None,   # [B,T] 1 at visual tokens; None: read off input_ids; False: text only, as inputs_embeds alone
     labels: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
@@ -105,7 +102,7 @@ def forward(
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
     pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
-    if self.config.adaptive: kwargs['route'] = self.route(input_ids if inputs_embeds is None else inputs_embeds, modality_indicators)
+    if self.config.adaptive: kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
     return VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
                                        image_features=image_features, inputs_embeds=inputs_embeds, labels=labels, position_ids=position_ids,
                                        past_key_values=past_key_values, use_cache=use_cache, **kwargs)
@@ -115,15 +112,16 @@ def forward(
 def prepare_inputs_for_generation(
     self: Owl2Model,
     input_ids: Tensor,                          # [B,T'] so far
-    modality_indicators: Tensor | None = None,  # [B,T] of the prompt
+    modality_indicators: Tensor | bool | None = None,   # [B,T] of the prompt; False: text only
     inputs_embeds: Tensor | None = None,        # [B,T,D] of the prompt, instead of ids in the first step
     **kwargs: Any,
 ) -> dict[str, Any]:
     "transformers' inputs of one step, and their indicators: what was generated is text."
     inputs = super(Owl2Model, self).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-    if modality_indicators is None: return inputs
+    if not isinstance(modality_indicators, Tensor): return inputs | dict(modality_indicators=modality_indicators)
     cache = inputs.get('past_key_values')
     past, new = cache.get_seq_length() if cache is not None else 0, (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1]
+    if past >= modality_indicators.shape[1]: return inputs | dict(modality_indicators=False)
     return inputs | dict(modality_indicators=F.pad(modality_indicators, (0, max(0, past + new - modality_indicators.shape[1])))[:, past:past + new])
 
 
@@ -141,7 +139,8 @@ def generate(
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
     pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
     visual = pad_left((input_ids == self.config.image_token_id)[..., None], attention_mask)[0][..., 0]
-    if visual.any(): kwargs['modality_indicators'] = visual.long()
+    if 'modality_indicators' in kwargs: raise ValueError('generate finds modality_indicators in input_ids; leave them out')
+    kwargs['modality_indicators'] = visual.long() if visual.any() else False
     return VisionLanguageModel.generate(self, input_ids, attention_mask, pixel_values, image_features, **kwargs)
 
 
@@ -177,7 +176,7 @@ def paper_config(
     "The configuration of the paper's model."
     return Owl2Config(vision_config={'image_size': image_size}, connector_config={'num_learnable_queries': num_queries}, text_config=_LLAMA, adaptive=adaptive)
 
-# %% ../../nbs/papers/01_owl2.ipynb #198aca19
+# %% ../../nbs/papers/01_owl2.ipynb #e0655b4e
 _OWL2 = ((r'^model\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^(model\.|lm_head\.)', r'language_model.\1'))
 _OWL21 = ((r'^transformer\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^transformer\.wte\.', 'language_model.model.embed_tokens.'),
           (r'^transformer\.ln_f\.', 'language_model.model.norm.'), (r'^transformer\.h\.', 'language_model.model.layers.'), (r'^lm_head\.', 'language_model.lm_head.'),
@@ -213,7 +212,8 @@ def convert_official(
     ours = {}
     for name, tensor in state.items():
         if _TABLES.search(name):
-            if not torch.allclose(tensor.float(), _fixed_table(name, config), atol=1e-2 if tensor.dtype != torch.float32 else 1e-5):
+            fixed = _fixed_table(name, config)
+            if tensor.shape != fixed.shape or not torch.allclose(tensor.float(), fixed, atol=1e-2 if tensor.dtype != torch.float32 else 1e-5):
                 raise OfficialWeightsError(f'{name} is not the fixed table that it should be; the model was trained with other positions')
             continue
         for pattern, replacement in _OWL21 if is_owl21(state) else _OWL2: name = re.sub(pattern, replacement, name)
@@ -221,7 +221,7 @@ def convert_official(
         else: ours |= {name.replace('attn.c_attn', f'self_attn.{part}_proj'): third for part, third in zip('qkv', tensor.chunk(3))}
     return ours
 
-# %% ../../nbs/papers/01_owl2.ipynb #b3b73f3c
+# %% ../../nbs/papers/01_owl2.ipynb #4701a377
 _LLAMA_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
 _LLAMA_OPTIONS = ('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'hidden_act', 'attention_bias', 'bos_token_id',
                   'eos_token_id', 'pad_token_id', 'tie_word_embeddings')
@@ -234,6 +234,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     qwen = 'rotary_emb_base' in config
     missing = [name for name in (*(_QWEN_FIELDS.values() if qwen else _LLAMA_FIELDS), 'intermediate_size') if config.get(name) is None]
     if missing: raise ValueError(f'config.json lacks {sorted(set(missing))}; found {sorted(config)}')
+    if config.get('rope_scaling'): raise NotImplementedError(f"config.json: rope_scaling {config['rope_scaling']}; no released model has it")
     if not qwen: return {'model_type': 'llama'} | {name: config[name] for name in (*_LLAMA_FIELDS, *_LLAMA_OPTIONS) if config.get(name) is not None}
     fields = {ours: config[theirs] for ours, theirs in _QWEN_FIELDS.items()}
     return {'model_type': 'qwen2', 'tie_word_embeddings': False} | fields | dict(intermediate_size=config['intermediate_size'] // 2,
