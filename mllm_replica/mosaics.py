@@ -17,7 +17,7 @@ from .metrics import METRICS, normalise
 from .tiles import COLORS, TONES, Scene, World, pick, texture
 from .worlds import WORLDS
 
-# %% ../nbs/foundations/22_mosaics.ipynb #aae2283e
+# %% ../nbs/foundations/22_mosaics.ipynb #14095af4
 def draw_mosaic(
     rng: np.random.Generator,
     options: dict[str, Any],   # rows, columns, colors, tasks
@@ -25,7 +25,8 @@ def draw_mosaic(
     "The colour of every cell, in reading order."
     palette, count = list(COLORS)[:options['colors']], options['rows'] * options['columns']
     if not 2 <= options['colors'] <= len(COLORS): raise ValueError(f"colors is {options['colors']}; there are 2 to {len(COLORS)}")
-    if options['rows'] not in (1, options['columns']): raise ValueError(f"{options['rows']} rows of {options['columns']}: a picture is square or one row of stripes")
+    if options['rows'] not in (1, options['columns']):
+        raise ValueError(f"{options['rows']} rows of {options['columns']}: a picture is square or one row of stripes")
     while True:
         cells = [palette[i] for i in rng.integers(len(palette), size=count).tolist()]
         if askable(cells, options['tasks']): return {'cells': cells, 'palette': palette}
@@ -134,14 +135,15 @@ def ask_sign(scene: Scene, rng: np.random.Generator) -> Asked:
 
 POSTERS = World(draw_poster, render_poster, dict(ground=ask_ground, sign=ask_sign), dict(digits=False))
 
-# %% ../nbs/foundations/22_mosaics.ipynb #5f2d16d6
+# %% ../nbs/foundations/22_mosaics.ipynb #acfbfea2
 def draw_list(
     rng: np.random.Generator,
     options: dict[str, Any],   # length, kinds, picture, tasks
 ) -> Scene:
     "Digits or colours and, perhaps, the stripes of an unrelated picture."
     palettes = {'digits': [str(digit) for digit in range(10)], 'colors': list(COLORS)}
-    if not options['kinds'] or set(options['kinds']) - set(palettes): raise ValueError(f"kinds are {options['kinds']}; expected some of {list(palettes)}")
+    if not options['kinds'] or set(options['kinds']) - set(palettes):
+        raise ValueError(f"kinds are {options['kinds']}; expected some of {list(palettes)}")
     palette = palettes[pick(rng, options['kinds'])]
     while True:
         words = [palette[i] for i in rng.integers(len(palette), size=options['length']).tolist()]

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-# %% ../nbs/foundations/34_official.ipynb #89e1022b
+# %% ../nbs/foundations/34_official.ipynb #23a0b641
 def weight_files(
     folder: Path,  # an official checkpoint
 ) -> list[Path]:
@@ -27,7 +27,8 @@ def weight_files(
             if wrong: raise FileNotFoundError(f'{index.name} names {wrong}, which are not files of its folder; download them')
             return [folder/n for n in names]
         if single.is_file(): return [single]
-    raise FileNotFoundError(f'no model.safetensors or pytorch_model.bin (or their index) in {folder.name}; found {sorted(p.name for p in folder.iterdir())}')
+    raise FileNotFoundError(f'no model.safetensors or pytorch_model.bin (or their index) in {folder.name}; '
+                            f'found {sorted(p.name for p in folder.iterdir())}')
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..layers import LayerNorm, Linear, side_of, split_heads
 
-# %% ../../nbs/papers/01_owl2.ipynb #c367a430
-# Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H heads, d head width, K queries, D text width.
+# %% ../../nbs/papers/01_owl2.ipynb #aa07e717
+# Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H heads, d head width, K queries,
+# D text width.
 class Owl2VisionConfig(PreTrainedConfig):
     "Settings of the encoder, under the official names."
     model_type = 'owl2_vision'
@@ -113,7 +114,7 @@ class VisionLayer(GradientCheckpointingLayer):
         x = x + self.self_attn(self.input_layernorm(x))
         return x + self.mlp['fc2'](self.act(self.mlp['fc1'](self.post_attention_layernorm(x))))
 
-# %% ../../nbs/papers/01_owl2.ipynb #599e6770
+# %% ../../nbs/papers/01_owl2.ipynb #fa077725
 class WholeCheckpoint:
     "A model whose checkpoints must hold all of it."
 
@@ -121,7 +122,8 @@ class WholeCheckpoint:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         "As transformers', but a missing weight is an error."
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if missing := sorted(info['missing_keys']): raise ValueError(f'the checkpoint lacks {len(missing)} weights: {missing[:8]}; save the whole model')
+        if missing := sorted(info['missing_keys']):
+            raise ValueError(f'the checkpoint lacks {len(missing)} weights: {missing[:8]}; save the whole model')
         return (model, info) if output_loading_info else model
 
 
@@ -220,9 +222,10 @@ class AbstractorLayer(nn.Module):
         attended = normed + self.output['out_proj'](context)
         return attended + self.output['mlp'](self.output['norm2'](attended))
 
-# %% ../../nbs/papers/01_owl2.ipynb #f5abe37f
-ABSTRACTOR = dict(num_learnable_queries=64, hidden_size=1024, encoder_hidden_size=1024, num_hidden_layers=6, num_attention_heads=16, intermediate_size=2816,
-                  layer_norm_eps=1e-6, grid_size=32, use_cls_token=True, add_v2t_pos_emb=False, attention_probs_dropout_prob=0.0)
+# %% ../../nbs/papers/01_owl2.ipynb #e08086be
+ABSTRACTOR = dict(num_learnable_queries=64, hidden_size=1024, encoder_hidden_size=1024, num_hidden_layers=6, num_attention_heads=16,
+                  intermediate_size=2816, layer_norm_eps=1e-6, grid_size=32, use_cls_token=True, add_v2t_pos_emb=False,
+                  attention_probs_dropout_prob=0.0)
 
 
 def abstractor_fields(
@@ -236,7 +239,8 @@ def abstractor_fields(
     if config['hidden_size'] != config['encoder_hidden_size']:
         raise ValueError(f"abstractor: hidden_size {config['hidden_size']} must equal encoder_hidden_size {config['encoder_hidden_size']}")
     if config['add_v2t_pos_emb']: raise NotImplementedError('abstractor: add_v2t_pos_emb (no published model uses it) is not built; set it to False')
-    if config['num_learnable_queries'] < 1: raise ValueError(f"abstractor: num_learnable_queries is {config['num_learnable_queries']}; expected 1 or more")
+    if config['num_learnable_queries'] < 1:
+        raise ValueError(f"abstractor: num_learnable_queries is {config['num_learnable_queries']}; expected 1 or more")
     return config
 
 

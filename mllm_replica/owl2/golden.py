@@ -33,7 +33,7 @@ def _gradients(leaves: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "What the leaves collected, under the recorded names."
     return {f'{prefix}{name}': leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-# %% ../../nbs/papers/01_owl2.ipynb #920da0a1
+# %% ../../nbs/papers/01_owl2.ipynb #27535de2
 def vision_case(
     config: dict[str, Any],
     tensors: Given,
@@ -71,8 +71,8 @@ def abstractor_case(
     last = module(image, record)
     (loss := (last * tensors['in.loss_weight']).sum()).backward()
     found = {f'out.layer{i}.{name}': state for i, layer in enumerate(record) for name, state in layer.items()}
-    return found | {'out.last_hidden_state': last, 'out.loss': loss, 'out.pooler_output': record[-1]['out'][:, 0], 'grad.in.encoder_hidden_states': image.grad} \
-        | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
+    return found | {'out.last_hidden_state': last, 'out.loss': loss, 'out.pooler_output': record[-1]['out'][:, 0],
+                    'grad.in.encoder_hidden_states': image.grad} | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
 
 # %% ../../nbs/papers/01_owl2.ipynb #b15b10cc
 def multiway_case(
@@ -116,7 +116,7 @@ def layer_case(
     return seen | {'out.hidden_states': output, 'out.loss': loss, 'out.key_cache': cache.layers[0].keys, 'out.value_cache': cache.layers[0].values,
                    'grad.in.hidden_states': x.grad} | {f'grad.w.{n}': p.grad for n, p in layer.named_parameters()}
 
-# %% ../../nbs/papers/01_owl2.ipynb #35be7652
+# %% ../../nbs/papers/01_owl2.ipynb #042e2665
 def expand(
     ids: Tensor,              # [B,T] with one `placeholder` per image or video
     counts: list[int],        # visual tokens of each placeholder, in reading order
@@ -162,9 +162,9 @@ class _Case:
     def partial(self, tensor: Tensor) -> Tensor | Partial:
         "Compared at real positions only."
         real = self.mask.bool()
-        return tensor if real.all() else Partial(tensor, real.view(*real.shape, *[1] * (tensor.dim() - 2)), 'padded positions are not compared')
+        return tensor if real.all() else Partial(tensor, real.view(*real.shape, *[1] * (tensor.dim() - 2)), 'at real positions')
 
-# %% ../../nbs/papers/01_owl2.ipynb #c2374efd
+# %% ../../nbs/papers/01_owl2.ipynb #42fa4cd1
 def model_case(
     config: dict[str, Any],
     tensors: Given,
@@ -176,7 +176,8 @@ def model_case(
     model.load_state_dict(convert_official(weights, ours))
     for name in sorted({name.split('.')[1] for name in tensors if name.startswith('in.')}):
         case, leaves = _Case(name, config, tensors), _leaves(weights)
-        result = functional_call(model, convert_official(leaves, ours), kwargs=case.inputs() | dict(labels=case.labels, return_logits=True, output_hidden_states=True))
+        result = functional_call(model, convert_official(leaves, ours), kwargs=case.inputs() | dict(labels=case.labels, return_logits=True,
+                                                                                                output_hidden_states=True))
         compared = _forward_results(case, model, result)
         if result.loss is not None:
             result.loss.backward()
@@ -204,7 +205,7 @@ def _greedy(case: _Case, model: Owl2Model, steps: int) -> dict[str, Tensor]:
                             return_dict_in_generate=True)
     return dict(greedy_new_ids=answer.sequences[:, case.input_ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
 
-# %% ../../nbs/papers/01_owl2.ipynb #b69ff692
+# %% ../../nbs/papers/01_owl2.ipynb #2e01bc4c
 def image_case(
     config: dict[str, Any],
     tensors: Given,
@@ -213,7 +214,8 @@ def image_case(
     modes, found = {'resize': 'resize', 'pad': 'pad', 'plain': 'crop'}, {}
     for name in [name for name in tensors if name.startswith('in.image.')]:
         image = Image.fromarray(tensors[name].numpy())
-        found |= {f"out.{theirs}.{name.rpartition('.')[2]}": clip_pixels([to_square(image, config['size'], mode)], config['size'])[0] for theirs, mode in modes.items()}
+        found |= {f"out.{theirs}.{name.rpartition('.')[2]}": clip_pixels([to_square(image, config['size'], mode)], config['size'])[0]
+                  for theirs, mode in modes.items()}
     return found
 
 

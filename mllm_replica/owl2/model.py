@@ -84,7 +84,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
             raise ValueError('modality_indicators differ from the placeholders in input_ids; leave them out')
         return Route.of(modality_indicators)
 
-# %% ../../nbs/papers/01_owl2.ipynb #f0c7e1f2
+# %% ../../nbs/papers/01_owl2.ipynb #2e2007dd
 @patch
 def forward(
     self: Owl2Model,
@@ -120,7 +120,8 @@ def prepare_inputs_for_generation(
     inputs = super(Owl2Model, self).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
     if not isinstance(modality_indicators, Tensor): return inputs | dict(modality_indicators=modality_indicators)
     cache = inputs.get('past_key_values')
-    past, new = cache.get_seq_length() if cache is not None else 0, (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1]
+    past, new = (cache.get_seq_length() if cache is not None else 0,
+                 (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1])
     if past >= modality_indicators.shape[1]: return inputs | dict(modality_indicators=False)
     return inputs | dict(modality_indicators=F.pad(modality_indicators, (0, max(0, past + new - modality_indicators.shape[1])))[:, past:past + new])
 
@@ -163,9 +164,10 @@ def planned_step(
 
 register(Owl2Config, Owl2Model, Owl2Processor)
 
-# %% ../../nbs/papers/01_owl2.ipynb #ec01d411
+# %% ../../nbs/papers/01_owl2.ipynb #cf38a054
 _LLAMA = dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-              max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+              max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+              pad_token_id=0)
 
 
 def paper_config(
@@ -174,14 +176,17 @@ def paper_config(
     adaptive: list[str] | None = None,   # []: without modality-adaptive module
 ) -> Owl2Config:
     "The configuration of the paper's model."
-    return Owl2Config(vision_config={'image_size': image_size}, connector_config={'num_learnable_queries': num_queries}, text_config=_LLAMA, adaptive=adaptive)
+    return Owl2Config(vision_config={'image_size': image_size}, connector_config={'num_learnable_queries': num_queries}, text_config=_LLAMA,
+                      adaptive=adaptive)
 
-# %% ../../nbs/papers/01_owl2.ipynb #e0655b4e
+# %% ../../nbs/papers/01_owl2.ipynb #1a0cedfd
 _OWL2 = ((r'^model\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^(model\.|lm_head\.)', r'language_model.\1'))
 _OWL21 = ((r'^transformer\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^transformer\.wte\.', 'language_model.model.embed_tokens.'),
-          (r'^transformer\.ln_f\.', 'language_model.model.norm.'), (r'^transformer\.h\.', 'language_model.model.layers.'), (r'^lm_head\.', 'language_model.lm_head.'),
+          (r'^transformer\.ln_f\.', 'language_model.model.norm.'), (r'^transformer\.h\.', 'language_model.model.layers.'),
+          (r'^lm_head\.', 'language_model.lm_head.'),
           (r'\.ln_1\.', '.input_layernorm.'), (r'\.ln_2\.', '.post_attention_layernorm.'), (r'\.attn\.c_proj\.', '.self_attn.o_proj.'),
-          (r'(layers\.\d+)\.mlp\.w1\.', r'\1.mlp.up_proj.'), (r'(layers\.\d+)\.mlp\.w2\.', r'\1.mlp.gate_proj.'), (r'(layers\.\d+)\.mlp\.c_proj\.', r'\1.mlp.down_proj.'))
+          (r'(layers\.\d+)\.mlp\.w1\.', r'\1.mlp.up_proj.'), (r'(layers\.\d+)\.mlp\.w2\.', r'\1.mlp.gate_proj.'),
+          (r'(layers\.\d+)\.mlp\.c_proj\.', r'\1.mlp.down_proj.'))
 _TABLES = re.compile(r'(rotary_emb\.inv_freq|attention\.[qk]_pos_embed)$')
 
 
@@ -208,7 +213,8 @@ def convert_official(
     "The same tensors under our names."
     if is_owl21(state) != (config.text_config.model_type == 'qwen2'):
         kinds = ('Owl2 (Llama)', 'Owl2.1 (Qwen)')
-        raise OfficialWeightsError(f'the weights are those of {kinds[is_owl21(state)]}, the configuration is of {kinds[not is_owl21(state)]}; take both from one model')
+        raise OfficialWeightsError(f'the weights are those of {kinds[is_owl21(state)]}, the configuration is of {kinds[not is_owl21(state)]}; '
+                                   'take both from one model')
     ours = {}
     for name, tensor in state.items():
         if _TABLES.search(name):
@@ -221,12 +227,13 @@ def convert_official(
         else: ours |= {name.replace('attn.c_attn', f'self_attn.{part}_proj'): third for part, third in zip('qkv', tensor.chunk(3))}
     return ours
 
-# %% ../../nbs/papers/01_owl2.ipynb #4701a377
+# %% ../../nbs/papers/01_owl2.ipynb #1d8c5a63
 _LLAMA_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
 _LLAMA_OPTIONS = ('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'hidden_act', 'attention_bias', 'bos_token_id',
                   'eos_token_id', 'pad_token_id', 'tie_word_embeddings')
-_QWEN_FIELDS = dict(vocab_size='vocab_size', hidden_size='hidden_size', num_hidden_layers='num_hidden_layers', num_attention_heads='num_attention_heads',
-                    max_position_embeddings='max_position_embeddings', rms_norm_eps='layer_norm_epsilon', rope_theta='rotary_emb_base')
+_QWEN_FIELDS = dict(vocab_size='vocab_size', hidden_size='hidden_size', num_hidden_layers='num_hidden_layers',
+                    num_attention_heads='num_attention_heads', max_position_embeddings='max_position_embeddings',
+                    rms_norm_eps='layer_norm_epsilon', rope_theta='rotary_emb_base')
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,10 +271,12 @@ def load_official(
     with torch.device('meta'): check_keys(Owl2Model(config).state_dict(), state)
     return Owl2Model.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
 
-# %% ../../nbs/papers/01_owl2.ipynb #0c62e859
-_CLIP = ((r'^vision_model\.', ''), (r'^embeddings\.class_embedding$', 'embeddings.cls_token'), (r'^embeddings\.patch_embedding\.', 'embeddings.patch_embed.'),
+# %% ../../nbs/papers/01_owl2.ipynb #1479d377
+_CLIP = ((r'^vision_model\.', ''), (r'^embeddings\.class_embedding$', 'embeddings.cls_token'),
+         (r'^embeddings\.patch_embedding\.', 'embeddings.patch_embed.'),
          (r'^embeddings\.position_embedding\.weight$', 'embeddings.position_embedding'), (r'^pre_layrnorm\.', 'embeddings.pre_layernorm.'),
-         (r'\.layer_norm1\.', '.input_layernorm.'), (r'\.layer_norm2\.', '.post_attention_layernorm.'), (r'\.self_attn\.out_proj\.', '.self_attn.dense.'))
+         (r'\.layer_norm1\.', '.input_layernorm.'), (r'\.layer_norm2\.', '.post_attention_layernorm.'),
+         (r'\.self_attn\.out_proj\.', '.self_attn.dense.'))
 
 
 def encoder_from_clip(

@@ -46,7 +46,7 @@ def published_stages(
             Stage(name='tune', trainable=trainable, mixture=tuning, steps=steps, batch_size=256, lr=2e-5, min_lr=1e-7, warmup_steps=min(250, steps),
                   lr_scale=scale, max_length=2048, accumulate=8, precision='bf16'))
 
-# %% ../../nbs/papers/01_owl2.ipynb #fc98bf7b
+# %% ../../nbs/papers/01_owl2.ipynb #aff177b4
 _VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
 _ABSTRACTOR = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, num_learnable_queries=8)
 _TEXT = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
@@ -72,7 +72,8 @@ def _unit(table: str, row: str, scale: str, seed: int, model: dict[str, Any], tr
     "A recipe; a test with more than one word is scored word by word."
     how = lambda name: dict(metric='word_accuracy' if words.get(name, 1) > 1 else 'exact_match', max_new_tokens=words.get(name, 1),
                             method='options' if name.startswith('disturbed') else 'generate')
-    return Recipe(paper='owl2', table=table, row=row, scale=scale, seed=seed, model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': _TEXT} | model,
+    return Recipe(paper='owl2', table=table, row=row, scale=scale, seed=seed,
+                  model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': _TEXT} | model,
                   sources=train | {f'test_{name}': source for name, source in tests.items()}, stages=stages, assumptions=_ASSUMPTIONS,
                   benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', **how(n)) for n in tests))
 
@@ -107,7 +108,7 @@ def _encoder(table: str, row: str, params: dict[str, Any], scale: str, seed: int
                      lr_scale=layerwise_decay(_VISION['num_hidden_layers'], 0.5) if params['layerwise_lr'] else {}))
     return _unit(table, row, scale, seed, {'vision': _VISION | {'image_size': 32}, 'probe': True}, train, tests, stages)
 
-# %% ../../nbs/papers/01_owl2.ipynb #6ce612a6
+# %% ../../nbs/papers/01_owl2.ipynb #e7bb11a3
 _STRIPES = dict(rows=1, columns=5, colors=8)
 _LANGUAGE_STEPS, _TUNE_STEPS, _LENGTH = 800, 150, 8
 
@@ -117,11 +118,13 @@ def _collaboration(table: str, row: str, params: dict[str, Any], scale: str, see
     asked, lists = ['item', 'next'], dict(length=_LENGTH)
     train = {'language': _world('lists', scale, 'train', 8000, tasks=['all', *asked], kinds=['digits', 'colors'], **lists),
              'caption': _world('mosaics', scale, 'train', 8000, tasks=['all'], **_STRIPES),
-             'picture': _world('mosaics', scale, 'train', 8000, tasks=asked, **_STRIPES), 'text': _world('lists', scale, 'train', 8000, tasks=asked, **lists)}
+             'picture': _world('mosaics', scale, 'train', 8000, tasks=asked, **_STRIPES),
+             'text': _world('lists', scale, 'train', 8000, tasks=asked, **lists)}
     tests = {f'{kind}_{task}': _world(name, scale, 'test', 500, tasks=[task], **options) for task in asked for kind, name, options in
              (('picture', 'mosaics', _STRIPES), ('text', 'lists', lists), ('disturbed', 'lists', lists | {'picture': True}))}
     mixture = {name: 1.0 for name, used in (('text', params['text']), ('picture', params['mm'])) if used}
-    model = {'vision': _VISION | {'image_size': 20}, 'language': {'source': 'language', 'steps': _LANGUAGE_STEPS}} | ({} if params['mam'] else {'adaptive': []})
+    model = ({'vision': _VISION | {'image_size': 20}, 'language': {'source': 'language', 'steps': _LANGUAGE_STEPS}}
+             | ({} if params['mam'] else {'adaptive': []}))
     stages = (_stage('align', scale, _VISUAL, {'caption': 1.0}, 300), _stage('tune', scale, _ALL, mixture, _TUNE_STEPS * len(mixture), lr=4e-3))
     return _unit(table, row, scale, seed, model, train, tests, stages)
 
@@ -153,7 +156,7 @@ def tables(
     "The tables with a row that can run."
     return [table for table in tables_of('owl2') if None in rows(table, scale).values()]
 
-# %% ../../nbs/papers/01_owl2.ipynb #6a974df5
+# %% ../../nbs/papers/01_owl2.ipynb #a2548e2d
 _TEXT_SETS = ('sharegpt', 'slimorca')
 
 
@@ -165,8 +168,8 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     stages = published_stages(mixture_of(params.get('text', True), params.get('mm', True)), _ALL if unfrozen else _ALL_BUT_ENCODER,
                               0.9 if params.get('layerwise_lr', True) else None)
     names = {name for stage in stages for name in stage.mixture}
-    return Recipe(paper='owl2', table=table, row=row, scale='paper', seed=seed, model=model | {'in_stage': {'pretrain': {'image_size': 224}}}, stages=stages,
-                  benchmarks=(), assumptions=('a part of the tuning data is seen once, in proportionally fewer steps',
+    return Recipe(paper='owl2', table=table, row=row, scale='paper', seed=seed, model=model | {'in_stage': {'pretrain': {'image_size': 224}}},
+                  stages=stages, benchmarks=(), assumptions=('a part of the tuning data is seen once, in proportionally fewer steps',
                                               'layer-wise decay: exponent 0 above the encoder, 25 at the patches',
                                               'gradient accumulation (16, then 8): the first is uncertain, the second not stated'),
                   sources={name: Source(kind='folder', name=f'owl2/{name}', options={'images': int(name not in _TEXT_SETS)}) for name in names})
@@ -183,7 +186,7 @@ def recipe(
     if reason: raise ValueError(f'owl2 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
-# %% ../../nbs/papers/01_owl2.ipynb #eddb2a1a
+# %% ../../nbs/papers/01_owl2.ipynb #685c7c51
 def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[str, Any]:
     "Weights of the small language model, trained on text on first use; other data, code or libraries give another one."
     import fcntl, hashlib, json, os
@@ -222,7 +225,8 @@ def build(
     from mllm_replica.worlds import vocabulary
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
-        if not meta: raise NotImplementedError(f'{recipe.unit}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only')
+        if not meta:
+            raise NotImplementedError(f'{recipe.unit}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only')
         return Owl2Model(paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))), None
     tokenizer = word_tokenizer(vocabulary())
     text = made['text'] | {'vocab_size': len(tokenizer)}
@@ -234,7 +238,7 @@ def build(
         if 'language' in made and not meta: model.load_state_dict(both_ways(_language(recipe, text, processor), config), strict=False)
     return model, processor
 
-# %% ../../nbs/papers/01_owl2.ipynb #fc597787
+# %% ../../nbs/papers/01_owl2.ipynb #4a48cce5
 def linear_probe(
     train: tuple[Any, Any],   # features [n,F], class numbers [n]
     test: tuple[Any, Any],
@@ -254,7 +258,8 @@ def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     import torch
     from mllm_replica.worlds import samples
     from mllm_replica.mosaics import LETTERS
-    asked = {split: list(samples('posters', split, recipe.seed + 1000, 1000 if recipe.scale == 'tiny' else 40, tasks=['sign'])) for split in ('train', 'test')}
+    asked = {split: list(samples('posters', split, recipe.seed + 1000, 1000 if recipe.scale == 'tiny' else 40, tasks=['sign']))
+             for split in ('train', 'test')}
 
     @torch.inference_mode()
     def seen(encoder: Any, split: str) -> tuple[Any, Any]:
