@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUIET', 'check_finite', 'flat', 'read_curve', 'Tracker', 'serve']
 
-# %% ../nbs/foundations/60_tracking.ipynb #04c6715a
-import csv, fcntl, json, logging, math, os, subprocess, sys, time
+# %% ../nbs/foundations/60_tracking.ipynb #51148d88
+import csv, fcntl, json, logging, math, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -37,7 +37,7 @@ def _one_at_a_time(uri: str) -> Iterator[None]:  # two processes that both creat
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/foundations/60_tracking.ipynb #49cececb
+# %% ../nbs/foundations/60_tracking.ipynb #ed7a0f7e
 def check_finite(
     metrics: dict[str, float],
 ) -> None:
@@ -53,7 +53,7 @@ def flat(
     "Nested settings as `a.b.c` -> text, as MLflow wants parameters."
     found = {}
     for key, value in values.items():
-        name = f'{prefix}{key}'
+        name = prefix + re.sub(r'[^A-Za-z0-9_\-. :/]+', '_', str(key))   # a key may be a regular expression
         if isinstance(value, dict): found |= flat(value, f'{name}.')
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
             found |= flat({str(i): v for i, v in enumerate(value)}, f'{name}.')

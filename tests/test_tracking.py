@@ -82,3 +82,11 @@ def test_the_page_shows_runs_and_artifacts(store, tmp_path):
         assert json.loads(ask(f'/api/2.0/mlflow/runs/get?run_id={run}'))['run']['info']['status'] == 'FINISHED'
         assert ask(f'/get-artifact?path=table.md&run_uuid={run}') == '| published | replicated |'
     finally: os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_settings_named_by_regular_expressions_are_tracked():
+    from mllm_replica.owl2.recipes import recipe
+    from mllm_replica.tracking import flat
+    found = flat(recipe('6', 'unfrozen_llrd', 'tiny', 10).model_dump(mode='json'))
+    assert not [name for name in found if not all(c.isalnum() or c in '_-. :/' for c in name)]
+    assert sum('lr_scale' in name and float(value) < 1 for name, value in found.items() if value not in ('{}',)) == 3   # none lost
