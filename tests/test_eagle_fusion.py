@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mllm_replica.eagle.adapters import DeformableMining, PatchMining, StageAdapter, align, map_of, resize, tokens_of
+from mllm_replica.eagle.adapters import DeformableMining, PatchMining, StageAdapter, align, resize
 from mllm_replica.eagle.fusion import FUSIONS, ExpertShape, build_fusion, build_projector
+from mllm_replica.eagle.expert import map_of, tokens_of
 from mllm_replica.eagle.golden import parity_cases
 from mllm_replica.eagle.mixture import SIGNS, Mixture, check_towers, shapes_of, tower_names
 from mllm_replica.eagle.splice import lay_out, splice, splice_layout

@@ -125,7 +125,7 @@ def test_clip_without_its_class_token():
     with torch.no_grad():
         states = reference.pre_layrnorm(reference.embeddings(images)[:, 1:])
         for layer in reference.encoder.layers: states = layer(states, None)
-        torch.testing.assert_close(golden.tokens(expert(images)), states, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(golden.tokens_of(expert(images)), states, rtol=1e-5, atol=1e-6)
 
 
 def test_positions_are_resized_like_a_picture():

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FUSIONS', 'ExpertShape', 'check_names', 'Fusion', 'ChannelConcat', 'build_projector', 'SequenceAppend', 'Injection', 'LlavaHR', 'MiniGemini', 'Deformable', 'build_fusion']
 
-# %% ../../nbs/papers/04_eagle.ipynb #d74ae13f
+# %% ../../nbs/papers/04_eagle.ipynb #f8c17eea
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import DeformableMining, FinalAlign, PatchMining, StageAdapter, map_of, resize, tokens_of
+from .adapters import DeformableMining, FinalAlign, PatchMining, StageAdapter, resize
+from .expert import map_of, tokens_of
 from ..layers import Linear
 
 # %% ../../nbs/papers/04_eagle.ipynb #a220e5ad

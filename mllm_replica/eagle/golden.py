@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ORIGIN', 'parity_cases', 'under', 'projector_case', 'preprocess_case', 'splice_case', 'mining_case', 'llavahr_case', 'mixture_of', 'steady', 'fusion_case', 'model_case']
 
-# %% ../../nbs/papers/04_eagle.ipynb #781222ab
+# %% ../../nbs/papers/04_eagle.ipynb #8e4e572e
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .adapters import map_of, tokens_of
+from .expert import map_of, tokens_of
 from .fusion import build_fusion, build_projector
 from .golden_towers import check_rotations, enlarged, gradients, scalar, tower_cases
 from .mixture import Mixture, check_towers, shapes_of, tower_names

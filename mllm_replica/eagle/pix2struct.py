@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PIX2STRUCT', 'Pix2StructExpert']
 
-# %% ../../nbs/papers/04_eagle.ipynb #861aeed8
+# %% ../../nbs/papers/04_eagle.ipynb #03cb8bbb
 import math
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
-from .clip import to_map
-from .expert import Expert, quicken
 
-# %% ../../nbs/papers/04_eagle.ipynb #73670993
+from .expert import Expert, map_of, quicken
+
+# %% ../../nbs/papers/04_eagle.ipynb #275dbe6c
 # Shapes: B images, s side of an image in pixels, g cells in a row of the map, C channels, p side of a patch in pixels.
 PIX2STRUCT = dict(hidden_size=1536, patch_embed_hidden_size=768, d_ff=3968, d_kv=64, num_hidden_layers=18, num_attention_heads=24, seq_len=4096)
 
@@ -58,4 +58,4 @@ class Pix2StructExpert(Expert):
         rows, columns = (table.weight[1:self.grid + 1] for table in (embeddings.row_embedder, embeddings.column_embedder))
         x = embeddings.patch_projection(self.patches(pixels)) + (rows[:, None] + columns).flatten(0, 1)
         for layer in layers: x = layer(x, None)[0]
-        return to_map(self.vision_tower.layernorm(x), self.grid)
+        return map_of(self.vision_tower.layernorm(x), self.grid)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CONNECTORS', 'AveragePooling', 'pooling_cells', 'position_waves', 'AttentionPooling', 'build_connector', 'resize_positions', 'letterbox', 'letterboxed', 'SubImages', 'few_shot_tokens']
 
-# %% ../../nbs/papers/03_mm1.ipynb #ef3b0bdc
+# %% ../../nbs/papers/03_mm1.ipynb #c21cc824
 import inspect, math
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..eagle import clip
 from ..honeybee.components import Projector, build_projector, initialise
 from ..layers import LayerNorm, Linear, grid_pool, side_of, split_heads
 from ..vision import CLIP_MEAN
@@ -137,7 +138,7 @@ def build_connector(
     if unknown := sorted(set(fields) - set(known)): raise ValueError(f'connector fields {unknown} are unknown for {kind!r}; expected some of {known}')
     return CONNECTORS[kind](*sizes, **fields)
 
-# %% ../../nbs/papers/03_mm1.ipynb #851dc825
+# %% ../../nbs/papers/03_mm1.ipynb #6506e6ab
 def resize_positions(
     table: Tensor,         # [leading+n²,D]
     num_patches: int,      # m², of another square grid
@@ -146,11 +147,8 @@ def resize_positions(
 ) -> Tensor:
     "A position table for another grid, half-pixel centres, no antialiasing: [leading+n²,D] → [leading+m²,D]."
     if mode not in ('bicubic', 'bilinear'): raise ValueError(f"mode {mode!r} is unknown: 'bicubic' or 'bilinear'")
-    old, new = side_of(len(table) - leading, 'rows of the position table'), side_of(num_patches, 'number of patches')
-    if old == new: return table
-    grid = table[leading:].T.unflatten(1, (old, old))[None].float()
-    grid = F.interpolate(grid, size=(new, new), mode=mode, align_corners=False)[0].flatten(1).T.to(table.dtype)
-    return torch.cat([table[:leading], grid])
+    side = side_of(num_patches, 'number of patches')
+    return torch.cat([table[:leading], clip.resize_positions(table[leading:], side, side, mode)])
 
 # %% ../../nbs/papers/03_mm1.ipynb #33d2b048
 def letterbox(

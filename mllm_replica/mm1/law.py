@@ -37,7 +37,7 @@ def weight_decay(
     "A tenth of the peak rate."
     return 0.1 * lr
 
-# %% ../../nbs/papers/03_mm1.ipynb #fda6a54b
+# %% ../../nbs/papers/03_mm1.ipynb #d7eb4bb2
 def optimal_rate(
     rates: Sequence[float],   # rising
     losses: Sequence[float],  # one per rate; lower is better
@@ -55,7 +55,9 @@ class Fit(NamedTuple):
     law: Law
     spread: float       # standard deviation of ln lr around the line
     sizes: np.ndarray   # ln N
-    quantile: float     # of t, for the 95 % intervals
+
+    @property
+    def _quantile(self) -> float: return float(stdtrit(len(self.sizes) - 2, 0.975))
 
     @property
     def _squares(self) -> float: return float(((self.sizes - self.sizes.mean()) ** 2).sum())
@@ -63,7 +65,7 @@ class Fit(NamedTuple):
     @property
     def slope_interval(self) -> tuple[float, float]:
         "95 % interval of the slope."
-        half = self.quantile * self.spread / math.sqrt(self._squares)
+        half = self._quantile * self.spread / math.sqrt(self._squares)
         return self.law.slope - half, self.law.slope + half
 
     def predict(
@@ -72,10 +74,10 @@ class Fit(NamedTuple):
     ) -> tuple[float, float, float]:
         "The rate for a model of this size, and the 95 % interval in which its own optimum should lie."
         away = (math.log(parameters) - self.sizes.mean()) ** 2 / self._squares
-        rate, half = self.law.rate(parameters), self.quantile * self.spread * math.sqrt(1 + 1 / len(self.sizes) + away)
+        rate, half = self.law.rate(parameters), self._quantile * self.spread * math.sqrt(1 + 1 / len(self.sizes) + away)
         return rate, rate * math.exp(-half), rate * math.exp(half)
 
-# %% ../../nbs/papers/03_mm1.ipynb #dd9a6f16
+# %% ../../nbs/papers/03_mm1.ipynb #2ab4c84e
 def fit_law(
     parameters: Sequence[float],  # N of each model
     rates: Sequence[float],       # its best peak learning rate
@@ -85,9 +87,8 @@ def fit_law(
     if len(parameters) < 3 or len(set(parameters)) < 2: raise ValueError(f'{len(parameters)} points; intervals need 3 or more, of different sizes')
     x, y = np.log(parameters), np.log(rates)
     slope, intercept = np.polyfit(x, y, 1)
-    freedom = len(x) - 2
-    spread = math.sqrt(((y - slope * x - intercept) ** 2).sum() / freedom)
-    return Fit(Law(float(slope), float(intercept)), spread, x, float(stdtrit(freedom, 0.975)))
+    spread = math.sqrt(((y - slope * x - intercept) ** 2).sum() / (len(x) - 2))
+    return Fit(Law(float(slope), float(intercept)), spread, x)
 
 # %% ../../nbs/papers/03_mm1.ipynb #8c05d288
 def scheduled_rate(
