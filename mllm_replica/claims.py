@@ -221,13 +221,14 @@ def _lower(table: Table, column: str) -> bool:
     known = [*table.columns, *(c for r in table.replication.values() for c in r.columns)]
     return next(c for c in known if c.key == column).better == 'lower'
 
-# %% ../nbs/foundations/11_claims.ipynb #52760beb
+# %% ../nbs/foundations/11_claims.ipynb #0fe6191e
 def holds(
     text: str,       # expression
     table: Table,
 ) -> bool | None:
     "Whether a test is true of the printed numbers; None when cells it needs are not printed and the others don't refute it."
     def printed(*cell: str) -> float:
+        "The number that the paper prints, an error where it prints none."
         value = load_table(table.paper, cell[0].removeprefix('table_')).cell(*cell[1:]) if len(cell) == 3 else table.cell(*cell)
         if isinstance(value, (str, bool)): raise ClaimError(f'{text!r}: cell {".".join(cell)} is {value!r}, not a number')
         if value is None: raise LookupError(f'cell {".".join(cell)} is not printed')
@@ -268,7 +269,7 @@ def interval(
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if max(values) > min(values) else 0.0
     return Interval(mean, mean - half, mean + half, n)
 
-# %% ../nbs/foundations/11_claims.ipynb #6625ecfa
+# %% ../nbs/foundations/11_claims.ipynb #eea5c246
 @dataclass(frozen=True)
 class Evidence:
     "One comparison on our runs."
@@ -304,6 +305,7 @@ def verdict(
     try: found = comparisons(parse(text), table, names)
     except Unmeasured as error: return Verdict(claim, scale, 'not testable at this scale', str(error))
     def seeds(*cell: str) -> dict[int, float]:
+        "What is known of a row and metric, by seed."
         *other, row, metric = cell
         where = elsewhere.get(other[0].removeprefix('table_'), {}) if other else samples
         return where.get(row, {}).get(metric, {})

@@ -6,9 +6,10 @@
 __all__ = ['RowParameters', 'TableParameters', 'Job', 'notebook_parameters', 'check_parameters', 'Metric', 'Result',
            'write_atomic', 'read_result', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
 
-# %% ../nbs/foundations/62_engine.ipynb #2def1ae8
+# %% ../nbs/foundations/62_engine.ipynb #1da28b3f
 import ast, json, logging, os, signal, socket, sys, threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 from pydantic import FiniteFloat
@@ -141,7 +142,7 @@ def kill_tree(
         try: process.kill()
         except psutil.NoSuchProcess: pass
 
-# %% ../nbs/foundations/62_engine.ipynb #fd0b4188
+# %% ../nbs/foundations/62_engine.ipynb #f0320b77
 def execute(
     job: Job,  # the notebook and its parameters
 ) -> int:
@@ -155,7 +156,8 @@ def execute(
 
     class Remembering(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kw: Any) -> Any:
+            "Execute the notebook and note the cell at work and its process."
             client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120, log=logging.getLogger('papermill'),
                                              log_output=True)
             client.on_cell_start = lambda cell, cell_index: seen.update(cell=cell_index + 1, kernel=client.km.provisioner.process)

@@ -70,7 +70,7 @@ def make_plan(
                 plan.places.setdefault(unit_key(recipe), []).append(recipe)
     return plan
 
-# %% ../nbs/foundations/61_runner.ipynb #2ab37732
+# %% ../nbs/foundations/61_runner.ipynb #3eabb487
 Submit = Callable[[Order], Future]
 
 
@@ -98,6 +98,7 @@ def ray_engine(
     task, refs = ray.remote(max_retries=3)(supervise), []
 
     def submit(order: Order) -> Future:
+        "Start a unit as a task of the cluster."
         refs.append(task.options(num_cpus=order.threads, num_gpus=order.recipe.model.get('num_gpus', 0)).remote(order))
         return refs[-1].future()
 
@@ -241,7 +242,7 @@ def _terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/foundations/61_runner.ipynb #66c16f0c
+# %% ../nbs/foundations/61_runner.ipynb #f182faa6
 TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # seconds a unit
 
 
@@ -298,10 +299,12 @@ def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], 
         books = Books(tracker, plan, tables, chosen.run_folder, summary.problems)
 
         def started(order: Order) -> None:
+            "A unit has begun: show and book it."
             display.start(order.recipe.unit, order.folder)
             books.start(order)
 
         def ended(order: Order, outcome: Outcome) -> None:
+            "A unit is over: count, book and show it."
             summary.outcomes.append(outcome)
             books.end(order, outcome)
             display.end(order.recipe.unit, outcome.status, outcome.reason)

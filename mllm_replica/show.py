@@ -39,7 +39,7 @@ def samples_figure(
     said = lambda s: ' | '.join(t['value'].replace('\n', ' ') for t in s['conversations'] or ()) or str(s['document'])
     return _grid([(s['images'], said(s)) for s in chosen])
 
-# %% ../nbs/foundations/68_show.ipynb #598e0405
+# %% ../nbs/foundations/68_show.ipynb #28af24ca
 def curve_figure(
     points: Sequence[Any],  # with step, stage and loss
 ) -> 'Figure':
@@ -66,6 +66,7 @@ def predictions_figure(
     chosen = {p['id']: p for p in lines[:count // 2] + lines[::-1][:count - count // 2]}
     rows = {sample_id: i for i, sample_id in enumerate(samples['id']) if sample_id in chosen}
     def text(p: dict, sample: dict) -> str:
+        "Question, prediction and answer."
         question = sample['conversations'][-2]['value'].replace('<image>', '').strip()
         return f'{question}  model: {p["prediction"]!r}  right: {p["answer"]!r}'
     return _grid([(samples[rows[i]]['images'], text(p, samples[rows[i]])) for i, p in chosen.items()])

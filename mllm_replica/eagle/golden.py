@@ -178,7 +178,7 @@ def fusion_case(
         found |= {f'out.tower_{k}_input': pixels[k], f'out.tower_{k}_raw': tokens_of(x) if name.startswith(('clip', 'convnext')) else x}
     return found | gradients(mixture, list(tensors.wanted), 'grad.')
 
-# %% ../../nbs/papers/04_eagle.ipynb #617b61eb
+# %% ../../nbs/papers/04_eagle.ipynb #0d720e68
 def model_case(
     config: dict[str, Any],
     tensors: Given,
@@ -192,6 +192,7 @@ def model_case(
     parts = {'model.mm_projector.': project, part: mixture, '': llama}
 
     def inputs(images: Tensor, *ids: Tensor) -> tuple[Tensor, Tensor, Layout, Tensor]:
+        "Features, tokens, layout and embeddings of pictures and ids."
         features = mixture(images)
         tokens = project(features)
         layout = lay_out(ids[0], [tokens.shape[1]] * len(images), *ids[1:])

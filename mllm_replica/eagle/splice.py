@@ -38,7 +38,7 @@ def _owners(
     raise ValueError(f'{images} images (crops of one picture count as one image) for {found} placeholders in {len(counts)} samples; '
                      f'they must be equal. Placeholders per sample: {counts.tolist()}; the first sample that does not fit is {short[0]}')
 
-# %% ../../nbs/papers/04_eagle.ipynb #d0933b9e
+# %% ../../nbs/papers/04_eagle.ipynb #d52dbb7f
 def lay_out(
     input_ids: Tensor,                     # [B,T] with one `placeholder` per image
     lengths: Sequence[int],                # [K] visual tokens of each image, of all its crops
@@ -67,24 +67,27 @@ def lay_out(
     place = row, position + (length - total)[row] if padding_side == 'left' else position
 
     def table(values: Tensor, empty: int) -> Tensor:
+        "Values in their places, `empty` elsewhere: → [B,L]."
         return values.new_full((len(input_ids), length), empty).index_put_(place, values)
     return Layout(input_ids=table(input_ids.flatten()[source].where(~visual, image_token_id), pad_token_id),
                   attention_mask=table(torch.ones_like(source), 0), position_ids=table(position, 0),
                   labels=None if labels is None else table(labels.flatten()[source].where(~visual, IGNORED), IGNORED),
                   rows=(first.flatten()[source] + inside)[visual], given=int(sizes.sum()))
 
-# %% ../../nbs/papers/04_eagle.ipynb #df70255c
+# %% ../../nbs/papers/04_eagle.ipynb #c9d9752f
 class _Spread(torch.autograd.Function):
     "Two sets of rows into one buffer, zero elsewhere."
 
     @staticmethod
     def forward(ctx: Any, text: Tensor, visual: Tensor, at_text: Tensor, at_visual: Tensor, count: int) -> Tensor:
+        "[n,D] and [V,D] → [count,D]."
         ctx.save_for_backward(at_text, at_visual)
         buffer = (text.new_empty if len(text) + len(visual) == count else text.new_zeros)(count, text.shape[1])
         return buffer.index_copy_(0, at_text, text).index_copy_(0, at_visual, visual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        "The gradient's rows, where they are wanted."
         wanted = (grad.index_select(0, at) if needed else None for at, needed in zip(ctx.saved_tensors, ctx.needs_input_grad))
         return *wanted, None, None, None
 

@@ -201,7 +201,7 @@ def insert_experts(
             experts = Experts(num_experts, config.hidden_size, intermediate_size, config.hidden_act, std=config.initializer_range)
             layer.mlp = SparseMLP(router, experts).to(layer.mlp.gate_proj.weight)
 
-# %% ../../nbs/papers/03_mm1.ipynb #02748db8
+# %% ../../nbs/papers/03_mm1.ipynb #06b17021
 @contextmanager
 def record_routing(
     model: nn.Module,  # with sparse layers somewhere inside
@@ -210,6 +210,7 @@ def record_routing(
     heard, grad = [], torch.is_grad_enabled()
 
     def listen(router: Router, _, routing: Routing) -> None:
+        "Keep a router's decision."
         if grad and router.weight.requires_grad and not routing.balance.requires_grad:
             raise RuntimeError('a router ran without gradient: checkpoint with use_reentrant=False, or enter record_routing under no_grad, too')
         heard.append(routing)
