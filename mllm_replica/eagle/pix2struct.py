@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PIX2STRUCT', 'Pix2StructExpert']
 
-# %% ../../nbs/papers/04_eagle.ipynb #03cb8bbb
+# %% ../../nbs/papers/04_eagle.ipynb #4b2f1157
 import math
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
-
 
 from .expert import Expert, map_of, quicken
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MAX_IMAGES', 'KINDS', 'WEIGHTS', 'check_example', 'encode_source', 'TrainingSequence', 'join', 'next_fit', 'best_fit', 'make_sequences', 'fill', 'collate_sequences', 'freeze', 'token_budget']
 
-# %% ../../nbs/papers/03_mm1.ipynb #7bb4071b
+# %% ../../nbs/papers/03_mm1.ipynb #98ef2396
 import bisect, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..data import Encoded, Mixture
+from ..language import IGNORED
 from ..packing import collate, truncate
 from ..records import COLUMNS, IMAGE, check_sample
 
@@ -56,7 +57,7 @@ def encode_source(
                                              f'{length - 1} after its begin token; use fewer visual tokens or longer sequences')
     return [truncate(example, length) for example in examples]
 
-# %% ../../nbs/papers/03_mm1.ipynb #103f5aa9
+# %% ../../nbs/papers/03_mm1.ipynb #b28b5e5c
 @dataclass
 class TrainingSequence(Encoded):
     "Examples of one source end to end; none of them sees another."
@@ -75,7 +76,7 @@ def join(
     return TrainingSequence(
         id='+'.join(example.id for example in examples),
         input_ids=[token for example in examples for token in example.input_ids],
-        labels=[label for example in examples for label in [-100, *example.labels[1:]]],
+        labels=[label for example in examples for label in [IGNORED, *example.labels[1:]]],
         image_ids=[image for example in examples for image in example.image_ids],
         images=[image for example in examples for image in example.images],
         image_spans=[(start + a, start + b) for start, example in zip(starts, examples) for a, b in example.image_spans],
