@@ -19,9 +19,10 @@ from .engine import is_alive, this_process
 from .recipe import Recipe
 from .settings import project_root
 
-# %% ../nbs/foundations/64_journal.ipynb #e151305c
+# %% ../nbs/foundations/64_journal.ipynb #9b25242b
 NOT_EXECUTED = ('settings', 'recipe', 'registry', 'exporting', 'published', 'claims', 'results', 'report', 'readme', 'tracking', 'journal',
-                'engine', 'worker', 'runner', 'publish', 'progress', 'show', 'plan', 'doctor', 'cli', 'parity')
+                'engine', 'worker', 'runner', 'publish', 'progress', 'show', 'plan', 'doctor', 'cli', 'parity',
+                'variation', 'effects', 'study')
 
 
 def _module_file(name: str) -> Path | None:  # `find_spec` of a submodule would import its parents, and torch with them

@@ -6,7 +6,7 @@
 __all__ = ['FRESH', 'reportable', 'report_folder', 'comparison', 'git_commit', 'write_records', 'TableReport', 'write_report',
            'Published', 'is_published', 'publish']
 
-# %% ../nbs/foundations/67_publish.ipynb #97210be1
+# %% ../nbs/foundations/67_publish.ipynb #8859a892
 import fcntl, hashlib, json, re, subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,17 +21,18 @@ from .published import load_table, paper_folder
 from .recipe import Recipe
 from .settings import Scale, Strict, project_root, settings
 from .tracking import check_finite
+from .variation import split_row
 from .worker import Order, environment, start_job, watch
 
-# %% ../nbs/foundations/67_publish.ipynb #492f8c12
+# %% ../nbs/foundations/67_publish.ipynb #4091494e
 FRESH = 10  # first seed that is reported
 
 
 def reportable(
     recipe: Recipe,
 ) -> bool:
-    "Whether a unit's numbers may be published; at smoke they only show that the machinery runs, and lie in the run folder."
-    return recipe.scale == 'smoke' or recipe.seed >= FRESH
+    "Whether a unit's numbers may be published; those of a varied row are no row of the table, those of smoke lie in the run folder."
+    return split_row(recipe.row)[0] == recipe.row and (recipe.scale == 'smoke' or recipe.seed >= FRESH)
 
 
 def report_folder(
@@ -121,7 +122,7 @@ def write_report(
     write_atomic(out_dir/'report.json', report.model_dump_json(indent=1))
     return report
 
-# %% ../nbs/foundations/67_publish.ipynb #1a445348
+# %% ../nbs/foundations/67_publish.ipynb #603831bc
 def _hash(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
 
 
@@ -165,7 +166,7 @@ def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
     from mllm_replica.results import results_path
     claims = load_table(paper, table).claims
     others = sorted(set(re.findall(r'table_(\w+)\.', ' '.join(c.scope(scale).test or c.test or '' for c in claims))) - {table})
-    code = [Path(__file__).with_name(f'{name}.py') for name in ('report', 'results', 'claims', 'published', 'publish')]
+    code = [Path(__file__).with_name(f'{name}.py') for name in ('report', 'results', 'effects', 'claims', 'published', 'publish')]
     return [*(results_path(paper, t, scale) for t in [table, *others]), paper_folder(paper)/'tables'/f'table_{table}.yaml', _notebook(), *code]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Submit', 'ENGINES', 'TIMEOUTS', 'Plan', 'make_plan', 'local_engine', 'ray_engine', 'run_orders', 'Books', 'Summary',
            'run_tables', 'run_table']
 
-# %% ../nbs/foundations/61_runner.ipynb #ecd463e6
+# %% ../nbs/foundations/61_runner.ipynb #bebab183
 import signal, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,9 +24,10 @@ from .publish import comparison, is_published, publish
 from .recipe import Recipe
 from .settings import project_root, settings
 from .tracking import Tracker
+from .variation import split_row
 from .worker import Order, Outcome, supervise
 
-# %% ../nbs/foundations/61_runner.ipynb #fc0b3186
+# %% ../nbs/foundations/61_runner.ipynb #4ae39ff4
 @dataclass
 class Plan:
     "What a command means: units, and rows that cannot run."
@@ -35,6 +36,7 @@ class Plan:
     tables: list[str]
     places: dict[str, list[Recipe]] = field(default_factory=dict)  # unit key -> one recipe for every row that shows it
     not_run: dict[str, str] = field(default_factory=dict)          # 'table/row' -> reason
+    study: str = ''                                                # name of the study that asks for these rows; empty for tables
 
     def units_of(
         self,
@@ -48,7 +50,7 @@ def make_plan(
     paper: str,
     tables: Sequence[str] | None = None,  # all that have a runnable row by default
     scale: str | None = None,             # as in settings.ini by default
-    rows: Sequence[str] | None = None,    # all by default
+    rows: Sequence[str] | None = None,    # all by default; one may carry changes, as in `wide+stages.0.lr=0.003`
     seeds: Sequence[int] | None = None,   # as in settings.ini by default, at smoke only the first of them
 ) -> Plan:
     "Find the units; an unknown table, row or scale is an error that names the known ones."
@@ -56,14 +58,14 @@ def make_plan(
     if seeds is None: seeds = settings().seeds[:1] if scale == 'smoke' else settings().seeds
     plan = Plan(paper, scale, list(tables or module.tables(scale)))
     possible = {table: module.rows(table, scale) for table in plan.tables}
-    unknown = set(rows or ()) - {row for found in possible.values() for row in found}
+    unknown = [row for row in rows or () if not any(split_row(row)[0] in found for found in possible.values())]
     known = '; '.join(f'{table}: {", ".join(found)}' for table, found in possible.items())
-    if unknown: raise KeyError(f'{paper} has no rows {sorted(unknown)} in tables {plan.tables}; it has {known}')
+    if unknown: raise KeyError(f'{paper} has no rows {unknown} in tables {plan.tables}; it has {known}')
     for table, found in possible.items():
-        for row, reason in found.items():
-            if rows and row not in rows: continue
-            if reason is not None:
-                plan.not_run[f'{table}/{row}'] = reason
+        for row in dict.fromkeys(rows or found):
+            if (base := split_row(row)[0]) not in found: continue
+            if found[base] is not None:
+                plan.not_run[f'{table}/{row}'] = found[base]
                 continue
             for seed in dict.fromkeys(seeds):
                 recipe = module.recipe(table, row, scale, seed)
@@ -134,7 +136,7 @@ def run_orders(
                 ended(order, Outcome(unit=order.recipe.unit, key=order.key, status='failed', reason=repr(error)) if error else future.result())
             tick()
 
-# %% ../nbs/foundations/61_runner.ipynb #185bc4c8
+# %% ../nbs/foundations/61_runner.ipynb #af21aef6
 class Books:
     "Keeps the tracker's runs of one plan."
 
@@ -148,7 +150,7 @@ class Books:
     ):
         self.tracker, self.plan, self.problems, self.journal, self.runs = tracker, plan, problems, Journal(run_folder), {}
         code = source_hash(plan.paper)
-        self.parents = {table: tracker.start_table(plan.paper, table, plan.scale, code) for table in tables}
+        self.parents = {table: tracker.start_table(plan.paper, table, plan.scale, code, plan.study) for table in tables}
 
     def _places(self, order: Order) -> list[Recipe]: return [r for r in self.plan.places[order.key] if r.table in self.parents]
 
@@ -200,7 +202,7 @@ class Books:
             self.start(order, missing)
             self.end(order, Outcome(unit=order.recipe.unit, key=order.key, status='found'))
 
-# %% ../nbs/foundations/61_runner.ipynb #5a65785a
+# %% ../nbs/foundations/61_runner.ipynb #47554d7a
 @dataclass
 class Summary:
     "What a command did."
@@ -222,8 +224,8 @@ class Summary:
 
     def __str__(self) -> str:
         done = sum(o.ok for o in self.outcomes)
-        lines = [f'{self.plan.paper} {", ".join(self.plan.tables)} at {self.plan.scale}: {done} units finished, {self.skipped} were finished before, '
-                 f'{len(self.failed)} failed; {self.seconds:.0f} s']
+        lines = [f'{self.plan.paper} {self.plan.study or ", ".join(self.plan.tables)} at {self.plan.scale}: {done} units finished, '
+                 f'{self.skipped} were finished before, {len(self.failed)} failed; {self.seconds:.0f} s']
         for o in self.failed:
             lines.append(f'  {o.status} {o.unit}: {o.reason} (exit code {o.exit_code}, last cell {o.cell}, '
                          f'peak memory {o.peak_memory_mb:.0f} MB, unit {o.key})')
@@ -242,7 +244,7 @@ def _terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/foundations/61_runner.ipynb #f182faa6
+# %% ../nbs/foundations/61_runner.ipynb #4bcf6b30
 TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # seconds a unit
 
 
@@ -259,11 +261,13 @@ def run_tables(
     threads: int = 1,                     # per unit
     pipeline: Path | None = None,         # notebook of a unit; `replicate_row.ipynb` by default
     report: bool = True,                  # write results and have the tables reported
+    study: str = '',                      # name of the study that asks for these rows; the tracker keeps them under it
     console: Console | None = None,      # where progress is shown
 ) -> Summary:
     "Run what is not finished of some tables, track it and report it."
     begin, chosen = time.monotonic(), settings()
     plan = make_plan(paper, tables, scale, rows, seeds)
+    plan.study = study
     notebook = Path(pipeline or project_root()/'nbs'/'pipelines'/'replicate_row.ipynb').resolve()
     limit = timeout if timeout is not None else TIMEOUTS[plan.scale]
     orders = [Order(recipe=recipes[0], key=key, notebook=notebook, run_folder=chosen.run_folder, timeout=limit, threads=threads)

@@ -72,7 +72,7 @@ def read_curve(
     kept = rows[::-1][::stride][::-1]
     return [(c, int(r['step']), float(r[c])) for r in kept for c in columns if r[c] not in ('', None)]
 
-# %% ../nbs/foundations/60_tracking.ipynb #954e68cb
+# %% ../nbs/foundations/60_tracking.ipynb #9200f163
 class Tracker:
     "Writes tables and units to an MLflow store; one per run, in the runner's process."
 
@@ -109,8 +109,8 @@ class Tracker:
 
     def _open(self, paper: str, name: str, identity: dict[str, str], tags: dict[str, str]) -> str:
         "Find the run that has these identity tags and go on with it, or create it."
-        where = ' and '.join(f"tags.`{k}` = '{v}'" for k, v in identity.items())
-        found = self.client.search_runs([self.experiment(paper)], where, max_results=1)
+        where = ' and '.join(f"tags.`{k}` = '{v}'" for k, v in identity.items() if not set(v) & {"'", '"', '\\'})  # MLflow knows no escapes
+        found = [r for r in self.client.search_runs([self.experiment(paper)], where) if identity.items() <= r.data.tags.items()]
         tags = {**identity, **tags, 'process': json.dumps(this_process())}
         if found:
             run = found[0].info.run_id
@@ -123,18 +123,19 @@ class Tracker:
 # %% ../nbs/foundations/60_tracking.ipynb #4fc88afa
 from fastcore.basics import patch
 
-# %% ../nbs/foundations/60_tracking.ipynb #f92a5090
+# %% ../nbs/foundations/60_tracking.ipynb #10793241
 @patch
 def start_table(
     self: Tracker,
     paper: str,
     table: str,
     scale: str,
-    code: str,  # hash of the code that makes the numbers
+    code: str,        # hash of the code that makes the numbers
+    study: str = '',  # name of a study that varies the table's rows
 ) -> str:
-    "Open the parent run of a table; returns its id."
-    identity = dict(kind='table', paper=paper, table=table, scale=scale, code=code)
-    return self._open(paper, f'table {table} · {scale}', identity, {})
+    "Open the parent run of a table, or of a study; returns its id."
+    identity = dict(kind='study' if study else 'table', paper=paper, table=table, scale=scale, code=code) | ({'study': study} if study else {})
+    return self._open(paper, f'{study or f"table {table}"} · {scale}', identity, {})
 
 
 @patch

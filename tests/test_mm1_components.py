@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
 read = lambda name: yaml.safe_load((GOLDEN / f'{name}.yaml').read_text())
 SHAPES, HIGH = read('connector_shapes'), read('high_resolution')
 COLUMNS = {'avg': 'average_pooling', 'att': 'attention_pooling', 'c-abs': 'c_abstractor'}   # of the yaml file
-SMALL = {'avg': {}, 'att': dict(num_attention_heads=2), 'c-abs': dict(depth=1, hidden_size=8)}
+SMALL = {'avg': {}, 'att': dict(num_attention_heads=2), 'c-abs': dict(depth=1, hidden_size=8),
+         'resampler': dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)}
 kinds = pytest.mark.parametrize('kind', CONNECTORS)
 
 

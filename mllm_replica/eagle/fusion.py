@@ -35,9 +35,10 @@ def check_names(
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice: raise ValueError(f'experts {", ".join(twice)} are given twice; name every expert once')
 
-# %% ../../nbs/papers/04_eagle.ipynb #4a91d15d
+# %% ../../nbs/papers/04_eagle.ipynb #98d7ef0d
 class Fusion(nn.Module):
     "Maps of several experts → `num_tokens` visual tokens of `width` channels."
+    injects = False   # whether it changes the first expert's layers
 
     def __init__(
         self,
@@ -72,8 +73,12 @@ class Fusion(nn.Module):
         self.check(maps)
         return self.fuse(list(maps))
 
+    def side(self, expert: ExpertShape) -> int:
+        "Side of what is read of an expert's map: enough to be kept of it."
+        return self.grid
+
     def fuse(self, maps: list[Tensor]) -> Tensor:
-        "The fusion itself, on checked maps: → [B,M,width]."
+        "The fusion itself, on checked maps, or on maps already brought to `side`: → [B,M,width]."
         raise NotImplementedError(f'{type(self).__name__} does not say how it fuses')
 
     @contextmanager
@@ -133,7 +138,7 @@ class SequenceAppend(Fusion):
         "→ [B,kN,output_width]."
         return torch.cat([project(tokens_of(resize(x, self.grid))) for project, x in zip(self.projectors, maps)], 1)
 
-# %% ../../nbs/papers/04_eagle.ipynb #4338aeb3
+# %% ../../nbs/papers/04_eagle.ipynb #35f1bee4
 class Injection(Fusion):
     "The first expert's tokens read the other experts."
 
@@ -141,6 +146,10 @@ class Injection(Fusion):
         super().__init__(experts, grid)
         if len(self.experts) < 2: raise ValueError(f'{self.experts[0].name!r} is the only expert; an injection needs another one to read from')
         self.source_channels = sum(expert.channels for expert in self.experts[1:])
+
+    def side(self, expert: ExpertShape) -> int:
+        "The whole map."
+        return expert.side
 
     def source(self, others: Sequence[Tensor]) -> Tensor:
         "The other experts as one map: each [B,C,s,s] → [B,ΣC,s,s]."
@@ -151,7 +160,7 @@ class Injection(Fusion):
         "Tokens of the first expert brought to the common grid: [B,n,D] → [B,N,D]."
         return tokens_of(resize(map_of(tokens), self.grid))
 
-# %% ../../nbs/papers/04_eagle.ipynb #d26eb6bd
+# %% ../../nbs/papers/04_eagle.ipynb #9676238b
 class _Between(nn.Module):
     "An adapter and its source, called as one of the layers."
 
@@ -166,6 +175,7 @@ class _Between(nn.Module):
 
 class LlavaHR(Injection):
     "Adapters between the first expert's layers and an alignment behind them; names as in LLaVA-HR."
+    injects = True
 
     def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
         super().__init__(experts, grid)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'WITHOUT_BEGIN', 'Part', 'MODES', 'Template', 'rounds', 'prompt_text', 'part_ids', 'conversation_ids', 'with_images', 'EagleProcessor']
 
-# %% ../../nbs/papers/04_eagle.ipynb #254e324b
+# %% ../../nbs/papers/04_eagle.ipynb #7ad0c358
 import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Encoded
+from ..images import open_image
 from ..language import IGNORED, text_ids
 from ..owl2.processor import SYSTEM, image_first, to_square
 from ..records import IMAGE, ROLES
 from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_key
-from ..vlm import VisionLanguageProcessor
+from ..vlm import VisionLanguageConfig, VisionLanguageProcessor
 
 # %% ../../nbs/papers/04_eagle.ipynb #6786cc9b
 class Template(NamedTuple):
@@ -133,7 +134,7 @@ def with_images(
     elif found != images: raise ValueError(f'{name}: {found} {IMAGE} placeholders, {images} images; they must be equal')
     return [dict(turn, value=image_first(value)) for turn, value in zip(turns, values)]
 
-# %% ../../nbs/papers/04_eagle.ipynb #adce71f6
+# %% ../../nbs/papers/04_eagle.ipynb #362032b0
 MODES = ('pad', 'crop')
 
 
@@ -151,11 +152,14 @@ class EagleProcessor(VisionLanguageProcessor):
         template: str = 'vicuna_v1',              # a key of `TEMPLATES`, or 'words'
         mode: str = 'pad',                        # how a picture becomes a square, one of `MODES`
         begin: bool | None = None,                # whether a begin token comes first; None: as the template's tokenizer does
+        tiles: int = 1,                           # tiles in a row and in a column of an image
     ) -> None:
         if template not in (*TEMPLATES, 'words'): raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}, words')
         if mode not in MODES: raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
+        if tiles < 1: raise ValueError(f'tiles is {tiles}; expected at least 1, an image that is not cut')
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
-        self.template, self.mode, self.begin = template, mode, template not in WITHOUT_BEGIN if begin is None else begin
+        self.template, self.mode, self.tiles = template, mode, tiles
+        self.begin = template not in WITHOUT_BEGIN if begin is None else begin
         if self.begin and tokenizer.bos_token is None: raise ValueError('the tokenizer has no begin token; set begin=False, or name its begin token')
         if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
@@ -163,9 +167,26 @@ class EagleProcessor(VisionLanguageProcessor):
         self,
         images: Sequence[Any],  # PIL images or undecoded sources, of any size
     ) -> Tensor:
-        "Pixel values: N images → [N,3,S,S]."
-        squares = [to_square(image, self.image_size, self.mode, self.image_mean) for image in images]
-        return clip_pixels(squares, self.image_size, self.image_mean, self.image_std)
+        "Pixel values: N images → [N,3,S,S], or [N,c,3,S,S] with c = tiles² + 1 crops, the whole picture first."
+        size, squares = self.image_size, []
+        for image in images:
+            if self.tiles > 1: image = open_image(image)   # read twice
+            squares.append(to_square(image, size, self.mode, self.image_mean))
+            if self.tiles == 1: continue
+            large = to_square(image, size * self.tiles, self.mode, self.image_mean)
+            squares += [large.crop((x, y, x + size, y + size)) for y in range(0, large.height, size) for x in range(0, large.width, size)]
+        pixels = clip_pixels(squares, size, self.image_mean, self.image_std)
+        return pixels if self.tiles == 1 else pixels.unflatten(0, (-1, self.tiles ** 2 + 1))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: VisionLanguageConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs: Any,                     # further settings of the processor
+    ) -> 'EagleProcessor':
+        "The processor that fits a model's configuration."
+        return super().from_config(config, tokenizer, **{'tiles': config.tiles, **kwargs})
 
 # %% ../../nbs/papers/04_eagle.ipynb #8e7946ef
 @patch

@@ -75,7 +75,7 @@ class SamLayer(GradientCheckpointingLayer):
         x = x + self.attn(self.layer_norm1(x), cells)
         return x + self.mlp['lin2'](F.gelu(self.mlp['lin1'](self.layer_norm2(x))))
 
-# %% ../../nbs/papers/04_eagle.ipynb #b52a5be3
+# %% ../../nbs/papers/04_eagle.ipynb #ef3991c8
 SAM = dict(hidden_size=1024, output_channels=256, num_hidden_layers=24, num_attention_heads=16, image_size=1024, patch_size=16, window_size=14,
            global_attn_indexes=[5, 11, 17, 23], mlp_dim=4096)
 
@@ -111,7 +111,7 @@ class SamExpert(Expert):
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,h/2,w/2]."
-        x = self.vision_tower['patch_embed']['projection'](pixels).permute(0, 2, 3, 1)
+        x = self.vision_tower['patch_embed']['projection'](pixels).permute(0, 2, 3, 1).contiguous()   # layers read it many times
         if x.shape[1:] != self.vision_tower.pos_embed.shape[1:]:
             raise ValueError(f'SamExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; its positions are made for '
                              f'{self.image_size} × {self.image_size}')

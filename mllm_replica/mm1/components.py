@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CONNECTORS', 'AveragePooling', 'pooling_cells', 'position_waves', 'AttentionPooling', 'build_connector', 'resize_positions', 'letterbox', 'letterboxed', 'SubImages', 'few_shot_tokens']
 
-# %% ../../nbs/papers/03_mm1.ipynb #c21cc824
+# %% ../../nbs/papers/03_mm1.ipynb #ef3b0bdc
 import inspect, math
 from dataclasses import dataclass
 
@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..eagle import clip
 from ..honeybee.components import Projector, build_projector, initialise
 from ..layers import LayerNorm, Linear, grid_pool, side_of, split_heads
 from ..vision import CLIP_MEAN
@@ -118,12 +117,12 @@ def forward(self: AttentionPooling, features: Tensor, record: dict[str, Tensor] 
     context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return self.proj(self.norm_out(self.o(context)))
 
-# %% ../../nbs/papers/03_mm1.ipynb #0e7e913b
-CONNECTORS = {'avg': AveragePooling, 'att': AttentionPooling, 'c-abs': None}   # as the tables name them; the last is Honeybee's
+# %% ../../nbs/papers/03_mm1.ipynb #931e518c
+CONNECTORS = {'avg': AveragePooling, 'att': AttentionPooling, 'c-abs': None, 'resampler': None}   # as the tables name them; the last two are Honeybee's
 
 
 def build_connector(
-    config: dict,              # connector_type, num_query_tokens, and for 'att' and 'c-abs' their own fields
+    config: dict,              # connector_type, num_query_tokens, and the type's own fields
     encoder_hidden_size: int,  # width of the vision features
     output_hidden_size: int,   # width of the language model
     num_input_tokens: int,     # N, without the class token
@@ -133,12 +132,12 @@ def build_connector(
     kind = fields.pop('connector_type', None)
     if kind not in CONNECTORS: raise ValueError(f'connector_type is {kind!r}; expected one of {", ".join(CONNECTORS)}')
     sizes = encoder_hidden_size, output_hidden_size, num_input_tokens
-    if kind == 'c-abs': return initialise(build_projector(fields | {'projector_type': 'c-abs'}, *sizes), 'scaled')
+    if CONNECTORS[kind] is None: return initialise(build_projector(fields | {'projector_type': kind}, *sizes), 'scaled')
     known = list(inspect.signature(CONNECTORS[kind]).parameters)[3:]
     if unknown := sorted(set(fields) - set(known)): raise ValueError(f'connector fields {unknown} are unknown for {kind!r}; expected some of {known}')
     return CONNECTORS[kind](*sizes, **fields)
 
-# %% ../../nbs/papers/03_mm1.ipynb #6506e6ab
+# %% ../../nbs/papers/03_mm1.ipynb #9ae942b8
 def resize_positions(
     table: Tensor,         # [leading+n²,D]
     num_patches: int,      # m², of another square grid
@@ -147,8 +146,10 @@ def resize_positions(
 ) -> Tensor:
     "A position table for another grid, half-pixel centres, no antialiasing: [leading+n²,D] → [leading+m²,D]."
     if mode not in ('bicubic', 'bilinear'): raise ValueError(f"mode {mode!r} is unknown: 'bicubic' or 'bilinear'")
-    side = side_of(num_patches, 'number of patches')
-    return torch.cat([table[:leading], clip.resize_positions(table[leading:], side, side, mode)])
+    old, new = side_of(len(table) - leading, 'rows of the position table'), side_of(num_patches, 'number of patches')
+    if old == new: return table
+    grid = table[leading:].float().T.reshape(1, -1, old, old)
+    return torch.cat([table[:leading], F.interpolate(grid, (new, new), mode=mode, align_corners=False).flatten(2)[0].T.to(table.dtype)])
 
 # %% ../../nbs/papers/03_mm1.ipynb #33d2b048
 def letterbox(
