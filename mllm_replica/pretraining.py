@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['pretrained']
 
-# %% ../nbs/foundations/43_pretraining.ipynb #d10d60ee
+# %% ../nbs/foundations/43_pretraining.ipynb #fd078ce7
 import fcntl, hashlib, json, os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from .settings import project_root, settings
 from .training import train
 from .vision import encoder_key
 
-# %% ../nbs/foundations/43_pretraining.ipynb #19fd6b30
+# %% ../nbs/foundations/43_pretraining.ipynb #8244fd57
 def pretrained(
     recipe: Recipe,             # of the unit that needs the model; its seed, paper and sources count
     model: nn.Module,           # freshly initialised
@@ -35,7 +35,7 @@ def pretrained(
         raise NotImplementedError(f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher')
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
     packed = {stage.pack for stage in stages}
-    if len(packed) > 1: raise ValueError(f'{recipe.unit}: some stages of the pre-training pack samples and some do not; one collation serves them all')
+    if len(packed) > 1: raise ValueError(f'{recipe.unit}: some stages of the pre-training pack samples and some do not; one collation serves all')
     decides = [recipe.seed, [stage.model_dump() for stage in stages], {name: recipe.sources[name].model_dump() for name in names},
                source_hash(recipe.paper), library_versions(), settings_of]
     key = hashlib.sha256(json.dumps([encoder_key(model), decides], sort_keys=True).encode()).hexdigest()[:16]
@@ -44,7 +44,8 @@ def pretrained(
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder/'weights.safetensors').exists():
-            encoded = {name: [processor.encode(sample) for sample in load_source(recipe.sources[name], recipe.seed, project_root()/'data')] for name in names}
+            data = {name: load_source(recipe.sources[name], recipe.seed, project_root()/'data') for name in names}
+            encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in data.items()}
             batch = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, packed=packed == {True},
                             image_tensor=getattr(processor, 'image_tensor', None))
             train(model, stages, encoded, batch, folder, recipe.seed)

@@ -117,8 +117,8 @@ def forward(self: AttentionPooling, features: Tensor, record: dict[str, Tensor] 
     context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return self.proj(self.norm_out(self.o(context)))
 
-# %% ../../nbs/papers/03_mm1.ipynb #931e518c
-CONNECTORS = {'avg': AveragePooling, 'att': AttentionPooling, 'c-abs': None, 'resampler': None}   # as the tables name them; the last two are Honeybee's
+# %% ../../nbs/papers/03_mm1.ipynb #0e4fe305
+CONNECTORS = {'avg': AveragePooling, 'att': AttentionPooling, 'c-abs': None, 'resampler': None}   # by their names; two are Honeybee's
 
 
 def build_connector(

@@ -166,7 +166,7 @@ class SparseMLP(nn.Module):
         y = y[order.argsort()].unflatten(0, (-1, 2))
         return (y * routing.gates[..., None].to(y.dtype)).sum(1).to(x.dtype)
 
-# %% ../../nbs/papers/03_mm1.ipynb #90b3de2a
+# %% ../../nbs/papers/03_mm1.ipynb #4bda9a63
 def up_cycle(
     dense: LlamaMLP,
     router: Router,
@@ -193,7 +193,8 @@ def insert_experts(
     if num_experts < 2: raise ValueError(f'{num_experts} experts; two work on each token, so expected 2 or more')
     found = sorted({type(layer.mlp).__name__ for layer in layers[every - 1::every]})
     biased = getattr(config, 'mlp_bias', False)
-    if found != ['LlamaMLP'] or biased: raise NotImplementedError(f'experts in place of {found} with mlp_bias={biased}; expected LlamaMLP without bias')
+    if found != ['LlamaMLP'] or biased:
+        raise NotImplementedError(f'experts in place of {found} with mlp_bias={biased}; expected LlamaMLP without bias')
     for layer in layers[every - 1::every]:
         router = Router(config.hidden_size, num_experts, capacity_factor, config.initializer_range)
         if intermediate_size is None: layer.mlp = up_cycle(layer.mlp, router)

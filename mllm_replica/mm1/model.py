@@ -123,7 +123,7 @@ def forward(
     out.loss = out.loss + share * auxiliary_loss(routings, self.config.experts['balance'], self.config.experts['z'])
     return out
 
-# %% ../../nbs/papers/03_mm1.ipynb #511d81a3
+# %% ../../nbs/papers/03_mm1.ipynb #cd2e7b9b
 def at_resolution(
     model: MM1Model,
     image_size: int,                 # side of the encoder's input, pixels
@@ -132,6 +132,7 @@ def at_resolution(
     "The same model for pictures of another size, its position tables interpolated."
     config, patches = model.config.to_dict(), model.config.num_patches
     config = MM1Config.from_dict(config | dict(vision_config=config['vision_config'] | {'image_size': image_size}, sub_images=sub_images))
+    if model.device.type == 'meta': return MM1Model(config)   # planned only: shapes
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.device('meta'): wanted = MM1Model(config).state_dict()
     for name in (name for name, weight in wanted.items() if weight.shape != state[name].shape):
@@ -281,7 +282,7 @@ def paper_config(
     text = _entry(LANGUAGE_MODELS, llm or found.llm, 'language model')
     return MM1Config(**(dict(vision_config=vision, text_config=text, experts=found.experts) | changes))
 
-# %% ../../nbs/papers/03_mm1.ipynb #272ce180
+# %% ../../nbs/papers/03_mm1.ipynb #846624ce
 def assumed(
     name: str,  # key of `PRESETS`
 ) -> tuple[str, ...]:
@@ -293,7 +294,7 @@ def assumed(
             "Llama's kind of layers; only the number of parameters is published",
             "connectors of unknown width and depth: the C-Abstractor is Honeybee's (3 + 3 blocks of 1,024)",
             'AdamW in both stages (the paper tunes with AdaFactor); its moments and the gradient clipping of 1.0 are not confirmed',
-            'the warm-up begins at the floor of a tenth of the rate, not at zero']
+            'the warm-up begins at the floor of a tenth of the rate, not at zero', 'gradient accumulation (64, then 32) is ours']
     if found.experts: said.append('experts copy the dense layer, in the last layer of each group; no token is dropped; rates of the dense model')
     if name == 'mm1-base-ablation': said.append("learning rate by the paper's law")
     return tuple(said)
@@ -305,6 +306,6 @@ def published_stages(
     "Pre-training, and fine-tuning of all but the ablations' model."
     lr, every = _entry(PRESETS, name, 'model').lr, dict(trainable=(r'.',), precision='bf16')
     pretrain = Stage(name='pretrain', mixture=WEIGHTS, steps=200_000, batch_size=512, lr=lr, min_lr=lr / 10, warmup_steps=2000,
-                     weight_decay=weight_decay(lr), max_length=4096, **every)
-    tune = Stage(name='tune', mixture={'instructions': 1.0}, steps=10_000, batch_size=256, lr=1e-5, max_length=2048, **every)
+                     weight_decay=weight_decay(lr), max_length=4096, accumulate=64, **every)
+    tune = Stage(name='tune', mixture={'instructions': 1.0}, steps=10_000, batch_size=256, lr=1e-5, max_length=2048, accumulate=32, **every)
     return (pretrain,) if name == 'mm1-base-ablation' else (pretrain, tune)

@@ -11,9 +11,10 @@ from .. import documents  # noqa: F401  registers worlds
 from ..published import load_table, tables_of
 from ..recipe import Benchmark, Recipe, Source, Stage
 
-# %% ../../nbs/papers/03_mm1.ipynb #3738c12f
+# %% ../../nbs/papers/03_mm1.ipynb #c24f6bbb
 _ALL = (r'.',)
-_VISION = dict(model_type='clip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+_VISION = dict(model_type='clip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+               patch_size=4)
 _TEXT = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
              initializer_range=0.08, rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _ASSUMPTIONS = ('widths, prompts and connectors are ours where the paper is silent', 'no role words and no end tokens')
@@ -92,7 +93,7 @@ def _mixture(table: str, row: str, params: dict[str, Any], scale: str, seed: int
     "Figure 5."
     return _pages(table, row, scale, seed, _shares(row, params))
 
-# %% ../../nbs/papers/03_mm1.ipynb #5897b7e6
+# %% ../../nbs/papers/03_mm1.ipynb #1a1aa048
 _ATTENTION = dict(connector_type='att', num_attention_heads=4)
 _CONNECTORS = {'avg': dict(connector_type='avg'), 'att': _ATTENTION | {'start': 'local'}, 'att-random': _ATTENTION,
                'c-abs': dict(connector_type='c-abs', depth=1, hidden_size=48),
@@ -106,9 +107,10 @@ def _sheets(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
     sources |= {'tags': _world('sheets', scale, 4000, tasks=['tags'])}
     sources |= {f'test_{task}': _world('sheets', scale, 300, 'test', tasks=[task]) for task in ('grounds', 'signs')}
     connector = _CONNECTORS[params['connector']] | {'num_query_tokens': {64: 4, 144: 16}[params['tokens']]}
-    model = {'vision': _VISION | {'image_size': {224: 12, 336: 24}[params['res']], 'patch_size': 3}, 'connector': connector, 'encoder': 'tags', 'noise': 0.7}
-    return _unit(table, row, scale, seed, model, sources, (_stage('joint', scale, {'sheets': 1.0}, params.get('steps', 500), 32, 3e-3, lr_scale={r'^vision_model\.': 0.1}),),
-                 {'grounds': 16, 'signs': 16})
+    vision = _VISION | {'image_size': {224: 12, 336: 24}[params['res']], 'patch_size': 3}
+    model = {'vision': vision, 'connector': connector, 'encoder': 'tags', 'noise': 0.7}
+    stage = _stage('joint', scale, {'sheets': 1.0}, params.get('steps', 500), 32, 3e-3, lr_scale={r'^vision_model\.': 0.1})
+    return _unit(table, row, scale, seed, model, sources, (stage,), {'grounds': 16, 'signs': 16})
 
 # %% ../../nbs/papers/03_mm1.ipynb #61a132e7
 _SPARSE = {'mm1_3b_moe': dict(every=2, num_experts=8), 'mm1_7b_moe': dict(every=4, num_experts=4)}
@@ -183,7 +185,7 @@ def tables(
     "The tables with a row that can run."
     return [table for table in tables_of('mm1') if None in rows(table, scale).values()]
 
-# %% ../../nbs/papers/03_mm1.ipynb #2fb6d099
+# %% ../../nbs/papers/03_mm1.ipynb #02a1f256
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     "The published recipe of a row."
     from mllm_replica.mm1.model import assumed, published_stages
@@ -191,7 +193,8 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     pretrain, *tune = published_stages(name)
     model: dict[str, Any] = {'preset': name}
     if table == '1': model |= {'encoder': params['arch'], 'image_size': params['res']}
-    if table == 'fig4': model |= {'image_size': params['res'], 'connector_config': {'connector_type': params['connector'], 'num_query_tokens': params['tokens']}}
+    if table == 'fig4':
+        model |= {'image_size': params['res'], 'connector_config': dict(connector_type=params['connector'], num_query_tokens=params['tokens'])}
     if table == 'fig5':
         shares = zip(('caption', 'interleaved', 'text'), _shares(row, params))
         pretrain = pretrain.model_copy(update={'mixture': {kind: float(share) for kind, share in shares if share}})
@@ -199,7 +202,8 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     stages = (pretrain, *tune) if table == '4' else (pretrain,)
     images = {'caption': 16, 'interleaved': 16, 'text': 0, 'instructions': 5}
     return Recipe(paper='mm1', table=table, row=row, scale='paper', seed=seed, model=model, stages=stages, benchmarks=(), assumptions=assumed(name),
-                  sources={kind: Source(kind='folder', name=f'mm1/{kind}', options={'images': images[kind]}) for stage in stages for kind in stage.mixture})
+                  sources={kind: Source(kind='folder', name=f'mm1/{kind}', options={'images': images[kind]})
+                           for stage in stages for kind in stage.mixture})
 
 
 def recipe(
@@ -213,7 +217,7 @@ def recipe(
     if reason: raise ValueError(f'mm1 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
-# %% ../../nbs/papers/03_mm1.ipynb #b71ebc32
+# %% ../../nbs/papers/03_mm1.ipynb #3918cce4
 def _encoder_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
     "Weights of an encoder that was trained on captioned pictures."
     import torch
@@ -223,7 +227,8 @@ def _encoder_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, A
     torch.manual_seed(recipe.seed)
     encoder = AutoModel.from_config(config.vision_config)
     words, kind = len(processor.tokenizer), recipe.model['encoder']
-    trained = {'contrastive': lambda: ContrastivePair(encoder, words), 'reconstructive': lambda: Reconstruction(encoder), 'tags': lambda: CellTags(encoder, words)}
+    trained = {'contrastive': lambda: ContrastivePair(encoder, words), 'reconstructive': lambda: Reconstruction(encoder),
+               'tags': lambda: CellTags(encoder, words)}
     stage = _stage('encoder', recipe.scale, {'tags' if kind == 'tags' else 'caption': 1.0}, 600, 32 if kind == 'tags' else 64, 2e-3)
     return pretrained(recipe, trained[kind](), [stage], processor, vision=recipe.model['vision'], noise=processor.noise).vision_model.state_dict()
 
@@ -266,7 +271,8 @@ def build(
         if made.get('encoder') and not meta: model.vision_model.load_state_dict(_encoder_weights(recipe, config, processor))
         if not made.get('experts') and not meta: model.language_model.load_state_dict(_language_weights(recipe, config, processor))
         if 'tuned' not in made: return model, processor
-        if made['pages'] and not meta: model = pretrained(recipe, model, [Stage.model_validate(stage) for stage in made['pages']], processor, size=processor.image_size)
+        stages = [Stage.model_validate(stage) for stage in made['pages']]
+        if stages and not meta: model = pretrained(recipe, model, stages, processor)
         model = at_resolution(model, **made['tuned'])
     return model, PageProcessor.from_config(model.config, tokenizer, ends=False, separator=' ')
 
@@ -292,7 +298,7 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     asked = lambda shots: list(samples('pages', 'test', recipe.seed, size, tasks=['shots'], kind='interleaved', images=[shots + 1] * 2))
     return {f'shot_{shots}': _among(model, processor, asked(shots)) for shots in SHOTS}
 
-# %% ../../nbs/papers/03_mm1.ipynb #f6d0f1ad
+# %% ../../nbs/papers/03_mm1.ipynb #ce649855
 def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: list[Any]) -> tuple[int, float]:
     "Parameters without embeddings, and the mean loss of the last steps, of a text model trained at this rate; infinite if it diverges."
     from functools import partial
@@ -308,7 +314,8 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
     model = LlamaForCausalLM(LlamaConfig(**fields | dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4)))
     size, stage = sum(p.numel() for p in model.model.layers.parameters()), _stage('law', 'tiny', {'text': 1.0}, work['steps'], work['batch'], rate)
     with TemporaryDirectory() as folder:
-        try: losses = train(model, [stage], {'text': encoded}, partial(collate, pad_token_id=tokenizer.pad_token_id), Path(folder), recipe.seed).losses
+        batch = partial(collate, pad_token_id=tokenizer.pad_token_id)
+        try: losses = train(model, [stage], {'text': encoded}, batch, Path(folder), recipe.seed).losses
         except FloatingPointError: return size, float('inf')
     last = losses[-max(1, len(losses) // 6):]
     return size, sum(last) / len(last)
