@@ -2063,6 +2063,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mllm_replica.report.matrix': ('foundations/report.html#matrix', 'mllm_replica/report.py'),
                                      'mllm_replica.report.png': ('foundations/report.html#png', 'mllm_replica/report.py'),
                                      'mllm_replica.report.readings': ('foundations/report.html#readings', 'mllm_replica/report.py'),
+                                     'mllm_replica.report.row_names': ('foundations/report.html#row_names', 'mllm_replica/report.py'),
                                      'mllm_replica.report.scales_run': ('foundations/report.html#scales_run', 'mllm_replica/report.py'),
                                      'mllm_replica.report.table_frame': ('foundations/report.html#table_frame', 'mllm_replica/report.py'),
                                      'mllm_replica.report.verdict_frame': ( 'foundations/report.html#verdict_frame',

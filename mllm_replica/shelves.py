@@ -16,8 +16,8 @@ from .mosaics import LETTERS, SIGNS
 from .tiles import COLORS, Scene, World, pick, texture
 from .worlds import WORLDS
 
-# %% ../nbs/foundations/22_shelves.ipynb #ea2ede90
-GROUNDS, SHAPES, QUARTERS = ('red', 'blue', 'green', 'yellow', 'purple', 'orange'), ('circle', 'square', 'triangle', 'rectangle'), ('1', '2', '3', '4')
+# %% ../nbs/foundations/22_shelves.ipynb #ad0eefac
+GROUNDS, SHAPES, QUARTERS = ('red', 'blue', 'green', 'yellow', 'purple', 'orange'), ('circle', 'square', 'triangle', 'rectangle'), ('1', '3', '4')
 TOPICS = ('color', 'shape', 'letter', 'place')   # words of a cell, in this order
 
 
@@ -25,16 +25,13 @@ def draw_shelf(
     rng: np.random.Generator,
     options: dict[str, Any],   # side
 ) -> Scene:
-    "The words of every cell in reading order, the quarter of its letter, and how far things are off the middle."
+    "The words of every cell in reading order, and how far its shape and its letter are moved."
     if not 1 <= options['side'] <= 4: raise ValueError(f"side is {options['side']}; a shelf has 1 to 4 rows and columns")
-    cells = []
-    for _ in range(options['side'] ** 2):
-        place, label = rng.permutation(4)[:2].tolist()
-        cells.append({'color': pick(rng, list(GROUNDS)), 'shape': pick(rng, list(SHAPES)), 'letter': pick(rng, LETTERS), 'place': QUARTERS[place],
-                      'label': label, 'shift': rng.integers(2, size=4).tolist()})
-    return {'cells': cells}
+    words = dict(color=GROUNDS, shape=SHAPES, letter=LETTERS, place=QUARTERS)
+    return {'cells': [{topic: pick(rng, list(known)) for topic, known in words.items()} | {'shift': rng.integers(2, size=4).tolist()}
+                      for _ in range(options['side'] ** 2)]}
 
-# %% ../nbs/foundations/22_shelves.ipynb #d37d2de5
+# %% ../nbs/foundations/22_shelves.ipynb #6fa17d05
 CELL, QUARTER = 16, 8   # pixels
 
 
@@ -57,14 +54,12 @@ def render_shelf(
     for number, cell in enumerate(scene['cells']):
         left, top = number % side * CELL, number // side * CELL
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=COLORS[cell['color']])
-        corner = lambda quarter: (left + QUARTER * (quarter % 2), top + QUARTER * (quarter // 2))
-        (x, y), (right, down, *shift) = corner(QUARTERS.index(cell['place'])), cell['shift']
+        (down, right), (x, y, *shift) = divmod(int(cell['place']) - 1, 2), cell['shift']
         paint = draw.ellipse if cell['shape'] == 'circle' else draw.polygon
-        paint(_box(cell['shape'], x + 1 + right, y + 1 + down), fill=COLORS['black'])
-        x, y = corner(cell['label'])
-        draw.rectangle((x, y, x + QUARTER - 1, y + QUARTER - 1), fill=COLORS['black'])
+        paint(_box(cell['shape'], left + QUARTER * right + 1 + x, top + QUARTER * down + 1 + y), fill=COLORS['black'])
+        draw.rectangle((left + QUARTER, top, left + CELL - 1, top + QUARTER - 1), fill=COLORS['black'])
         bits = np.array([[bits >> (4 - i) & 1 for i in range(5)] for bits in SIGNS[cell['letter']]], bool)
-        image.paste(COLORS['white'], (x + 1 + shift[0], y + shift[1]), Image.fromarray(np.where(bits, 255, 0).astype(np.uint8)))
+        image.paste(COLORS['white'], (left + QUARTER + 1 + shift[0], top + shift[1]), Image.fromarray(np.where(bits, 255, 0).astype(np.uint8)))
     return [texture(image, rng)]
 
 # %% ../nbs/foundations/22_shelves.ipynb #f01a125c
