@@ -45,12 +45,13 @@ def _config(model: dict[str, Any], words: int) -> Any:
     return EagleConfig(vision_config=dict(experts=experts, image_size=_SIDE), text_config=model['text'] | {'vocab_size': words}, tiles=model['tiles'],
                        connector_config=dict(fusion=model['fusion'], grid=_GRID, aligned=model['experts'] if model['aligned'] else []))
 
-# %% ../../nbs/papers/04_eagle.ipynb #9dab05bd
+# %% ../../nbs/papers/04_eagle.ipynb #ff25260f
 def _sources(scale: str) -> dict[str, Source]:
     "What experts are taught, what mixtures are asked, and a test for each topic."
     def world(size: int, split: str, *tasks: str) -> Source:
         "Shelves with one question per task; the smoke scale takes a few."
-        return Source(kind='world', name='shelves', split=split, size=size if scale == 'tiny' else 24, options=dict(tasks=list(tasks), turns=len(tasks)))
+        options = dict(tasks=list(tasks), turns=len(tasks))
+        return Source(kind='world', name='shelves', split=split, size=size if scale == 'tiny' else 24, options=options)
     return {'named': world(4000, 'train', 'name'), 'asked': world(4000, 'train', *shelves.TOPICS),
             **{f'test_{topic}': world(300, 'test', topic) for topic in shelves.TOPICS}}
 
@@ -69,11 +70,12 @@ def _mixture(table: str, row: str, scale: str, seed: int, experts: Sequence[str]
     return Recipe(paper='eagle', table=table, row=row, scale=scale, seed=seed, model=model, sources=_sources(scale), stages=stages, benchmarks=tests,
                   assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/04_eagle.ipynb #2a98f516
+# %% ../../nbs/papers/04_eagle.ipynb #3b36fe00
 _FUSIONS = dict(channel_concat='channel', sequence_append='sequence', llava_hr='llava_hr', mini_gemini='mini_gemini', deformable='deformable')
 _RELEASED = {4: ('clip', 'convnext', 'eva02', 'pix2struct'), 5: ('clip', 'convnext', 'sam', 'eva02', 'pix2struct')}
-_BEST = {'x3': ('clip', 'convnext', 'pix2struct'), 'x4': ('clip', 'convnext', 'eva02', 'pix2struct')}
-_KEPT = {'x5_7b': (5, 5), 'x5_keep012': (5, 3), 'x5_keep01': (5, 2), 'x5_keep0': (5, 1), 'x4_8b_plus': (4, 4), 'x4_keep01': (4, 2)}   # of which, how many
+_BEST = {'x3': ('clip', 'convnext', 'pix2struct'), 'x4': ('clip', 'convnext', 'eva02', 'pix2struct')}   # guesses: the search has not run yet
+# of which mixture, and how many experts
+_KEPT = {'x5_7b': (5, 5), 'x5_keep012': (5, 3), 'x5_keep01': (5, 2), 'x5_keep0': (5, 1), 'x4_8b_plus': (4, 4), 'x4_keep01': (4, 2)}
 
 
 def _varied(table: str, row: str, params: dict[str, Any]) -> dict[str, Any]:
