@@ -62,7 +62,7 @@ def render_shelf(
         image.paste(COLORS['white'], (left + QUARTER + 1 + shift[0], top + shift[1]), Image.fromarray(np.where(bits, 255, 0).astype(np.uint8)))
     return [texture(image, rng)]
 
-# %% ../nbs/foundations/22_shelves.ipynb #f01a125c
+# %% ../nbs/foundations/22_shelves.ipynb #9e4b2c6f
 Asked = tuple[str, str, list[str]]   # question, answer, candidates
 
 
@@ -73,7 +73,9 @@ def ask_names(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _ask(topic: str) -> Any:
     "One topic of every cell."
-    def ask(scene: Scene, rng: np.random.Generator) -> Asked: return topic, ' '.join(cell[topic] for cell in scene['cells']), []
+    def ask(scene: Scene, rng: np.random.Generator) -> Asked:
+        "The words of all cells, in reading order."
+        return topic, ' '.join(cell[topic] for cell in scene['cells']), []
     return ask
 
 
