@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Paper', 'AsJson', 'Scale', 'known', 'papers', 'tables', 'show', 'plan', 'run', 'report', 'effects', 'ablate',
-           'doctor', 'ui']
+           'search', 'doctor', 'ui']
 
-# %% ../nbs/foundations/72_cli.ipynb #b28b09f5
+# %% ../nbs/foundations/72_cli.ipynb #502798e0
 import difflib, json, sys
 from collections.abc import Iterable
 from typing import Annotated, Any, Optional
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .registry import CHAPTERS, PAPERS
+from .registry import PAPERS, recipes_of
 from .settings import SCALES, settings
 
 # %% ../nbs/foundations/72_cli.ipynb #34e8c2e8
@@ -30,7 +30,7 @@ def _console() -> Console:
 
 def _print_json(data: Any) -> None: typer.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
-# %% ../nbs/foundations/72_cli.ipynb #06d5f3b3
+# %% ../nbs/foundations/72_cli.ipynb #8d1eda6d
 def known(
     what: str,               # for the message
     given: str,
@@ -49,33 +49,25 @@ def _table_of(paper: str, table: str) -> str:
     return known(f'table of {PAPERS[paper]}', table.lower().removeprefix('table').strip(), tables_of(paper))
 
 
-def _recipes_of(paper: str):
-    from mllm_replica.registry import recipes_of
-    try: return recipes_of(paper)
-    except NotImplementedError as error: raise typer.BadParameter(f'{error}. These run: {", ".join(CHAPTERS)}') from error
-
-
 Paper = Annotated[str, typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda name: name and known('paper', name, PAPERS))]
 AsJson = Annotated[bool, typer.Option('--json', help='for programs')]
 Scale = Annotated[str, typer.Option(help=' or '.join(SCALES), callback=lambda name: name and known('scale', name, SCALES))]
 
-# %% ../nbs/foundations/72_cli.ipynb #689ecd99
+# %% ../nbs/foundations/72_cli.ipynb #14593d24
 @app.command()
 def papers() -> None:
     "The five papers."
     from mllm_replica.published import load_paper, tables_of
-    out = Table('key', 'paper', 'title', 'arXiv', 'published', 'tables', 'runs here', title='Papers', title_justify='left')
+    out = Table('key', 'paper', 'title', 'arXiv', 'published', 'tables', title='Papers', title_justify='left')
     for key, name in PAPERS.items():
         found = load_paper(key)
-        runs = 'yes' if key in CHAPTERS else 'not yet'
-        out.add_row(key, name, escape(found.title), found.arxiv, found.venue, str(len(tables_of(key))), runs)
+        out.add_row(key, name, escape(found.title), found.arxiv, found.venue, str(len(tables_of(key))))
     _console().print(out)
 
 
 def _runnable(paper: str, table: str) -> dict[str, int]:
     "Scale -> rows that can run."
-    if paper not in CHAPTERS: return {}
-    recipes = _recipes_of(paper)
+    recipes = recipes_of(paper)
     return {scale: sum(reason is None for reason in recipes.rows(table, scale).values()) for scale in SCALES}
 
 # %% ../nbs/foundations/72_cli.ipynb #e570e279
@@ -152,7 +144,7 @@ def _plan_table(found) -> Table:
             first = [''] * 3
     return out
 
-# %% ../nbs/foundations/72_cli.ipynb #6bc47be0
+# %% ../nbs/foundations/72_cli.ipynb #8979df9e
 @app.command()
 def plan(
     paper: Paper,
@@ -166,7 +158,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     "Time, memory, FLOPs and disk, before anything runs."
-    recipes = _recipes_of(paper)
+    recipes = recipes_of(paper)
     table = table and _table_of(paper, table)
     _check_rows(recipes, table, scale, row)
     from mllm_replica import plan as planning
@@ -201,7 +193,7 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
         return tuple(seed for low, high in parts for seed in range(int(low), int(high) + 1))
     except ValueError: raise typer.BadParameter(f'seeds {text!r}: write numbers like 10,11,12 or 10-14') from None
 
-# %% ../nbs/foundations/72_cli.ipynb #659d05fa
+# %% ../nbs/foundations/72_cli.ipynb #1aa3bdd5
 @app.command()
 def run(
     paper: Paper,
@@ -213,7 +205,7 @@ def run(
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
     "Train and evaluate what is not finished, track it, compare it with the published values."
-    numbers, recipes = _seeds(seeds), _recipes_of(paper)
+    numbers, recipes = _seeds(seeds), recipes_of(paper)
     table = table and _table_of(paper, table)
     _check_rows(recipes, table, scale, row)
     known('engine', engine, ('local', 'ray'))
@@ -309,7 +301,7 @@ def _changes(given: list[str]) -> dict[str, list]:
         found.setdefault(path, []).extend(many)
     return found
 
-# %% ../nbs/foundations/72_cli.ipynb #9c82a21a
+# %% ../nbs/foundations/72_cli.ipynb #fc897be3
 @app.command()
 def ablate(
     paper: Paper,
@@ -323,7 +315,7 @@ def ablate(
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
     "Change one setting of a row at a time, and say what each change does."
-    numbers, recipes, factors, table = _seeds(seeds), _recipes_of(paper), _changes(vary), _table_of(paper, table)
+    numbers, recipes, factors, table = _seeds(seeds), recipes_of(paper), _changes(vary), _table_of(paper, table)
     _check_rows(recipes, table, scale, [row])
     known('engine', engine, ('local', 'ray'))
     from mllm_replica.effects import effects_table
@@ -337,6 +329,29 @@ def ablate(
     if len(shown): console.print(_frame(shown.set_index('factor'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
     typer.echo(str(study))
     if len(shown): typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
+    raise typer.Exit(study.exit_code)
+
+# %% ../nbs/foundations/72_cli.ipynb #76fb0068
+@app.command()
+def search(
+    paper: Paper,
+    metric: Annotated[str, typer.Option(help='a benchmark or measurement of the units')] = 'mean',
+    rounds: Annotated[Optional[int], typer.Option(help='as many as there are candidates by default', min=1)] = None,
+    scale: Scale = settings().scale,
+    seeds: Annotated[Optional[str], typer.Option(help='like 0,1 or 10-14; by default those of settings.ini')] = None,
+    workers: Annotated[int, typer.Option(help='units side by side', min=1)] = settings().workers,
+    engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+) -> None:
+    "Begin with a paper's base and add the best of what is left, round by round."
+    numbers = _seeds(seeds)
+    known('engine', engine, ('local', 'ray'))
+    try: find = recipes_of(paper).search
+    except AttributeError as error: raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts') from error
+    console = _console()
+    try: study = find(scale, numbers, metric, rounds=rounds, workers=workers, engine=engine, console=console)
+    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
+    console.print(_frame(study.frame.drop(columns='metric').set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
+    typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 
 # %% ../nbs/foundations/72_cli.ipynb #23a9b7f7

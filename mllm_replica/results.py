@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'results_path', 'read_results', 'write_results', 'samples', 'summary', 'summarise', 'stale']
 
-# %% ../nbs/foundations/12_results.ipynb #b5450b48
+# %% ../nbs/foundations/12_results.ipynb #d20752e4
 import csv, os
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from .claims import Interval, Samples, interval
 from .published import load_table, paper_folder
-from .registry import CHAPTERS, recipes_of
+from .registry import recipes_of
 from .settings import SCALES, Scale, Strict, settings
 
 # %% ../nbs/foundations/12_results.ipynb #a59ddd5c
@@ -125,13 +125,13 @@ def summarise(
     "One line per row and metric: mean, low, high, number of seeds."
     return pd.DataFrame([(*key, *found) for key, found in summary(records).items()], columns=['row', 'metric', 'mean', 'low', 'high', 'n'])
 
-# %% ../nbs/foundations/12_results.ipynb #a6d89253
+# %% ../nbs/foundations/12_results.ipynb #00d2f48e
 def stale(
     paper: str,
     records: list[Record],
 ) -> dict[str, str]:
     "Row -> what has changed since its values were measured, for rows where something has."
-    if not records or paper not in CHAPTERS: return {}
+    if not records: return {}
     from mllm_replica.journal import source_hash
     recipes, source, found = recipes_of(paper), source_hash(paper), {}
     for table, row, scale, seed, digest, then in sorted({(r.table, r.row, r.scale, r.seed, r.digest, r.source) for r in records}):

@@ -8,7 +8,7 @@ import pytest
 
 from mllm_replica import report, results
 from mllm_replica.published import load_table, tables_of
-from mllm_replica.registry import CHAPTERS, PAPERS
+from mllm_replica.registry import PAPERS
 from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
 from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
 from mllm_replica.settings import project_root, settings
@@ -24,7 +24,7 @@ def project(tmp_path, monkeypatch):
     shutil.copy(project_root()/'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
-    for paper in list(CHAPTERS): monkeypatch.delitem(CHAPTERS, paper)
+    monkeypatch.setattr('mllm_replica.report.stale', lambda paper, records: {})
     for cached in project_root, settings: cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
@@ -149,7 +149,7 @@ def test_contradictions_inside_a_paper_are_shown():
 
 
 def test_stale_rows_are_marked(project, monkeypatch):
-    monkeypatch.setitem(CHAPTERS, 'honeybee', 'somewhere')
+    monkeypatch.setattr('mllm_replica.report.stale', stale)
     digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest'}
     recipe = lambda table, row, scale, seed: SimpleNamespace(digest=lambda: digests[row])
     monkeypatch.setattr(results, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))

@@ -19,32 +19,35 @@ from .expert import Expert, tokens_of
 from .prompts import EagleProcessor
 from ..loss import IGNORED
 
-# %% ../../nbs/papers/04_eagle.ipynb #3353ab35
-# Shapes: B images, S side of a picture in pixels, K topics, N cells of the common grid, V words, T places of a row, D width of the language model.
+# %% ../../nbs/papers/04_eagle.ipynb #4934f87d
+# Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in tokens, V words, T places of a row,
+# D width of the language model.
 class CellNames(nn.Module):
     "An expert that names topics of every cell."
 
     def __init__(
         self,
         expert: Expert,
-        grid: int,              # side of the common grid; N = grid²
+        cells: int,             # c
+        grid: int,              # g, a multiple of c
         vocab_size: int,        # V
         topics: Sequence[int],  # which of the K topics
     ) -> None:
         super().__init__()
-        self.expert, self.grid, self.topics = expert, grid, list(topics)
-        self.names = nn.Linear(expert.channels, len(self.topics) * vocab_size)
+        self.expert, self.part, self.grid, self.topics = expert, grid // cells, grid, list(topics)
+        self.names = nn.Linear(self.part ** 2 * expert.channels, len(self.topics) * vocab_size)
 
     def forward(
         self,
         pixel_values: Tensor,  # [B,3,S,S]
-        labels: Tensor,        # [B,T] K·N words, topic by topic, −100 elsewhere
+        labels: Tensor,        # [B,T] K·c² words, topic by topic, −100 elsewhere
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of pictures."
-        cells = tokens_of(resize(self.expert(resize(pixel_values, self.expert.image_size)), self.grid))
-        words = labels[labels != IGNORED].view(len(labels), -1, cells.shape[1])[:, self.topics]                   # [B,K',N]
-        logits = self.names(cells).unflatten(-1, (len(self.topics), -1))                                          # [B,N,K',V]
+        seen = resize(self.expert(resize(pixel_values, self.expert.image_size)), self.grid)
+        cells = tokens_of(F.pixel_unshuffle(seen, self.part))                                                     # [B,c²,(g/c)²C]
+        words = labels[labels != IGNORED].view(len(labels), -1, cells.shape[1])[:, self.topics]                   # [B,K',c²]
+        logits = self.names(cells).unflatten(-1, (len(self.topics), -1))                                          # [B,c²,K',V]
         return CausalLMOutputWithPast(loss=F.cross_entropy(logits.permute(0, 3, 2, 1), words))
 
 # %% ../../nbs/papers/04_eagle.ipynb #e9702ee6
@@ -71,17 +74,18 @@ class HiddenPatches(nn.Module):
         told, true = self.pixels(tokens_of(self.expert(seen))), tokens_of(F.pixel_unshuffle(pixels, self.side))
         return CausalLMOutputWithPast(loss=F.mse_loss(told[hidden.flatten(1)], true[hidden.flatten(1)]))
 
-# %% ../../nbs/papers/04_eagle.ipynb #eb51476c
+# %% ../../nbs/papers/04_eagle.ipynb #7b639ff6
 class SymbolReader(nn.Module):
     "A language model that reads the words of each cell instead of pixels."
 
     def __init__(
         self,
         language_model: nn.Module,
-        cells: int,                 # N
+        cells: int,                 # c
+        grid: int,                  # g, a multiple of c
     ) -> None:
         super().__init__()
-        self.language_model, self.cells = language_model, cells
+        self.language_model, self.cells, self.grid = language_model, cells, grid
 
     def forward(
         self,
@@ -92,12 +96,13 @@ class SymbolReader(nn.Module):
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of questions."
         embeddings, places = self.language_model.get_input_embeddings(), input_ids < 0
-        symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells)).sum(1)                  # [B,N,D]
-        copies = int(places.sum()) // (len(places) * self.cells)
-        embeds = embeddings(input_ids.clamp(min=0)).masked_scatter(places[..., None], symbols.repeat(1, copies, 1))
+        symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells, self.cells)).sum(1)      # [B,c,c,D]
+        for dim in (1, 2): symbols = symbols.repeat_interleave(self.grid // self.cells, dim)                      # [B,g,g,D]
+        copies = int(places.sum()) // (len(places) * self.grid ** 2)
+        embeds = embeddings(input_ids.clamp(min=0)).masked_scatter(places[..., None], symbols.flatten(1, 2).repeat(1, copies, 1))
         return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
 
-# %% ../../nbs/papers/04_eagle.ipynb #fb080c89
+# %% ../../nbs/papers/04_eagle.ipynb #7be6fd12
 class ShelfProcessor(EagleProcessor):
     "Eagle's processor for shelves."
     noise = 0.0   # of the camera: standard deviation in units of normalised pixels
@@ -106,7 +111,7 @@ class ShelfProcessor(EagleProcessor):
         self,
         images: Sequence[Any],   # PIL images or undecoded sources
     ) -> Tensor:
-        "Pixel values with noise: N images → [N,3,S,S], or [N,c,3,S,S] with tiles."
+        "Pixel values with noise: N images → [N,3,S,S]."
         pixels = super().image_tensor(images)
         for picture in pixels if self.noise else ():
             picture += self.noise * torch.randn(picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes())))
