@@ -331,24 +331,24 @@ def ablate(
     if len(shown): typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 
-# %% ../nbs/foundations/72_cli.ipynb #76fb0068
+# %% ../nbs/foundations/72_cli.ipynb #c7ab9645
 @app.command()
 def search(
     paper: Paper,
     metric: Annotated[str, typer.Option(help='a benchmark or measurement of the units')] = 'mean',
     rounds: Annotated[Optional[int], typer.Option(help='as many as there are candidates by default', min=1)] = None,
     scale: Scale = settings().scale,
-    seeds: Annotated[Optional[str], typer.Option(help='like 0,1 or 10-14; by default those of settings.ini')] = None,
+    seeds: Annotated[Optional[str], typer.Option(help='like 0,1; by default development seeds')] = None,
     workers: Annotated[int, typer.Option(help='units side by side', min=1)] = settings().workers,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
     "Begin with a paper's base and add the best of what is left, round by round."
-    numbers = _seeds(seeds)
+    numbers = {} if seeds is None else {'seeds': _seeds(seeds)}
     known('engine', engine, ('local', 'ray'))
     try: find = recipes_of(paper).search
     except AttributeError as error: raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts') from error
     console = _console()
-    try: study = find(scale, numbers, metric, rounds=rounds, workers=workers, engine=engine, console=console)
+    try: study = find(scale, metric=metric, rounds=rounds, workers=workers, engine=engine, console=console, **numbers)
     except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
     console.print(_frame(study.frame.drop(columns='metric').set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
     typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')

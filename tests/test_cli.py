@@ -3,6 +3,7 @@ import json, shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -81,6 +82,23 @@ def test_unknown_names_are_answered_with_near_ones(words, message):
 def test_plain_text_off_a_terminal():
     shown = subprocess.run([sys.executable, '-c', 'from mllm_replica.cli import app; app()', 'papers'], capture_output=True, cwd=ROOT, check=True)
     assert b'\x1b' not in shown.stdout and not shown.stderr
+
+
+def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch):
+    from mllm_replica.study import ROUNDS, Study
+    frame = pd.DataFrame([(0, '', 'clip', 'mean', 0.5, 0.4, 0.6, 2, True), (1, 'sam', 'clip, sam', 'mean', 0.7, 0.6, 0.8, 2, True)], columns=ROUNDS)
+    asked = []
+    def find(scale, **options):
+        asked.append((scale, options))
+        return Study('search by mean', 'mean', frame, [SimpleNamespace(exit_code=3)], Path('search.csv'))
+    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace(search=find))
+    result = call('search', 'eagle', '--rounds', '1')
+    assert result.exit_code == 3 and 'clip, sam' in said(result) and 'See search.csv' in said(result)
+    call('search', 'eagle', '--seeds', '5,6', '--scale', 'smoke', '--metric', 'letter')
+    assert 'seeds' not in asked[0][1] and asked[0][1]['rounds'] == 1 and asked[1][0] == 'smoke' and asked[1][1]['seeds'] == (5, 6)
+    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace())
+    refused = call('search', 'honeybee')
+    assert refused.exit_code == 2 and 'nothing is searched for in Honeybee' in said(refused)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------------------------
