@@ -331,7 +331,7 @@ def ablate(
     if len(shown): typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 
-# %% ../nbs/foundations/72_cli.ipynb #c7ab9645
+# %% ../nbs/foundations/72_cli.ipynb #f5e6b282
 @app.command()
 def search(
     paper: Paper,
@@ -350,7 +350,7 @@ def search(
     console = _console()
     try: study = find(scale, metric=metric, rounds=rounds, workers=workers, engine=engine, console=console, **numbers)
     except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
-    console.print(_frame(study.frame.drop(columns='metric').set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
+    console.print(_frame(study.frame.drop(columns='metric').round(3).set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
     typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 

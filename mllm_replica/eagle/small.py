@@ -19,9 +19,9 @@ from .expert import Expert, tokens_of
 from .prompts import EagleProcessor
 from ..loss import IGNORED
 
-# %% ../../nbs/papers/04_eagle.ipynb #4934f87d
-# Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in tokens, V words, T places of a row,
-# D width of the language model.
+# %% ../../nbs/papers/04_eagle.ipynb #6f53238a
+# Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in tokens, V words,
+# T places of a row, D width of the language model.
 class CellNames(nn.Module):
     "An expert that names topics of every cell."
 
