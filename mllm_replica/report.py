@@ -260,7 +260,7 @@ def png(
     Image.open(full).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
     return small.getvalue()
 
-# %% ../nbs/foundations/13_report.ipynb #14915210
+# %% ../nbs/foundations/13_report.ipynb #48b27afb
 def scales_run(
     paper: str,
     table: str,
@@ -284,8 +284,8 @@ def matrix() -> str:
             t = load_table(paper, key)
             for scale in [s for s in scales_run(paper, key) if s != 'smoke'] or [None]:
                 records = read_results(paper, key, scale) if scale else []
-                rows, seeds = {r.row for r in records}, {r.seed for r in records}
-                run = f'{len(rows)} of {len(t.rows)}, {len(seeds)} seeds' if rows else f'0 of {len(t.rows)}'
+                seeds = [len({r.seed for r in records if r.row == row}) for row in {r.row for r in records}]
+                run = f'{len(seeds)} of {len(t.rows)}' + (f', {" to ".join(map(str, sorted({min(seeds), max(seeds)})))} seeds' if seeds else '')
                 shown, claims = (scale or MISSING) + f' {STALE}' * bool(stale(paper, records)), _count(verdicts(paper, key, scale or 'tiny'))
                 lines.append((PAPERS[paper], t.table, t.title, t.status, shown, run, claims))
     return markdown(pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']), index=False)
