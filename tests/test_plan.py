@@ -40,7 +40,7 @@ def chapter(monkeypatch):
     module = SimpleNamespace(rows=lambda table, scale: reasons, tables=lambda scale: ['3'], recipe=recipe, build=build)
     monkeypatch.setattr(planning, 'recipes_of', lambda paper: module)
     monkeypatch.setattr(planning, 'earlier_seconds', lambda *args: None)
-    monkeypatch.setattr('mllm_replica.registry.recipes_of', lambda paper: module)
+    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: module)
     return module
 
 
