@@ -1,6 +1,7 @@
 "mPLUG-Owl2's model: parity, batches, cache, ways, text left alone, checkpoints, what costs nothing, and wrong input."
 import copy, json, re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mllm_replica.owl2.processor import Owl2Processor
 from mllm_replica.owl2.recipes import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
 from mllm_replica.packing import collate, truncate
 from mllm_replica.recipe import Stage
+from mllm_replica.training import train
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/owl2'
@@ -759,6 +761,16 @@ def test_a_whole_batch_may_have_no_image():
     batch = collate(text * 2, 0, image_tensor=processor.image_tensor)
     assert batch.pop('ids') == ['b', 'b'] and 'pixel_values' not in batch
     assert torch.equal(model(**batch).loss, model(**batch, pixel_values=torch.zeros(0, 3, 16, 16)).loss)
+
+
+def test_stage_1_goes_on_after_a_batch_without_images(tmp_path):
+    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1)
+    model, text = build(text=dict(vocab_size=260)), [s for s in pictured(processor) if not s.images]
+    stage = Stage(name='pretrain', trainable=_VISUAL, mixture={'text': 1.0}, steps=2, batch_size=2, lr=0.05)
+    before = copy.deepcopy(model.state_dict())
+    points = train(model, [stage], {'text': text}, partial(collate, pad_token_id=0, image_tensor=processor.image_tensor), tmp_path, 0).points
+    assert len(points) == 2 and all(point.loss > 0 and point.grad_norm == 0 for point in points)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # what would otherwise pass in silence

@@ -74,17 +74,17 @@ def test_rows_share_one_language_model_and_other_data_gives_another():
     for name in (n for n in second if n.startswith('language_model.')):
         parts = [n for n in first if n.replace('.multiway.0', '').replace('.multiway.1', '') == name]
         assert parts and all(torch.equal(first[part], second[name]) for part in parts), name
-    before = len(list((settings().run_folder/'language').glob('*.lock')))
+    before = len(list((settings().run_folder/'pretrained').glob('*.lock')))
     changed = recipe('5', 'mam_both', 'smoke', 3).model_dump()
     changed['sources']['language']['options']['length'] = 7
     build(type(recipe('5', 'mam_both', 'smoke', 3))(**changed))
-    assert len(list((settings().run_folder/'language').glob('*.lock'))) == before + 1
+    assert len(list((settings().run_folder/'pretrained').glob('*.lock'))) == before + 1
 
 
 def test_a_plan_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path))
     assert plan('owl2', '5', 'smoke', rows=['mam_both']).units
-    assert not (tmp_path/'language').exists()
+    assert not (tmp_path/'pretrained').exists()
 
 
 def test_both_stages_are_planned_at_the_scale_of_the_paper():

@@ -84,7 +84,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
             raise ValueError('modality_indicators differ from the placeholders in input_ids; leave them out')
         return Route.of(modality_indicators)
 
-# %% ../../nbs/papers/01_owl2.ipynb #2e2007dd
+# %% ../../nbs/papers/01_owl2.ipynb #ed0398b6
 @patch
 def forward(
     self: Owl2Model,
@@ -103,9 +103,12 @@ def forward(
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
     pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
     if self.config.adaptive: kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
-    return VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
-                                       image_features=image_features, inputs_embeds=inputs_embeds, labels=labels, position_ids=position_ids,
-                                       past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+    out = VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
+                                      image_features=image_features, inputs_embeds=inputs_embeds, labels=labels, position_ids=position_ids,
+                                      past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+    if out.loss is not None and torch.is_grad_enabled() and not out.loss.requires_grad:   # stage 1 without an image: gradients of zero, not none
+        out.loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), out.loss)
+    return out
 
 
 @patch

@@ -186,32 +186,17 @@ def recipe(
     if reason: raise ValueError(f'owl2 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
-# %% ../../nbs/papers/01_owl2.ipynb #685c7c51
+# %% ../../nbs/papers/01_owl2.ipynb #d6d4dd1e
 def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[str, Any]:
-    "Weights of the small language model, trained on text on first use; other data, code or libraries give another one."
-    import fcntl, hashlib, json, os
-    from functools import partial
+    "Weights of the small language model after its text."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from mllm_replica.data import load_source
-    from mllm_replica.journal import library_versions, source_hash
-    from mllm_replica.packing import collate
-    from mllm_replica.settings import settings
-    from mllm_replica.training import data_digest, train
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise NotImplementedError(f'{recipe.unit}: the small language model is trained by one process; run this scale without a launcher')
-    stage = _stage('language', recipe.scale, _ALL, {'text': 1.0}, recipe.model['language']['steps'])
-    data = load_source(recipe.sources[recipe.model['language']['source']], recipe.seed, settings().run_folder)
-    samples = [processor.encode(sample) for sample in data]
-    decides = [recipe.seed, config, stage.model_dump(), data_digest(samples), source_hash('owl2'), library_versions()]
-    folder = settings().run_folder/'language'/hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    from mllm_replica.pretraining import pretrained
+    made = recipe.model['language']
+    stage = _stage('language', recipe.scale, _ALL, {made['source']: 1.0}, made['steps'])
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in config.items() if name != 'model_type'}))
-    with open(folder.with_suffix('.lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        train(model, [stage], {'text': samples}, partial(collate, pad_token_id=processor.tokenizer.pad_token_id), folder, recipe.seed)
-    return model.cpu().state_dict()
+    return pretrained(recipe, model, [stage], processor).state_dict()
 
 
 def build(
