@@ -19,7 +19,7 @@ from .engine import is_alive, this_process
 from .recipe import Recipe
 from .settings import project_root
 
-# %% ../nbs/foundations/64_journal.ipynb #9b25242b
+# %% ../nbs/foundations/64_journal.ipynb #17563b42
 NOT_EXECUTED = ('settings', 'recipe', 'registry', 'exporting', 'published', 'claims', 'results', 'report', 'readme', 'tracking', 'journal',
                 'engine', 'worker', 'runner', 'publish', 'progress', 'show', 'plan', 'doctor', 'cli', 'parity',
                 'variation', 'effects', 'study')
@@ -42,29 +42,56 @@ def _imports(name: str, file: Path, tree: ast.AST) -> Iterator[str]:
             yield from (base, *(f'{base}.{a.name}' for a in node.names))
 
 
-@lru_cache(maxsize=None)
-def _parsed(name: str, file: Path, modified: int) -> tuple[str, tuple[str, ...]]:
-    tree = ast.parse(file.read_text(encoding='utf-8'))
-    imported = tuple(_imports(name, file, tree))
-    for node in ast.walk(tree):  # a docstring decides no number
-        body = getattr(node, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[0] = ast.Pass()
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
+def _defines(node: ast.stmt) -> set[str]:
+    "Names that a statement defines and does nothing else; decorators and imports may do more."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return set() if node.decorator_list else {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
-# %% ../nbs/foundations/64_journal.ipynb #472612ab
+
+def _used_by(tree: ast.Module, names: set[str]) -> list[ast.stmt]:
+    "The module's statements without the definitions that these names do not use."
+    kept = [node for node in tree.body if not _defines(node)]
+    while True:
+        names = names | {n.id for node in kept for n in ast.walk(node) if isinstance(n, ast.Name)}
+        more = [node for node in tree.body if node not in kept and _defines(node) & names]
+        if not more: return [node for node in tree.body if node in kept]
+        kept += more
+
+
+def _without_words(tree: ast.Module) -> ast.Module:
+    "The module without docstrings and, where no decorator may read them, the annotations of functions."
+    for node in ast.walk(tree):
+        body = getattr(node, 'body', None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            node.returns = None
+            for part in ast.walk(node.args):
+                if isinstance(part, ast.arg): part.annotation = None
+    return tree
+
+
+@lru_cache(maxsize=None)
+def _parsed(name: str, file: Path, modified: int, entries: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    if entries: tree.body = _used_by(tree, set(entries))
+    return hashlib.sha256(ast.dump(_without_words(tree)).encode()).hexdigest(), tuple(_imports(name, file, tree))
+
+# %% ../nbs/foundations/64_journal.ipynb #60241c45
 def executed_modules(
     paper: str,  # key of `registry.CHAPTERS`
 ) -> dict[str, str]:
-    "Module name -> hash of its code (without comments and docstrings), for all that a unit of the paper executes."
+    "Module name -> hash of its code (without comments, docstrings and type hints), for all that a unit of the paper executes."
     chapter = registry.CHAPTERS[paper]
-    inside = {'mllm_replica', chapter.partition('.')[0]}
+    inside, entries = {'mllm_replica', chapter.partition('.')[0]}, {f'{chapter}.recipes': ('build', 'measure')}
     found, todo = {}, [f'{chapter}.recipes', 'mllm_replica.unit']
     while todo:
         name = todo.pop()
         parts = name.split('.')
         if parts[0] not in inside or name in found or (parts[0] == 'mllm_replica' and (len(parts) == 1 or parts[1] in NOT_EXECUTED)): continue
         if not (file := _module_file(name)): continue
-        found[name], imported = _parsed(name, file, file.stat().st_mtime_ns)
+        found[name], imported = _parsed(name, file, file.stat().st_mtime_ns, entries.get(name, ()))
         todo += imported
     return dict(sorted(found.items()))
 
