@@ -45,13 +45,13 @@ def read_progress(
     try: return json.loads((Path(folder)/'progress.json').read_bytes())
     except (FileNotFoundError, ValueError): return {}
 
-# %% ../nbs/foundations/65_progress.ipynb #7174a9f8
+# %% ../nbs/foundations/65_progress.ipynb #ffc2490a
 class Display:
     "Shows units that start, run and end."
 
     def __init__(
         self,
-        total: int,                       # units to run
+        total: int,                       # units, and jobs before them
         console: Console | None = None,   # standard output by default
     ):
         self.console, self.total, self.ended, self.running = console or Console(), total, 0, {}
@@ -98,7 +98,7 @@ class Display:
 
     def table(self) -> Table:
         "The running units as they are now."
-        table = Table(title=f'{self.ended} of {self.total} units done', title_justify='left', box=None, padding=(0, 2, 0, 0))
+        table = Table(title=f'{self.ended} of {self.total} done', title_justify='left', box=None, padding=(0, 2, 0, 0))
         for heading in ('unit', 'doing', 'elapsed', 'step', 'loss'): table.add_column(heading, no_wrap=True)
         for unit, (folder, since) in self.running.items():
             now = read_progress(folder)

@@ -21,9 +21,9 @@ PAPERS = {
 }
 CHAPTERS = {paper: f'mllm_replica.{paper}' for paper in PAPERS}
 
-# %% ../nbs/foundations/03_registry.ipynb #30cc30b1
+# %% ../nbs/foundations/03_registry.ipynb #d1388f9a
 class Recipes:
-    "A chapter's `recipes` module: `rows`, `tables`, `recipe`, `build` and `measure`."
+    "A chapter's `recipes` module: `rows`, `tables`, `recipe`, `build`, `measure`; `starts` and `teach` where units start from something trained."
 
     def __init__(
         self,

@@ -5,39 +5,47 @@
 # %% auto #0
 __all__ = ['Order', 'Outcome', 'environment', 'watch', 'start_job', 'supervise']
 
-# %% ../nbs/foundations/66_worker.ipynb #13c9d342
+# %% ../nbs/foundations/66_worker.ipynb #6558b1e5
 import os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from .engine import Job, Result, RowParameters, kill_tree, read_result, this_process, write_atomic
+from .engine import Job, Result, RowParameters, StartParameters, kill_tree, read_result, this_process, write_atomic
 from .journal import Journal, unit_lock
 from .progress import ProgressFile
 from .recipe import Recipe
 from .settings import Strict, project_root
 
-# %% ../nbs/foundations/66_worker.ipynb #090e8b89
+# %% ../nbs/foundations/66_worker.ipynb #9995081f
 class Order(Strict):
-    "One unit to execute."
+    "One unit to execute, or something that units start from."
     recipe: Recipe
     key: str
     notebook: Path         # the pipeline
     run_folder: Path       # shared by all machines
     timeout: float | None  # seconds
-    threads: int = 1       # of the unit's process
+    threads: int = 1       # of the process
+    start: str = ''        # of the unit's starts, if only that is asked for
+
+    @property
+    def unit(self) -> str:
+        "Its name."
+        r = self.recipe
+        return f'{r.paper}/start {self.start}/{r.scale}/{r.seed}' if self.start else r.unit
 
     @property
     def folder(self) -> Path:
-        "The unit's folder."
-        return self.run_folder/'units'/self.key
+        "Where everything is written."
+        return self.run_folder/('starts' if self.start else 'units')/self.key
 
     @property
     def parameters(self) -> RowParameters:
         "What the notebook is given."
         r = self.recipe
-        return RowParameters(paper=r.paper, table=r.table, row=r.row, scale=r.scale, seed=r.seed, out_dir=str(self.folder))
+        unit = dict(paper=r.paper, table=r.table, row=r.row, scale=r.scale, seed=r.seed, out_dir=str(self.folder))
+        return StartParameters(**unit, start=self.start) if self.start else RowParameters(**unit)
 
     def result(self) -> Result | None:
         "The valid result that the folder holds, if any."
@@ -139,9 +147,9 @@ def _judge(order: Order, code: int, why: str) -> dict:
     except ValueError as error: return dict(status='failed', reason=f'exit code 0, but {error}; a cell that calls sys.exit does that')
     return dict(status='finished', reason='')
 
-# %% ../nbs/foundations/66_worker.ipynb #a9e8bd9d
+# %% ../nbs/foundations/66_worker.ipynb #844c3619
 def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
-    folder, journal, unit = order.folder, Journal(order.run_folder), order.recipe.unit
+    folder, journal, unit = order.folder, Journal(order.run_folder), order.unit
     (folder/'result.json').unlink(missing_ok=True)
     write_atomic(folder/'recipe.json', order.recipe.model_dump_json(indent=1))
     log, start = folder/'log', time.monotonic()
@@ -173,7 +181,7 @@ def supervise(
     while True:
         with unit_lock(order.folder) as lock:
             if lock is not None:
-                if order.result(): return Outcome(unit=order.recipe.unit, key=order.key, status='found', reason='another run finished it')
+                if order.result(): return Outcome(unit=order.unit, key=order.key, status='found', reason='another run finished it')
                 return _attempt(order, lock, stop)
-        if stop is not None and stop.is_set(): return Outcome(unit=order.recipe.unit, key=order.key, status='killed', reason='stopped while waiting')
+        if stop is not None and stop.is_set(): return Outcome(unit=order.unit, key=order.key, status='killed', reason='stopped while waiting')
         time.sleep(0.5)

@@ -1,6 +1,5 @@
 "MM1's model: the layer that is read, batches and packs, experts and their losses, checkpoints, resolutions, prompts, the paper's sizes, wrong input."
-import copy, json
-from itertools import accumulate
+import copy
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from mllm_replica.cost import as_fake, count
+from mllm_replica.cost import count
 from mllm_replica.data import Encoded
 from mllm_replica.images import encode_png
 from mllm_replica.language import byte_tokenizer, word_tokenizer

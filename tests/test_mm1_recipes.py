@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from mllm_replica import documents
-from mllm_replica.data import load_source
 from mllm_replica.mm1.recipes import _TINY, SHOTS, build, page_mixture, recipe, rows, tables
-from mllm_replica.mm1.small import CellTags, PageProcessor
+from mllm_replica.mm1.small import CellTags
 from mllm_replica.plan import plan
 from mllm_replica.published import load_table
 from mllm_replica.unit import run_unit
@@ -25,14 +24,8 @@ def test_one_unit_of_every_kind(table, row, tmp_path):
     assert set(result.metrics) == columns - ({'evenness'} if 'chat' in row else set())
 
 
-def test_every_row_runs_or_says_why():
+def test_tables_that_run():
     assert tables('tiny') == list(_TINY) and tables('paper') == ['1', '3', '4', 'fig4', 'fig5']
-    for scale in ('tiny', 'paper'):
-        for table in tables(scale):
-            for row, reason in rows(table, scale).items():
-                if reason is None: recipe(table, row, scale, 1)
-                else:
-                    with pytest.raises(ValueError, match='cannot run at scale'): recipe(table, row, scale, 1)
 
 
 def test_rows_of_figure_4_differ_in_one_thing_each():
@@ -75,12 +68,6 @@ def test_rows_start_from_the_same_weights():
     sheets = [build(recipe('fig4', row, 'smoke', 3))[0].language_model.state_dict() for row in ('avg_336_64', 'cabs_224_144')]
     assert all(torch.equal(sheets[0][name], sheets[1][name]) for name in sheets[0])
     assert 'language_model' in same and not torch.equal(first['vision_model.post_layernorm.weight'], other['vision_model.post_layernorm.weight'])
-
-
-def test_a_plan_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path))
-    assert plan('mm1', 'fig5', 'smoke', rows=['c_ratios']).units and plan('mm1', 'fig7', 'smoke', rows=['res_1344']).units
-    assert not (tmp_path/'pretrained').exists()
 
 
 @pytest.mark.parametrize('row,billions', [('mm1_3b_chat', 2.94), ('mm1_30b_chat', 30.1), ('mm1_3b_moe', 63.9), ('mm1_7b_moe', 47.0)])

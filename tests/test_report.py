@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mllm_replica import report, results
+from mllm_replica import results
 from mllm_replica.published import load_table, tables_of
 from mllm_replica.registry import PAPERS
 from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts

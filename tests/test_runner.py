@@ -5,11 +5,12 @@ import pytest
 
 from mllm_replica import runner, worker
 from mllm_replica.engine import notebook_parameters, read_result
+from mllm_replica.journal import Journal
 from mllm_replica.publish import report_folder
 from mllm_replica.recipe import Recipe
 from mllm_replica.results import read_results, results_path
 from mllm_replica.runner import make_plan, run_tables
-from toyproject import HERE, PIPELINES, project, write_notebook
+from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, project, write_notebook
 
 
 def with_chapter(project):
@@ -34,6 +35,7 @@ def texts(notebook):
 def test_pipelines_keep_their_typed_parameters():
     names = dict(paper='str', table='str', row='str', scale='str', seed='int', out_dir='str')
     assert notebook_parameters(PIPELINES/'replicate_row.ipynb') == names
+    assert notebook_parameters(PIPELINES/'teach_start.ipynb') == names | {'start': 'str'}
     assert notebook_parameters(PIPELINES/'report_table.ipynb') == {k: v for k, v in names.items() if k not in ('row', 'seed')}
 
 
@@ -76,6 +78,19 @@ def test_equal_units_run_once_and_serve_both_tables(project):
     before = [seal.stat().st_mtime_ns for seal in seals]
     assert run().exit_code == 0
     assert [seal.stat().st_mtime_ns != old for seal, old in zip(seals, before)] == [False, True]  # only the changed table is reported again
+
+
+def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch):
+    from toychapter import recipes
+    monkeypatch.setattr(recipes, 'starts', lambda recipe: ['eye', 'ear'] if recipe.row == 'wide' else ['eye'], raising=False)
+    write_notebook(project.root/'nbs'/'pipelines'/'teach_start.ipynb', f"{PARAMETERS}\nstart: str = ''", FAULT, "if start == 'ear': 1/0", RESULT)
+    assert run_tables('mm1', ['first'], rows=['wide', 'narrow'], seeds=[10], pipeline=project.pipeline, report=False).exit_code == 0
+    told = [(e['event'], e['unit'].removeprefix('mm1/')) for e in Journal(project.runs).read()[0] if e['event'] != 'started']
+    starts, units = told[:2], told[2:]
+    assert sorted(starts) == [('failed', 'start ear/smoke/10'), ('finished', 'start eye/smoke/10')]   # units whose start failed try it themselves
+    assert sorted(units) == [('finished', 'first/narrow/smoke/10'), ('finished', 'first/wide/smoke/10')]
+    assert run_tables('mm1', ['second'], rows=['deep'], seeds=[10], pipeline=project.pipeline, report=False).exit_code == 0
+    assert project.events('started').count(('started', 'smoke')) == 2   # no start again
 
 
 def test_a_finished_table_starts_no_kernel_and_imports_little(project):
