@@ -23,8 +23,10 @@ MATMUL_FLOPS = 2 * 2048 ** 3
 SLACK = 1.2   # other processes share the machine
 OFFICIAL = {'mixed': (3.97, 14.4), 'text': (4.3, 13.2), 'decode': (0.24,), 'abstractor': (3.2, 7.7)}   # forward, forward + backward
 AIM = {'mixed': (3.3, 10.5), 'abstractor': (2.2, 6.0)}   # with the fastest kernel; the BLAS alone is held to the official figures
-# A decode step reads 810 MB of weights, no faster than Llama's own layer does: 0.19 to 0.25 were measured, the aim of 0.20 is met in some runs only.
+# A decode step reads 810 MB of weights, and costs what its seven bare products cost (measured beside it): 0.19 to 0.27; the aim of 0.20 is met where
+# memory is quick enough. Adding the weights up, which is the least that reading them can cost, takes 0.13 on the same machine.
 NO_DEARER = 1.03   # than Llama's layer, where there is no image
+BARELY = 1.2       # than the bare products of a decode step
 both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward', 'both'))
 both_kernels = pytest.mark.parametrize('kernel', ('oneDNN', 'BLAS'))
 
@@ -188,8 +190,11 @@ def test_decode_step(kernel, use, median, table):
         return out
     assert close(step(layer), step(plain))
     measured, relative = median(lambda: step(layer), rounds=15), beside(lambda: step(layer), lambda: step(plain), rounds=25)
-    table.append((f'decode {relative:.3f}', kernel, 'forward', measured, OFFICIAL['decode'][0], layer_bound(1, False, PAST)))
-    assert measured <= OFFICIAL['decode'][0] * SLACK and relative <= NO_DEARER
+    weights = [(torch.randn(1, 1, w.shape[1]), w) for w in plain.parameters() if w.ndim == 2]
+    bare = beside(lambda: step(layer), lambda: [layers.affine(x, w, None) for x, w in weights], rounds=25)
+    name = f'decode {relative:.3f} {bare:.2f}'   # beside Llama's layer, and the bare products
+    table.append((name, kernel, 'forward', measured, OFFICIAL['decode'][0], layer_bound(1, False, PAST)))
+    assert measured <= OFFICIAL['decode'][0] * SLACK and relative <= NO_DEARER and bare <= BARELY
 
 
 @lru_cache(1)
