@@ -6,8 +6,8 @@
 __all__ = ['NOT_EXECUTED', 'LIBRARIES', 'executed_modules', 'source_hash', 'data_hash', 'library_versions', 'unit_key',
            'unit_lock', 'lock_holder', 'Journal']
 
-# %% ../nbs/foundations/64_journal.ipynb #06cca69f
-import ast, fcntl, hashlib, importlib.util, json, os, time
+# %% ../nbs/foundations/64_journal.ipynb #57e6664f
+import ast, fcntl, hashlib, importlib.util, json, os, symtable, time
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from .engine import is_alive, this_process
 from .recipe import Recipe
 from .settings import project_root
 
-# %% ../nbs/foundations/64_journal.ipynb #17563b42
+# %% ../nbs/foundations/64_journal.ipynb #b1860478
 NOT_EXECUTED = ('settings', 'recipe', 'registry', 'exporting', 'published', 'claims', 'results', 'report', 'readme', 'tracking', 'journal',
                 'engine', 'worker', 'runner', 'publish', 'progress', 'show', 'plan', 'doctor', 'cli', 'parity',
                 'variation', 'effects', 'study')
@@ -49,11 +49,21 @@ def _defines(node: ast.stmt) -> set[str]:
     return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
 
+def _uses(node: ast.stmt) -> set[str]:
+    "Names of the module that a statement reads; a function's own variables are not among them."
+    outer = symtable.symtable(ast.unparse(node), 'statement', 'exec')
+    found, inner = {s.get_name() for s in outer.get_symbols() if s.is_referenced()}, [*outer.get_children()]
+    for scope in inner:   # grows by the scopes within
+        found |= {s.get_name() for s in scope.get_symbols() if s.is_global()}
+        inner += scope.get_children()
+    return found
+
+
 def _used_by(tree: ast.Module, names: set[str]) -> list[ast.stmt]:
     "The module's statements without the definitions that these names do not use."
     kept = [node for node in tree.body if not _defines(node)]
     while True:
-        names = names | {n.id for node in kept for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names = names.union(*map(_uses, kept))
         more = [node for node in tree.body if node not in kept and _defines(node) & names]
         if not more: return [node for node in tree.body if node in kept]
         kept += more

@@ -67,7 +67,7 @@ def instruction_mixture(
     if rule == 'per-dataset-tuned': return flat
     raise ValueError(f'mixture {rule!r} is unknown')
 
-# %% ../../nbs/papers/02_honeybee.ipynb #50b41e63
+# %% ../../nbs/papers/02_honeybee.ipynb #2dd068f4
 _BOTH_STAGES = dict(betas=(0.9, 0.98), eps=1e-6, clip=1.0, precision='bf16')
 
 
@@ -105,7 +105,8 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
                   stages=_two_stages(projector['projector_type'], steps, (_PRETRAIN, mixture)), benchmarks=(),
                   assumptions=('training only: MME, MMBench, SEED and the others are scored with `mllm_replica.benchmarks` from prediction files',
                                'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
-                               'instruction samples are padded to 1,024 positions, as officially'))
+                               'instruction samples are padded to 1,024 positions, as officially',
+                               *(['the language model is LLaMA-2-chat 7B, of the same shape'] if row == 'llama2_chat' else [])))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a80c08d6
 _BOARD = {'pixels': 64, 'grid': 4, 'colors': 4}
@@ -224,12 +225,12 @@ def _turns(table: str, row: str, params: dict[str, Any], scale: str, seed: int) 
     train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns, dedup=params['dedup'])}
     return _mixture(table, row, scale, seed, train, {'boards': 1.0}, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
 
-# %% ../../nbs/papers/02_honeybee.ipynb #45832998
+# %% ../../nbs/papers/02_honeybee.ipynb #ad403dcc
 _TINY = {'3': _projectors, '7': _projectors, '8': _projectors, '9': _projectors, 'fig9': _projectors, '4': _groups, '5a': _balance,
          '5c': _templates, '5d': _turns}
 _DATA_TABLES = {'2': 'describes the data', '11': 'describes the recipe itself', '12': 'describes the mixture itself'}
 _OWN_MODELS = {'6': 'honeybee', '1': 'honeybee', '15': 'honeybee', '16': 'c_', 'fig8': 'honeybee'}  # start of the row key
-_UNPUBLISHED = {'llama2_chat': 'needs LLaMA-2-chat', 'lora_r64': 'LoRA is not wired: alpha is not stated',
+_UNPUBLISHED = {'lora_r64': 'LoRA is not wired: alpha is not stated',
                 'lora_r256': 'LoRA is not wired: alpha is not stated', 'image_indicator': 'the indicator tokens are not published',
                 'fine_multi_flip': 'the inverted wordings are not published', 'fine_multi': 'the ten wordings are not published',
                 'coarse_single': 'the coarse wordings are not published',
