@@ -193,7 +193,17 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
         return tuple(seed for low, high in parts for seed in range(int(low), int(high) + 1))
     except ValueError: raise typer.BadParameter(f'seeds {text!r}: write numbers like 10,11,12 or 10-14') from None
 
-# %% ../nbs/foundations/72_cli.ipynb #1aa3bdd5
+# %% ../nbs/foundations/72_cli.ipynb #7b61adf9
+def _searched(paper: str, scale: str, **options) -> int:
+    "Search, show the rounds; the exit code."
+    console = _console()
+    try: study = recipes_of(paper).search(scale, console=console, **options)
+    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
+    console.print(_frame(study.frame.drop(columns='metric').round(3).set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
+    typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
+    return study.exit_code
+
+# %% ../nbs/foundations/72_cli.ipynb #82da73fe
 @app.command()
 def run(
     paper: Paper,
@@ -204,7 +214,7 @@ def run(
     workers: Annotated[int, typer.Option(help='units side by side', min=1)] = settings().workers,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
-    "Train and evaluate what is not finished, track it, compare it with the published values."
+    "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search, too, where the paper does."
     numbers, recipes = _seeds(seeds), recipes_of(paper)
     table = table and _table_of(paper, table)
     _check_rows(recipes, table, scale, row)
@@ -217,7 +227,8 @@ def run(
     for name, reason in summary.plan.not_run.items(): typer.echo(f'  not run: {name}: {reason}')
     if not summary.plan.places: raise typer.BadParameter(f'none of these rows can run at scale {scale}')
     typer.echo(f'See `mllm-replica report {paper}' + (f' {table}`.' if table else '`.'))
-    raise typer.Exit(summary.exit_code)
+    found = 0 if table or not hasattr(recipes, 'search') else _searched(paper, scale, seeds=numbers or settings().seeds, workers=workers, engine=engine)
+    raise typer.Exit(max(summary.exit_code, found))
 
 # %% ../nbs/foundations/72_cli.ipynb #29e45f6a
 def _frame(found, title: str) -> Table:
@@ -331,7 +342,7 @@ def ablate(
     if len(shown): typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 
-# %% ../nbs/foundations/72_cli.ipynb #f5e6b282
+# %% ../nbs/foundations/72_cli.ipynb #c3a3921b
 @app.command()
 def search(
     paper: Paper,
@@ -345,14 +356,8 @@ def search(
     "Begin with a paper's base and add the best of what is left, round by round."
     numbers = {} if seeds is None else {'seeds': _seeds(seeds)}
     known('engine', engine, ('local', 'ray'))
-    try: find = recipes_of(paper).search
-    except AttributeError as error: raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts') from error
-    console = _console()
-    try: study = find(scale, metric=metric, rounds=rounds, workers=workers, engine=engine, console=console, **numbers)
-    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
-    console.print(_frame(study.frame.drop(columns='metric').round(3).set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
-    typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
-    raise typer.Exit(study.exit_code)
+    if not hasattr(recipes_of(paper), 'search'): raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
+    raise typer.Exit(_searched(paper, scale, metric=metric, rounds=rounds, workers=workers, engine=engine, **numbers))
 
 # %% ../nbs/foundations/72_cli.ipynb #23a9b7f7
 @app.command()

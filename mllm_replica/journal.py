@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOT_EXECUTED', 'LIBRARIES', 'executed_modules', 'source_hash', 'data_hash', 'library_versions', 'unit_key',
-           'unit_lock', 'lock_holder', 'Journal']
+           'git_commit', 'unit_lock', 'lock_holder', 'Journal']
 
-# %% ../nbs/foundations/64_journal.ipynb #57e6664f
-import ast, fcntl, hashlib, importlib.util, json, os, symtable, time
+# %% ../nbs/foundations/64_journal.ipynb #7c2011fd
+import ast, fcntl, hashlib, importlib.util, json, os, subprocess, symtable, time
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -144,6 +144,14 @@ def unit_key(
     "Name of everything that decides the unit's numbers: recipe, code, data, library versions."
     parts = [recipe.digest(), source_hash(recipe.paper), data_hash(recipe), library_versions()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+# %% ../nbs/foundations/64_journal.ipynb #395c17f0
+def git_commit() -> str:
+    "The commit of the project, with `+` when more than results has changed since; empty outside git."
+    run = lambda *words: subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
+    head = run('rev-parse', '--short=12', 'HEAD')
+    if head.returncode: return ''
+    return head.stdout.strip() + '+' * bool(run('status', '--porcelain', '--untracked-files=no', '--', ':!papers/*/results').stdout.strip())
 
 # %% ../nbs/foundations/64_journal.ipynb #6669ee60
 @contextmanager

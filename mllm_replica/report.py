@@ -260,7 +260,7 @@ def png(
     Image.open(full).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
     return small.getvalue()
 
-# %% ../nbs/foundations/13_report.ipynb #48b27afb
+# %% ../nbs/foundations/13_report.ipynb #a47d00df
 def scales_run(
     paper: str,
     table: str,
@@ -286,7 +286,9 @@ def matrix() -> str:
                 records = read_results(paper, key, scale) if scale else []
                 seeds = [len({r.seed for r in records if r.row == row}) for row in {r.row for r in records}]
                 run = f'{len(seeds)} of {len(t.rows)}' + (f', {" to ".join(map(str, sorted({min(seeds), max(seeds)})))} seeds' if seeds else '')
-                shown, claims = (scale or MISSING) + f' {STALE}' * bool(stale(paper, records)), _count(verdicts(paper, key, scale or 'tiny'))
+                shown = (scale or MISSING) + f' {STALE}' * bool(stale(paper, records))
+                others = {name: _count(verdicts(paper, key, scale, name)) for name in readings(t, scale)} if scale else {}
+                claims = '; '.join([_count(verdicts(paper, key, scale or 'tiny')), *(f'{name}: {count}' for name, count in others.items())])
                 lines.append((PAPERS[paper], t.table, t.title, t.status, shown, run, claims))
     return markdown(pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']), index=False)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Order', 'Outcome', 'environment', 'watch', 'start_job', 'supervise']
 
-# %% ../nbs/foundations/66_worker.ipynb #6558b1e5
+# %% ../nbs/foundations/66_worker.ipynb #5e0c13f0
 import os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import psutil
 
 from .engine import Job, Result, RowParameters, StartParameters, kill_tree, read_result, this_process, write_atomic
-from .journal import Journal, unit_lock
+from .journal import Journal, git_commit, unit_lock
 from .progress import ProgressFile
 from .recipe import Recipe
 from .settings import Strict, project_root
@@ -147,11 +147,12 @@ def _judge(order: Order, code: int, why: str) -> dict:
     except ValueError as error: return dict(status='failed', reason=f'exit code 0, but {error}; a cell that calls sys.exit does that')
     return dict(status='finished', reason='')
 
-# %% ../nbs/foundations/66_worker.ipynb #844c3619
+# %% ../nbs/foundations/66_worker.ipynb #d26b4a1c
 def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
     folder, journal, unit = order.folder, Journal(order.run_folder), order.unit
     (folder/'result.json').unlink(missing_ok=True)
     write_atomic(folder/'recipe.json', order.recipe.model_dump_json(indent=1))
+    write_atomic(folder/'commit', git_commit())
     log, start = folder/'log', time.monotonic()
     offset = log.stat().st_size if log.exists() else 0
     journal.append('started', unit=unit, key=order.key, process=this_process())

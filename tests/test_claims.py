@@ -179,6 +179,19 @@ def test_a_further_reading_asks_its_own_measurements():
     with pytest.raises(KeyError, match="no reading 'never'; there is again"): judge(claim(), 'never')
 
 
+def test_rows_that_do_not_solve_the_control_are_not_compared():
+    measured = Replication(columns=[Column(key=k, name=k) for k in ('own', 'easy')], stands_for={'score': 'own'}, control='easy')
+    table = Table(**table_of(dict(a=None, b=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}})
+    claim = lambda test: Claim(id='c', statement='s', test=test, scales={'tiny': Scope(testable=True, test=test, note='n')})
+    def judge(easy, test='a.score > b.score'):
+        samples = {'a': {'own': {0: 2.0, 1: 2.1}, 'easy': {0: 1.0, 1: 1.0}}, 'b': {'own': {0: 1.0, 1: 1.1}, 'easy': dict(enumerate(easy))}}
+        return verdict(claim(test), table, 'tiny', samples)
+    assert (judge([0.99, 0.97]).word, judge([0.99, 0.97]).note) == ('supported', 'n') and judge([]).word == 'supported'
+    failed = judge([1.0, 0.6])
+    assert failed.word == 'inconclusive' and failed.note == 'the control is not solved by b (0.80), else it were supported. n' and failed.evidence
+    assert judge([0.6, 0.5], 'a.easy > b.easy').word == 'supported'   # the control itself may be compared
+
+
 def test_cells_of_another_table():
     table = load_table('eagle', '6')
     claim = next(c for c in table.claims if c.id == 'prealign-final-gain')

@@ -84,13 +84,18 @@ def test_plain_text_off_a_terminal():
     assert b'\x1b' not in shown.stdout and not shown.stderr
 
 
-def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch):
+def found_sets(exit_code):
+    "A search that tried two sets."
     from mllm_replica.study import ROUNDS, Study
     frame = pd.DataFrame([(0, '', 'clip', 'mean', 0.5, 0.4, 0.6, 2, True), (1, 'sam', 'clip, sam', 'mean', 0.7, 0.6, 0.8, 2, True)], columns=ROUNDS)
+    return Study('search by mean', 'mean', frame, [SimpleNamespace(exit_code=exit_code)], Path('search.csv'))
+
+
+def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch):
     asked = []
     def find(scale, **options):
         asked.append((scale, options))
-        return Study('search by mean', 'mean', frame, [SimpleNamespace(exit_code=3)], Path('search.csv'))
+        return found_sets(exit_code=3)
     monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace(search=find))
     result = call('search', 'eagle', '--rounds', '1')
     assert result.exit_code == 3 and 'clip, sam' in said(result) and 'See search.csv' in said(result)
@@ -130,6 +135,17 @@ def test_run_passes_on_what_it_was_told(runs):
 def test_run_without_a_table_runs_all_that_can(runs):
     assert call('run', 'honeybee', '--scale', 'smoke').exit_code == 0
     assert runs.calls[0][1] == ['3', '8'] and runs.calls[0][3]['seeds'] is None
+
+
+def test_run_without_a_table_searches_where_the_paper_does(runs, recipes, monkeypatch):
+    asked = []
+    def search(scale, **options):
+        asked.append((scale, options['seeds']))
+        return found_sets(exit_code=3)
+    monkeypatch.setattr(recipes, 'search', search, raising=False)
+    result = call('run', 'honeybee', '--scale', 'smoke', '--seeds', '10,11')
+    assert result.exit_code == 3 and asked == [('smoke', (10, 11))] and 'See search.csv' in said(result)
+    assert call('run', 'honeybee', '3', '--scale', 'smoke').exit_code == 0 and len(asked) == 1
 
 
 def test_a_failed_unit_is_told_and_ends_non_zero(runs):

@@ -72,7 +72,7 @@ def test_training_and_test_share_no_picture():
     assert pictures('test_color') == pictures('test_letter')
 
 
-def test_the_search_asks_for_mixtures_and_goes_on(tmp_path, monkeypatch):
+def test_the_search_asks_for_mixtures(tmp_path, monkeypatch):
     asked, best = [], ['pix2struct', 'eva02']
     def run(recipes, name, seeds, options):
         asked.append([tuple(r.model['experts']) for r in recipes])

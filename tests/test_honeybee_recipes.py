@@ -15,6 +15,22 @@ def test_equal_settings_are_one_experiment():
     assert digest('3', 'cabs_144') != digest('3', 'cabs_144', 11)
 
 
+def test_every_row_of_a_table_is_another_model_at_the_scale_of_the_paper():
+    for table in tables_of('honeybee'):
+        digests = [recipes.recipe(table, row, 'paper', 1).digest() for row, reason in recipes.rows(table, 'paper').items() if reason is None]
+        assert len(set(digests)) == len(digests), table
+
+
+SMALL_UNITS = [('3', 'resampler_144'), ('8', 'linear_256'), ('9', 'dabs'), ('9', 'convnext'), ('4', 'D1'), ('5a', 'per_task'), ('5c', 'coarse_single'),
+               ('5d', 'multi_turn_dedup'), ('fig9', 'dabs')]
+
+
+@pytest.mark.parametrize('table,row', SMALL_UNITS)
+def test_one_unit_of_every_kind(table, row, tmp_path):
+    result = run_unit(recipes.recipe(table, row, 'smoke', 0), tmp_path)
+    assert set(result.metrics) == {c.key for c in load_table('honeybee', table).replication['tiny'].columns}
+
+
 def test_rows_of_a_table_share_their_data():
     for table in ('3', '8', '9'):
         found = {tuple(sorted((n, s.model_dump_json()) for n, s in recipes.recipe(table, row, 'tiny', 10).sources.items()))

@@ -308,6 +308,13 @@ def recorded_keys():
     return keys | {'vision_model.post_layernorm.weight': (W,), 'vision_model.post_layernorm.bias': (W,)}
 
 
+def test_released_sizes():
+    found = {size: (t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads, t.tie_word_embeddings, c.gate,
+                    [layer + 1 for layer in c.hyper_layers]) for size in ('7B', '2B', '1B') for c in [paper_config(size)] for t in [c.text_config]}
+    assert found == {'7B': (3584, 18944, 28, 28, 4, False, 'adaptive', [1, 9, 17, 25]), '2B': (1536, 8960, 28, 12, 2, True, 'static', [7, 15, 23, 26]),
+                     '1B': (896, 4864, 24, 14, 2, True, 'static', [6, 13, 20, 22])}
+
+
 @pytest.mark.parametrize('size,stage_one', [('7B', 18.88e6), ('2B', None), ('1B', None)])
 def test_released_keys(size, stage_one):
     config = paper_config(size)

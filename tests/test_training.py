@@ -85,6 +85,19 @@ def child(*arguments, launcher=()):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
 
 
+# The step
+
+def test_gradients_are_clipped_and_logged_as_they_were(tmp_path):
+    moved = {}
+    for clip in (1e-3, 1e6):
+        model = llama(dropout=0.0)
+        before = [weight.detach().clone() for weight in model.parameters()]
+        stage = JOINT.model_copy(update=dict(steps=1, warmup_steps=0, lr=1.0, weight_decay=0.0, eps=1.0, clip=clip))   # so large an eps: the step is the gradient
+        _, history = run(tmp_path/f'{clip}', [stage], model)
+        moved[clip] = torch.cat([(weight - old).flatten() for weight, old in zip(model.parameters(), before)]).norm().item()
+    assert moved[1e-3] == pytest.approx(1e-3, rel=0.01) and moved[1e6] > 0.01 and history.points[0].grad_norm > 0.01
+
+
 # Killed and continued
 
 def test_kill_9_in_training_and_in_a_checkpoint_ends_bit_identical(tmp_path, straight):

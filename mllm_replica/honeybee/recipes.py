@@ -67,7 +67,7 @@ def instruction_mixture(
     if rule == 'per-dataset-tuned': return flat
     raise ValueError(f'mixture {rule!r} is unknown')
 
-# %% ../../nbs/papers/02_honeybee.ipynb #2dd068f4
+# %% ../../nbs/papers/02_honeybee.ipynb #767e1fc9
 _BOTH_STAGES = dict(betas=(0.9, 0.98), eps=1e-6, clip=1.0, precision='bf16')
 
 
@@ -99,14 +99,14 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     steps = (params.get('pt_steps', 200_000 if long else 50_000), params.get('it_steps', 10_000 if long else 4_000))
     mixture = instruction_mixture(params)
     names = {**_PRETRAIN, **mixture}
+    other = {'language': params['llm']} if params.get('llm', 'vicuna').startswith('llama') else {}   # of Vicuna's shape
     return Recipe(paper='honeybee', table=table, row=row, scale='paper', seed=seed,
-                  model={'size': size, 'connector': projector, 'feature_layer': params.get('feature_layer', -2)},
+                  model={'size': size, 'connector': projector, 'feature_layer': params.get('feature_layer', -2)} | other,
                   sources={name: Source(kind='folder', name=f'honeybee/{name}', options=_options(name, params)) for name in names},
                   stages=_two_stages(projector['projector_type'], steps, (_PRETRAIN, mixture)), benchmarks=(),
                   assumptions=('training only: MME, MMBench, SEED and the others are scored with `mllm_replica.benchmarks` from prediction files',
                                'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
-                               'instruction samples are padded to 1,024 positions, as officially',
-                               *(['the language model is LLaMA-2-chat 7B, of the same shape'] if row == 'llama2_chat' else [])))
+                               'instruction samples are padded to 1,024 positions, as officially'))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a80c08d6
 _BOARD = {'pixels': 64, 'grid': 4, 'colors': 4}
@@ -225,7 +225,7 @@ def _turns(table: str, row: str, params: dict[str, Any], scale: str, seed: int) 
     train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns, dedup=params['dedup'])}
     return _mixture(table, row, scale, seed, train, {'boards': 1.0}, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
 
-# %% ../../nbs/papers/02_honeybee.ipynb #ad403dcc
+# %% ../../nbs/papers/02_honeybee.ipynb #f1dba5ba
 _TINY = {'3': _projectors, '7': _projectors, '8': _projectors, '9': _projectors, 'fig9': _projectors, '4': _groups, '5a': _balance,
          '5c': _templates, '5d': _turns}
 _DATA_TABLES = {'2': 'describes the data', '11': 'describes the recipe itself', '12': 'describes the mixture itself'}
@@ -246,7 +246,7 @@ def _reason(table: str, row: str, params: dict[str, Any], scale: str) -> str | N
         if table == '7' and params['resolution'] == 336: return 'a board of the higher resolution is not learnt within a small unit\'s time'
         return 'inverting a question about a colour gives no single answer' if row == 'fine_multi_flip' else None
     if not row.startswith(_OWN_MODELS.get(table, '')): return 'another paper\'s model'
-    if scale == 'small': return None if table in ('3', '8', '9') else 'has no recipe at scale small'
+    if scale == 'small': return None if table in ('3', '8', '9', 'fig9') else 'has no recipe at scale small'
     return _UNPUBLISHED.get(row)
 
 

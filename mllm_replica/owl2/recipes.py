@@ -128,8 +128,8 @@ def _collaboration(table: str, row: str, params: dict[str, Any], scale: str, see
     stages = (_stage('align', scale, _VISUAL, {'caption': 1.0}, 300), _stage('tune', scale, _ALL, mixture, _TUNE_STEPS * len(mixture), lr=4e-3))
     return _unit(table, row, scale, seed, model, train, tests, stages)
 
-# %% ../../nbs/papers/01_owl2.ipynb #0761c4c0
-_TINY = {'5': _collaboration, '6': _encoder, '7': _queries, '8': _resolution}
+# %% ../../nbs/papers/01_owl2.ipynb #2b2eb680
+_TINY = {'5': _collaboration, 'fig5': _collaboration, '6': _encoder, '7': _queries, '8': _resolution}
 _DATA = ('14', '15', '16')   # tables that describe data and settings
 
 
