@@ -203,7 +203,7 @@ def _searched(paper: str, scale: str, **options) -> int:
     typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
     return study.exit_code
 
-# %% ../nbs/foundations/72_cli.ipynb #82da73fe
+# %% ../nbs/foundations/72_cli.ipynb #85ef94c1
 @app.command()
 def run(
     paper: Paper,
@@ -214,7 +214,7 @@ def run(
     workers: Annotated[int, typer.Option(help='units side by side', min=1)] = settings().workers,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
-    "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search, too, where the paper does."
+    "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search where the paper does."
     numbers, recipes = _seeds(seeds), recipes_of(paper)
     table = table and _table_of(paper, table)
     _check_rows(recipes, table, scale, row)
@@ -227,8 +227,10 @@ def run(
     for name, reason in summary.plan.not_run.items(): typer.echo(f'  not run: {name}: {reason}')
     if not summary.plan.places: raise typer.BadParameter(f'none of these rows can run at scale {scale}')
     typer.echo(f'See `mllm-replica report {paper}' + (f' {table}`.' if table else '`.'))
-    found = 0 if table or not hasattr(recipes, 'search') else _searched(paper, scale, seeds=numbers or settings().seeds, workers=workers, engine=engine)
-    raise typer.Exit(max(summary.exit_code, found))
+    code = summary.exit_code
+    if not table and hasattr(recipes, 'search'):
+        code = max(code, _searched(paper, scale, seeds=numbers or settings().seeds, workers=workers, engine=engine))
+    raise typer.Exit(code)
 
 # %% ../nbs/foundations/72_cli.ipynb #29e45f6a
 def _frame(found, title: str) -> Table:

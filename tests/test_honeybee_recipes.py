@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mllm_replica.honeybee import recipes
-from mllm_replica.published import load_table
+from mllm_replica.published import load_table, tables_of
+from mllm_replica.unit import run_unit
 
 
 def test_equal_settings_are_one_experiment():
@@ -28,7 +29,7 @@ SMALL_UNITS = [('3', 'resampler_144'), ('8', 'linear_256'), ('9', 'dabs'), ('9',
 @pytest.mark.parametrize('table,row', SMALL_UNITS)
 def test_one_unit_of_every_kind(table, row, tmp_path):
     result = run_unit(recipes.recipe(table, row, 'smoke', 0), tmp_path)
-    assert set(result.metrics) == {c.key for c in load_table('honeybee', table).replication['tiny'].columns}
+    assert {c.key for c in load_table('honeybee', table).replication['tiny'].columns} <= set(result.metrics)
 
 
 def test_rows_of_a_table_share_their_data():
