@@ -103,6 +103,13 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def test_notebooks_that_register_worlds_give_the_packages_own_back():
+    "nbdev-test runs many notebooks in one process; a world of a notebook has no source file for those that come after it."
+    sources = {n.name: [''.join(c['source']) for c in json.loads(n.read_text())['cells'] if c['cell_type'] == 'code'] for n in NOTEBOOKS}
+    register = {name: cells for name, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)}
+    assert len(register) >= 4 and not [name for name, cells in register.items() if 'reload(import_module(' not in cells[-1]]
+
+
 def test_import_is_quick_and_free_of_torch():
     timed = 'import time, sys; t = time.process_time(); import mllm_replica; print(time.process_time() - t, "torch" in sys.modules)'
     seconds, torch = min(python(timed).split() for _ in range(3))
