@@ -40,17 +40,6 @@ def use(monkeypatch):
     return choose
 
 
-@pytest.fixture
-def median(benchmark, matmul):
-    "Median process CPU time of a function over that of the product, the two measured in turn."
-    def measure(function, rounds=5):
-        function()
-        reference = []
-        benchmark.pedantic(function, setup=lambda: reference.append(matmul()), rounds=rounds)
-        return benchmark.stats.stats.median / statistics.median(reference)
-    return measure
-
-
 def beside(function, other, rounds=9):
     "Median ratio of the process CPU times of two functions, run in turn, the first of a pair alternating."
     seconds, ratios = time.process_time, []
@@ -152,10 +141,10 @@ def test_layer_is_the_formula():
 @both_kernels
 @both_passes
 @pytest.mark.benchmark(timer=time.process_time)
-def test_layer_with_an_image(kernel, backward, use, median, table):
+def test_layer_with_an_image(kernel, backward, use, ratio, table):
     use(kernel)
     (x, angles), layer, route = inputs(), adapted(), route_of()
-    measured, official = median(lambda: run(layer, x, angles, backward, route=route)), OFFICIAL['mixed'][backward]
+    measured, official = ratio(lambda: run(layer, x, angles, backward, route=route)), OFFICIAL['mixed'][backward]
     layer.zero_grad()
     table.append(('layer, image', kernel, 'both' if backward else 'forward', measured, official, layer_bound(LENGTH, backward)))
     assert measured <= (AIM['mixed'][backward] if kernel == 'oneDNN' else official) * SLACK
@@ -164,10 +153,10 @@ def test_layer_with_an_image(kernel, backward, use, median, table):
 @pytest.mark.parametrize('kernel, backward', [('oneDNN', False), ('BLAS', False), ('oneDNN', True),
                                               pytest.param('BLAS', True, marks=pytest.mark.slow)])
 @pytest.mark.benchmark(timer=time.process_time)
-def test_layer_without_image(kernel, backward, use, median, table):
+def test_layer_without_image(kernel, backward, use, ratio, table):
     use(kernel)
     (x, angles), layer, plain = inputs(), adapted(), llama()
-    measured = median(lambda: run(layer, x, angles, backward))
+    measured = ratio(lambda: run(layer, x, angles, backward))
     relative = beside(lambda: run(layer, x, angles, backward), lambda: run(plain, x, angles, backward), rounds=5 if backward else 9)
     plain.zero_grad()
     name, official = f'layer, text {relative:.3f}', OFFICIAL['text'][backward]   # beside Llama's layer
@@ -178,7 +167,7 @@ def test_layer_without_image(kernel, backward, use, median, table):
 @both_kernels
 @pytest.mark.benchmark(timer=time.process_time)
 @torch.no_grad()
-def test_decode_step(kernel, use, median, table):
+def test_decode_step(kernel, use, ratio, table):
     use(kernel)
     layer, plain, cache = adapted(), llama(), DynamicCache(config=CONFIG)
     run(layer, *inputs(PAST), past_key_values=cache)
@@ -189,7 +178,7 @@ def test_decode_step(kernel, use, median, table):
         cache.crop(-1)   # takes the token back
         return out
     assert close(step(layer), step(plain))
-    measured, relative = median(lambda: step(layer), rounds=15), beside(lambda: step(layer), lambda: step(plain), rounds=25)
+    measured, relative = ratio(lambda: step(layer), rounds=15), beside(lambda: step(layer), lambda: step(plain), rounds=25)
     weights = [(torch.randn(1, 1, w.shape[1]), w) for w in plain.parameters() if w.ndim == 2]
     bare = beside(lambda: step(layer), lambda: [layers.affine(x, w, None) for x, w in weights], rounds=25)
     name = f'decode {relative:.3f} {bare:.2f}'   # beside Llama's layer, and the bare products
@@ -238,10 +227,10 @@ def test_abstractor_is_the_formula():
 @both_kernels
 @both_passes
 @pytest.mark.benchmark(timer=time.process_time)
-def test_abstractor(kernel, backward, use, median, table):
+def test_abstractor(kernel, backward, use, ratio, table):
     use(kernel)
     (module, image), official = abstractor(), OFFICIAL['abstractor'][backward]
-    measured = median(lambda: resample(module, image, backward))
+    measured = ratio(lambda: resample(module, image, backward))
     meta, empty = abstractor.__wrapped__('meta')
     table.append(('abstractor', kernel, 'both' if backward else 'forward', measured, official, flops(meta, empty, backward=backward)))
     assert measured <= (AIM['abstractor'][backward] if kernel == 'oneDNN' else official) * SLACK
