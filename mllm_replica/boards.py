@@ -101,7 +101,7 @@ def ask_tint(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str
     "Whether the picture is bright or dark."
     return 'the picture is', scene['tint'], list(GROUNDS)
 
-# %% ../nbs/foundations/22_boards.ipynb #82fc2ce1
+# %% ../nbs/foundations/22_boards.ipynb #7ae591eb
 def ask_yesno(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "Whether a tile has a colour; half of the answers are yes."
     row, column = _any_tile(scene, rng)
@@ -131,6 +131,7 @@ def ask_description(scene: Scene, rng: np.random.Generator) -> tuple[str, str, l
 def _name(style: str, words: str) -> Any:
     "A question for the name of a tile, by color or by color and row."
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+        "A tile, asked for its name."
         row, column = _any_tile(scene, rng)
         color = scene['tiles'][row][column]
         return f'{words}name {place(row, column)}', {'color': color, 'row': f'row {row + 1} {color}'}[style], []

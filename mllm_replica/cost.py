@@ -29,7 +29,7 @@ def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
 
-# %% ../nbs/foundations/69_cost.ipynb #04cd2269
+# %% ../nbs/foundations/69_cost.ipynb #c9a182f8
 def count(
     step: Callable[[], Tensor],         # e.g. `lambda: model(**batch).loss`
     without: nn.Module | None = None,   # its parameters are not activations
@@ -39,6 +39,7 @@ def count(
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        "Count the tensor's storage once."
         storage = tensor.untyped_storage()
         if storage._cdata not in own: kept[storage._cdata] = storage.nbytes()
         return tensor

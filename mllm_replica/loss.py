@@ -39,10 +39,11 @@ def _loss_and_gradients(
         elif need_weight: grad_weight += torch.mm(grad.T, h)
     return total, grad_hidden, grad_weight
 
-# %% ../nbs/foundations/40_loss.ipynb #9bce9753
+# %% ../nbs/foundations/40_loss.ipynb #a91766eb
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, chunk_size, mean, with_grad):
+        "The loss; its gradients are made at once and kept."
         need_hidden, need_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
         kept = (labels != IGNORED).nonzero().squeeze(1)
         every = len(kept) == len(labels)
@@ -60,6 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
+        "The kept gradients, scaled."
         grad_hidden, grad_weight = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like
         scale = grad_output * ctx.scale

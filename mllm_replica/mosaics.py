@@ -135,7 +135,7 @@ def ask_sign(scene: Scene, rng: np.random.Generator) -> Asked:
 
 POSTERS = World(draw_poster, render_poster, dict(ground=ask_ground, sign=ask_sign), dict(digits=False))
 
-# %% ../nbs/foundations/22_mosaics.ipynb #acfbfea2
+# %% ../nbs/foundations/22_mosaics.ipynb #ca27ef7d
 def draw_list(
     rng: np.random.Generator,
     options: dict[str, Any],   # length, kinds, picture, tasks
@@ -155,6 +155,7 @@ def draw_list(
 def _of_words(ask: Any) -> Any:
     "The question after the words."
     def asked(scene: Scene, rng: np.random.Generator) -> Asked:
+        "The words, then the question."
         question, *rest = ask(scene, rng)
         return f"{' '.join(scene['cells'])} {question}", *rest
     return asked

@@ -97,7 +97,7 @@ def as_sample(
     try: return sample | {'images': [place(image) for image in images]}
     except ImageError as error: raise ImageError(f"{where}: sample {sample['id']!r}: {error}") from error
 
-# %% ../nbs/foundations/21_data.ipynb #8fc4c634
+# %% ../nbs/foundations/21_data.ipynb #66482cb3
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a JSON list or of JSON lines; bad text is reported with its line."
     if path.suffix == '.json':
@@ -114,6 +114,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
 def _tar_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a webdataset shard; members of one sample follow each other and share the name up to the first dot."
     def record(key: str, files: dict[str, bytes]) -> tuple[str, Any]:
+        "One sample from its members."
         where = f'{path.name}: {key}'
         if 'json' not in files: raise ValueError(f'{where}.json is missing beside {sorted(files)}')
         try: content = json.loads(files.pop('json'))

@@ -72,16 +72,18 @@ def make_plan(
                 plan.places.setdefault(unit_key(recipe), []).append(recipe)
     return plan
 
-# %% ../nbs/foundations/61_runner.ipynb #fb9b3056
+# %% ../nbs/foundations/61_runner.ipynb #5375cc3f
 def start_orders(
-    todo: Sequence[Order],  # units to run
+    paper: str,
+    todo: Sequence[Order],  # units of the paper to run
 ) -> list[Order]:
     "A job for each thing that these units start from and that is not trained yet."
-    notebook, found = project_root()/'nbs'/'pipelines'/'teach_start.ipynb', {}
+    chapter = registry.recipes_of(paper)
+    if not todo or not hasattr(chapter, 'starts'): return []
+    notebook, found, code = project_root()/'nbs'/'pipelines'/'teach_start.ipynb', {}, [source_hash(paper), library_versions()]
     for order in todo:
-        recipe = order.recipe
-        for start in getattr(registry.recipes_of(recipe.paper), 'starts', lambda recipe: ())(recipe):
-            decides = [recipe.paper, recipe.scale, recipe.seed, start, source_hash(recipe.paper), library_versions()]
+        for start in chapter.starts(order.recipe):
+            decides = [paper, order.recipe.scale, order.recipe.seed, start, *code]
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
             found.setdefault(key, order.model_copy(update=dict(key=key, start=start, notebook=notebook)))
     return [order for order in found.values() if not (order.folder/'result.json').exists()]
@@ -258,7 +260,7 @@ def _terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/foundations/61_runner.ipynb #4f3850b8
+# %% ../nbs/foundations/61_runner.ipynb #63697f94
 TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # seconds a unit
 
 
@@ -327,7 +329,7 @@ def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], 
             books.end(order, outcome)
             display.end(order.unit, outcome.status, outcome.reason)
 
-        starts = start_orders(todo)
+        starts = start_orders(plan.paper, todo)
         display.total += len(starts)
         with display:
             run_orders(starts, engine, workers, lambda order: display.start(order.unit, order.folder),

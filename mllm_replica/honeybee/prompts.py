@@ -106,7 +106,7 @@ def conversation_pieces(
             pieces += [piece for line in lines for piece in (Piece('\nHuman: '), IMAGE if line == '<image>' else Piece(line))]
     return pieces if training else [*pieces, Piece('\nAI: ')]
 
-# %% ../../nbs/papers/02_honeybee.ipynb #2421a8f0
+# %% ../../nbs/papers/02_honeybee.ipynb #4bb5a10f
 def encode_batch(
     prompts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -124,6 +124,7 @@ def encode_batch(
     longest = max_length + 1 if pad_to_max else max(lengths)
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
+        "Rows of one length: [B,T]."
         pads = [[value] * (longest - len(row)) for row in rows]
         return torch.tensor([row + pad if padding_side == 'right' else pad + row for row, pad in zip(rows, pads)])
     return dict(input_ids=padded([ids for ids, _ in encoded], tokenizer.pad_token_id), labels=padded([labels for _, labels in encoded], IGNORED),

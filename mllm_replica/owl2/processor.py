@@ -135,7 +135,7 @@ class Owl2Processor(VisionLanguageProcessor):
         squares = [to_square(image, self.image_size, self.mode, self.image_mean) for image in images]
         return clip_pixels(squares, self.image_size, self.image_mean, self.image_std)
 
-# %% ../../nbs/papers/01_owl2.ipynb #8b76de26
+# %% ../../nbs/papers/01_owl2.ipynb #89e95690
 def _turns(turns: Sequence[dict[str, str]], training: bool, name: str) -> list[dict[str, str]]:
     "The turns that are encoded, checked."
     turns = list(turns[:-1] if not training and turns and turns[-1]['from'] == 'gpt' else turns)
@@ -161,6 +161,7 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
     frames, shown, pictures = iter(videos), iter(images), []
 
     def place(mark: re.Match) -> str:
+        "Note the pictures of a mark; the placeholders that stand for it."
         new = next(frames) if mark[0] == '<video>' else [next(shown)]
         pictures.extend(new)
         return IMAGE * len(new)

@@ -223,7 +223,7 @@ def build(
         if 'language' in made and not meta: model.load_state_dict(both_ways(_language(recipe, text, processor), config), strict=False)
     return model, processor
 
-# %% ../../nbs/papers/01_owl2.ipynb #4a48cce5
+# %% ../../nbs/papers/01_owl2.ipynb #9d46d478
 def linear_probe(
     train: tuple[Any, Any],   # features [n,F], class numbers [n]
     test: tuple[Any, Any],
@@ -248,6 +248,7 @@ def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
 
     @torch.inference_mode()
     def seen(encoder: Any, split: str) -> tuple[Any, Any]:
+        "Features averaged over each picture, [n,C], and the letters' numbers, [n]."
         pixels = processor.image_tensor([sample['images'][0] for sample in asked[split]]).to(encoder.device)
         features = torch.cat([encoder(part).last_hidden_state[:, 1:].mean(1) for part in pixels.split(100)]).cpu()
         return features, torch.tensor([LETTERS.index(sample['answer']) for sample in asked[split]])

@@ -18,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import (ALL_ATTENTION_FUNCTIONS, Q
 from ..layers import Linear, split_heads
 from .media import Sight, States, image_attention, image_states
 
-# %% ../../nbs/papers/05_owl3.ipynb #c32d7a74
+# %% ../../nbs/papers/05_owl3.ipynb #42dd7fff
 GATES = ('adaptive', 'static', 'scalar')
 
 
@@ -57,6 +57,7 @@ class HyperAttention(Qwen2Attention):
     ) -> States:
         "Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice."
         def project(part: Tensor) -> States:
+            "Keys and values of some images."
             projected = self.v_kv_proj(norm(part))
             if record is not None: record.setdefault('visual_kv_proj', []).append(projected)
             return projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)

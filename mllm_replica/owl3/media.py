@@ -134,7 +134,7 @@ def rotate(
     cos, sin = (table[:, None, None].to(keys.dtype) for table in angles)
     return keys * cos + rotate_half(keys) * sin
 
-# %% ../../nbs/papers/05_owl3.ipynb #e2d79728
+# %% ../../nbs/papers/05_owl3.ipynb #9a8c1881
 _AT_ONCE = 2 ** 23   # entries of image features that are normalised and projected together: three images of 729 × 3584
 
 
@@ -158,6 +158,7 @@ def image_states(
     at_once = max(1, _AT_ONCE // media.embeds.shape[1:].numel())
 
     def parts() -> Iterator[States]:
+        "Keys and values, a few images at a time."
         for embeds, *turned in zip(*(table.split(at_once) for table in (media.embeds, *(angles or ())))):
             k, v = project(embeds)
             yield (rotate(k, turned) if turned else k).flatten(0, 1), v.flatten(0, 1)
