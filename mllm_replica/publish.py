@@ -6,12 +6,13 @@
 __all__ = ['FRESH', 'reportable', 'report_folder', 'comparison', 'write_records', 'TableReport', 'write_report', 'Published',
            'is_published', 'publish']
 
-# %% ../nbs/foundations/67_publish.ipynb #38134260
+# %% ../nbs/foundations/67_publish.ipynb #5f657474
 import fcntl, hashlib, json, re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 
 from pydantic import FiniteFloat
 
@@ -61,7 +62,7 @@ def comparison(
     check_finite(logged)
     return logged
 
-# %% ../nbs/foundations/67_publish.ipynb #a2297c41
+# %% ../nbs/foundations/67_publish.ipynb #639b2ece
 def write_records(
     paper: str,
     table: str,
@@ -72,6 +73,8 @@ def write_records(
     from mllm_replica.results import Record, read_results, results_path, write_results
     known = {(r.row, r.seed, r.unit) for r in read_results(paper, table, scale)}
     records, source = [], source_hash(paper)
+    measured = load_table(paper, table).measured(scale)
+    means = [column for column in measured.columns if column.mean_of] if measured else []
     for recipe, order in units:
         if (recipe.row, recipe.seed, order.key) in known: continue
         result = order.result()
@@ -80,6 +83,8 @@ def write_records(
         same = dict(table=table, row=recipe.row, scale=scale, seed=recipe.seed, unit=order.key, digest=result.digest, source=source, commit=commit,
                     date=date, seconds=round(result.seconds, 1))
         records += [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()]
+        records += [Record(metric=c.key, value=fmean(result.metrics[part].value for part in c.mean_of), **same) for c in means
+                    if set(c.mean_of) <= set(result.metrics)]
     if records: write_results(paper, table, scale, records)
     return results_path(paper, table, scale)
 

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from .registry import PAPERS
 from .settings import Scale, Strict, project_root
 
-# %% ../nbs/foundations/10_published.ipynb #6f9cf123
+# %% ../nbs/foundations/10_published.ipynb #1b12812b
 Value = float | int | str | bool | None  # a printed cell; None: not printed or not readable
 
 
@@ -30,6 +30,7 @@ class Column(Strict):
     max: float | None = None     # upper end of the range
     min: float | None = None     # lower end
     metric: str | None = None    # where it differs within a table, e.g. CIDEr beside accuracy
+    mean_of: list[str] = []      # of our own columns: it is their mean within a unit, not a measurement
 
 
 class Row(Strict):
@@ -184,7 +185,7 @@ class Table(Strict):
             if item.key == key: return item
         raise KeyError(f'{self.paper} table {self.key} has no {what} {key!r}; it has {", ".join(x.key for x in items)}')
 
-# %% ../nbs/foundations/10_published.ipynb #a2182227
+# %% ../nbs/foundations/10_published.ipynb #3890dfb3
 def _in_range(row: str, column: Column, value: Value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)): return
     low = column.min if column.min is not None else (0 if column.max is not None else -float('inf'))
@@ -196,6 +197,9 @@ def _own_names(scale: str, found: Replication, published: list[Column]) -> None:
     _unique(f'{scale} columns', [c.key for c in found.columns])
     measured, printed = {c.key for c in found.columns}, {c.key for c in published}
     if found.control not in {None, *measured}: raise ValueError(f'{scale} control {found.control!r}: must be one of {sorted(measured)}')
+    for column in found.columns:
+        if wrong := set(column.mean_of) - measured | {column.key} & set(column.mean_of):
+            raise ValueError(f'{scale} column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(measured - {column.key})}')
     for reading, names in {'': found.stands_for, **{f' also {name}': found.names(name) for name in found.also}}.items():
         if set(names) <= printed and set(names.values()) <= measured and (names or not reading): continue
         raise ValueError(f'{scale}{reading} stands_for {names}: must lead from {sorted(printed)} to {sorted(measured)}')

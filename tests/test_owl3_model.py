@@ -10,7 +10,8 @@ from transformers import Qwen2ForCausalLM
 from mllm_replica import parity
 from mllm_replica.owl3.components import GATES
 from mllm_replica.owl3.media import Media, Sight, image_attention
-from mllm_replica.owl3.model import Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config, paper_config
+from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config, paper_config
+from mllm_replica.vlm import VisionLanguageConfig
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/owl3'
@@ -386,9 +387,27 @@ def test_images_must_fit_placeholders(change, message):
     with pytest.raises(ValueError, match=message): build()(torch.tensor([ROWS[0]]), **change)
 
 
+@pytest.mark.parametrize('text, fits', [(59, True), (60, False), (63, False)])   # before the five tokens of a placeholder
+def test_images_stay_within_the_context(text, fits):
+    model, images = build(), pixels()[:1]
+    ids = torch.tensor([[8] * text + IMAGE])
+    assert model.config.text_config.max_position_embeddings == 64
+    if fits: assert model(ids, None, images).logits.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match='sample 0: an image reaches beyond the 64 positions'): model(ids, None, images)
+
+
+def test_concatenated_images_stay_within_the_context():
+    config = VisionLanguageConfig(vision_config=VISION, text_config=TEXT)
+    model, patches = ConcatModel(config).eval(), config.visual_token_count()
+    row = lambda text: torch.tensor([[8] * text + [config.image_token_id] * patches + [8]])
+    assert model(row(64 - patches), None, pixels()[:1]).logits.isfinite().all()
+    with pytest.raises(ValueError, match='sample 0: an image reaches beyond the 64 positions'): model(row(65 - patches), None, pixels()[:1])
+    with pytest.raises(ValueError, match='beyond the 64 positions'): model.generate(row(65 - patches), pixel_values=pixels()[:1], max_new_tokens=1)
+
+
 def test_other_wrong_input():
     model, (ids, images) = build(), alone(1)
-    with pytest.raises(ValueError, match='context of the language model has 64'): model(ids, None, images, media_starts=[[64]])
     cache = model(ids, None, images, use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match='already holds the images'): model(ids, None, images, past_key_values=cache)
     with pytest.raises(NotImplementedError, match='packed rows'): model(ids, torch.zeros(1, 1, 7, 7), images)

@@ -108,7 +108,7 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
                                'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
                                'instruction samples are padded to 1,024 positions, as officially'))
 
-# %% ../../nbs/papers/02_honeybee.ipynb #a80c08d6
+# %% ../../nbs/papers/02_honeybee.ipynb #5d831e89
 _BOARD = {'pixels': 64, 'grid': 4, 'colors': 4}
 _SPATIAL = ('cell', 'dot', 'locate', 'relation')
 _TINY_MIX = {'boards': 0.85, 'easy_vqa': 0.15}
@@ -126,9 +126,9 @@ def _tiny_model(projector: dict[str, Any]) -> dict[str, Any]:
     return {'vision': vision, 'connector': projector, 'text': text, 'feature_layer': -2}
 
 
-def _joint(mixture: dict[str, float], scale: str) -> tuple[Stage, ...]:
+def _joint(mixture: dict[str, float], scale: str, steps: int = 600) -> tuple[Stage, ...]:
     "One stage that trains projector and decoder."
-    steps, batch = (600, 32) if scale == 'tiny' else (6, 8)
+    steps, batch = (steps, 32) if scale == 'tiny' else (6, 8)
     return (Stage(name='joint', trainable=(r'^abstractor\.', r'^language_model\.'), mixture=mixture, steps=steps, batch_size=batch,
                   lr=3e-3, warmup_steps=steps // 12, weight_decay=0.01, max_length=512),)
 
@@ -143,72 +143,85 @@ def _world(tasks: Any, scale: str, split: str = 'train', size: int | None = None
                   options={**board, 'tasks': tasks, 'turns': turns if split == 'train' else 1, **options})
 
 
+def _easy_vqa(scale: str, split: str = 'train', **options: Any) -> Source:
+    "The real pictures and their questions; the smoke scale takes a few."
+    full, few = (4000, 16) if split == 'train' else (1000, 8)
+    return Source(kind='easy_vqa', name='easy_vqa', split=split, size=full if scale == 'tiny' else few, options=options)
+
+
 def _questions(scale: str, **board: Any) -> tuple[dict[str, Source], tuple[Benchmark, ...]]:
     "Test questions of the headline tables: one board task each, and the real pictures."
     size = 500
     sources = {f'test_{task}': _world([task], scale, 'test', size, **board) for task in (*_SPATIAL, 'tint')}
-    sources['test_easy_vqa'] = Source(kind='easy_vqa', name='easy_vqa', split='test', size=1000 if scale == 'tiny' else 8)
+    sources['test_easy_vqa'] = _easy_vqa(scale, 'test')
     ask = lambda task, source: Benchmark(name=task, source=source, max_new_tokens=1)
     return sources, tuple(ask('control' if name == 'test_tint' else name[5:], name) for name in sources)
 
-# %% ../../nbs/papers/02_honeybee.ipynb #408dc85e
+# %% ../../nbs/papers/02_honeybee.ipynb #ab2491e6
 _FOUR = {'cell': 0.25, 'dot': 0.2, 'locate': 0.25, 'relation': 0.2, 'tint': 0.1}
 
 
 def _projectors(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Rows that differ in the projector or the number of tokens."
     tests, benchmarks = _questions(scale)
-    train = {'boards': _world(_FOUR, scale, size=6000),
-             'easy_vqa': Source(kind='easy_vqa', name='easy_vqa', size=4000 if scale == 'tiny' else 16, options={'turns': 8})}
+    train = {'boards': _world(_FOUR, scale, size=6000), 'easy_vqa': _easy_vqa(scale, turns=8)}
     return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=_tiny_model(projector_of(params, tiny=True)),
                   sources=train | tests, stages=_joint(_TINY_MIX, scale), benchmarks=benchmarks, assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/02_honeybee.ipynb #878927b9
-_TINY_GROUPS = {
-    'vqa_open': {'cells': ['cell'], 'yesno': ['yesno']},
-    'vqa_mc': {'letters': ['letter']},
-    'rec': {'places': ['locate']},
-    'cap': {'captions': ['describe']},
-    'v_inst': {'sentences': ['sentence']},
-    't_inst': {'text': ['copy']},
-}
-_TINY_RATIOS = dict(cells=3.0, yesno=2.0, letters=2.0, places=1.0, captions=0.4, sentences=1.0, text=0.3)  # tuned by hand on development seeds
-_FEW_TURNS = {'places': 2, 'captions': 1, 'sentences': 2, 'text': 1}  # what a picture allows, or long answers would weigh too much
+# %% ../../nbs/papers/02_honeybee.ipynb #2bdf33a8
+_TINY_GROUPS = {'vqa_open': ('cells', 'yesno', 'easy_vqa'), 'vqa_mc': ('letters',), 'rec': ('places',), 'cap': ('captions',),
+                'v_inst': ('sentences',), 't_inst': ('text',)}
+_TINY_TASKS = {'cells': 'cell', 'yesno': 'yesno', 'letters': 'letter', 'places': 'locate', 'captions': 'describe', 'sentences': 'sentence',
+               'text': 'copy', 'control': 'tint'}
+_TINY_RATIOS = dict(cells=3.0, yesno=4.0, easy_vqa=1.0, letters=2.0, places=8.0, captions=0.3, sentences=0.7,
+                    text=0.3)  # tuned by hand on development seeds
+_TINY_TURNS = dict(cells=6, yesno=8, easy_vqa=8, letters=6, places=2, captions=1, sentences=2, text=1,
+                   control=1)  # what a picture allows, or long answers would weigh too much
 _TINY_FORMATS = {'mc': ('letter', 'exact_match', 1), 'yesno': ('yesno', 'exact_match', 1), 'open': ('cell', 'exact_match', 1),
                  'places': ('locate', 'exact_match', 1), 'freeform': ('sentence', 'token_f1', 7)}
+_CONTROL = {'control': ('tint', 'exact_match', 1)}
+
+
+def _data_set(name: str, scale: str, size: int = 2000) -> Source:
+    "One data set to train on."
+    turns = _TINY_TURNS[name]
+    if name == 'easy_vqa': return _easy_vqa(scale, turns=turns)
+    return _world([_TINY_TASKS[name]], scale, size=size, name='text' if name == 'text' else 'boards', turns=turns)
 
 
 def _mixture(table: str, row: str, scale: str, seed: int, train: dict[str, Source], weights: dict[str, float],
-             asked: dict[str, tuple]) -> Recipe:
-    "A recipe of the small model whose rows differ in their data."
-    tests = {f'test_{name}': _world([task], scale, 'test', 500) for name, (task, _, _) in asked.items()}
+             asked: dict[str, tuple], steps: int = 600) -> Recipe:
+    "A recipe of the small model whose rows differ in their data; an eleventh of the samples ask the control."
+    train, weights = train | {'control': _data_set('control', scale)}, weights | {'control': sum(weights.values()) / 10}
+    tests = {f'test_{name}': _world([task], scale, 'test', 500) for name, (task, _, _) in (asked | _CONTROL).items()}
     benchmarks = tuple(Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
-                       for name, (_, metric, new) in asked.items())
+                       for name, (_, metric, new) in (asked | _CONTROL).items())
+    real = Benchmark(name='easy_vqa', source='test_easy_vqa', max_new_tokens=1)
     model = _tiny_model(projector_of({'num_visual_tokens': 64}, tiny=True))
-    return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=model, sources=train | tests,
-                  stages=_joint(weights, scale), benchmarks=benchmarks, assumptions=_ASSUMPTIONS)
+    return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=model,
+                  sources=train | tests | {'test_easy_vqa': _easy_vqa(scale, 'test')}, stages=_joint(weights, scale, steps),
+                  benchmarks=(*benchmarks, real), assumptions=_ASSUMPTIONS)
 
 
 def _groups(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 4: task groups left out."
-    groups = {g: sets for g, sets in _TINY_GROUPS.items() if params.get(g, 1)}
-    if params.get('single_dataset_per_task'): groups = {g: dict([next(iter(sets.items()))]) for g, sets in groups.items()}
-    train = {name: _world(tasks, scale, size=2000, name='text' if name == 'text' else 'boards', turns=_FEW_TURNS.get(name, 12))
-             for sets in groups.values() for name, tasks in sets.items()}
-    return _mixture(table, row, scale, seed, train, {name: _TINY_RATIOS[name] for name in train}, _TINY_FORMATS)
+    groups = [sets for group, sets in _TINY_GROUPS.items() if params.get(group, 1)]
+    if params.get('single_dataset_per_task'): groups = [sets[:1] for sets in groups]
+    train = {name: _data_set(name, scale) for sets in groups for name in sets}
+    return _mixture(table, row, scale, seed, train, {name: _TINY_RATIOS[name] for name in train}, _TINY_FORMATS, 1800)
 
 
 def _balance(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5a: rules of balancing, for data sets whose sizes differ a hundredfold."
-    sizes = dict(cells=6000, yesno=60, letters=60, places=6000, captions=6000)
-    groups = {g: {n: t for n, t in sets.items() if n in sizes} for g, sets in _TINY_GROUPS.items() if set(sets) & set(sizes)}
-    train = {name: _world(tasks, scale, size=sizes[name], turns=_FEW_TURNS.get(name, 12)) for sets in groups.values() for name, tasks in sets.items()}
-    weights = {'per-dataset': dict.fromkeys(sizes, 1.0), 'per-task': {n: 1 / len(sets) for sets in groups.values() for n in sets},
-               'per-sample-100k': {n: float(min(size, 1000)) for n, size in sizes.items()},
-               'per-dataset-tuned': {n: _TINY_RATIOS[n] for n in sizes}}[params['mixture']]
-    return _mixture(table, row, scale, seed, train, weights, {n: f for n, f in _TINY_FORMATS.items() if n != 'freeform'})
+    sizes = dict(cells=6000, yesno=60, easy_vqa=4000, letters=60, places=6000, captions=6000)
+    groups = [[name for name in sets if name in sizes] for sets in _TINY_GROUPS.values()]
+    weights = {'per-dataset': dict.fromkeys(sizes, 1.0), 'per-task': {name: 1 / len(sets) for sets in groups for name in sets},
+               'per-sample-100k': {name: float(min(size, 1000)) for name, size in sizes.items()},
+               'per-dataset-tuned': {name: _TINY_RATIOS[name] for name in sizes}}[params['mixture']]
+    return _mixture(table, row, scale, seed, {name: _data_set(name, scale, size) for name, size in sizes.items()}, weights,
+                    {name: asked for name, asked in _TINY_FORMATS.items() if name != 'freeform'}, 1800)
 
-# %% ../../nbs/papers/02_honeybee.ipynb #aeb8728f
+# %% ../../nbs/papers/02_honeybee.ipynb #e488bad2
 def _templates(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5c: two data sets that want different answers, with wordings of their own (one or ten) or a shared one."
     tasks = {'coarse': (['coarse_name'], ['coarse_name_row']), 'fine': (['name0'], ['name_row0'])}[params['granularity']]
@@ -216,14 +229,16 @@ def _templates(table: str, row: str, params: dict[str, Any], scale: str, seed: i
     train = {name: _world(tasks, scale, size=4000) for name, tasks in zip(('by_color', 'by_row'), tasks)}
     lengths = {'name_color': 1, 'name_row': 3}
     asked = {name: (task, 'exact_match', lengths[name]) for name, (task, *_) in zip(lengths, tasks)}
-    return _mixture(table, row, scale, seed, train, dict.fromkeys(train, 1.0), asked)
+    weights = dict(by_color=1.0, by_row=1.0, easy_vqa=0.35)
+    return _mixture(table, row, scale, seed, train | {'easy_vqa': _data_set('easy_vqa', scale)}, weights, asked)
 
 
 def _turns(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
-    "Table 5d: one question per sample, twelve, or twelve of which those with a repeated answer are dropped."
-    turns = 12 if params['multi_turn'] else 1
-    train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns, dedup=params['dedup'])}
-    return _mixture(table, row, scale, seed, train, {'boards': 1.0}, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
+    "Table 5d: one question per sample, all of a picture (twelve of a board), or those of them whose answers differ."
+    turns = (12, 8) if params['multi_turn'] else (1, 1)
+    train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns[0], dedup=params['dedup']),
+             'easy_vqa': _easy_vqa(scale, turns=turns[1], dedup=params['dedup'])}
+    return _mixture(table, row, scale, seed, train, _TINY_MIX, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f1dba5ba
 _TINY = {'3': _projectors, '7': _projectors, '8': _projectors, '9': _projectors, 'fig9': _projectors, '4': _groups, '5a': _balance,
@@ -264,7 +279,7 @@ def tables(
     "The tables with a row that can run."
     return [table for table in tables_of('honeybee') if None in rows(table, scale).values()]
 
-# %% ../../nbs/papers/02_honeybee.ipynb #525a3771
+# %% ../../nbs/papers/02_honeybee.ipynb #361c4e14
 _SMALL = {'vision': 'openai/clip-vit-large-patch14', 'text': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
 
 
@@ -273,8 +288,7 @@ def _small(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     board = {'pixels': 224}
     projector = projector_of(params, tiny=False)
     tests, benchmarks = _questions('tiny', **board)
-    train = {'boards': _world(_FOUR, 'tiny', size=20_000, **board),
-             'easy_vqa': Source(kind='easy_vqa', name='easy_vqa', size=4000, options={'turns': 8})}
+    train = {'boards': _world(_FOUR, 'tiny', size=20_000, **board), 'easy_vqa': _easy_vqa('tiny', turns=8)}
     model = {'backbones': _SMALL, 'connector': projector, 'feature_layer': -2}
     return Recipe(paper='honeybee', table=table, row=row, scale='small', seed=seed, model=model,
                   sources=train | tests, stages=_two_stages(projector['projector_type'], (500, 1000), (_TINY_MIX, _TINY_MIX), (64, 64), accumulate=4),

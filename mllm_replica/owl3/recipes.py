@@ -178,7 +178,7 @@ def recipe(
     if reason: raise ValueError(f'owl3 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
-# %% ../../nbs/papers/05_owl3.ipynb #13292132
+# %% ../../nbs/papers/05_owl3.ipynb #ad62658d
 _QWEN15 = dict(model_type='qwen2', vocab_size=151936, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
 
@@ -194,9 +194,9 @@ def _scratch(model: Any, seed: int) -> None:
 
 def _model(made: dict[str, Any], backbones: dict[str, Any], **known: Any) -> Any:
     "The model of a way to read images, on these backbones."
-    from mllm_replica.owl3.model import Owl3Config, Owl3Model
-    from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel
-    if made['fusion'] == 'concat': return VisionLanguageModel(VisionLanguageConfig(**backbones))
+    from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
+    from mllm_replica.vlm import VisionLanguageConfig
+    if made['fusion'] == 'concat': return ConcatModel(VisionLanguageConfig(**backbones))
     return Owl3Model(Owl3Config(**backbones, **made, **known))
 
 

@@ -1,4 +1,4 @@
-"""Honeybee's projectors at paper scale: never slower than the official code was, measured beside the same matrix product."""
+"""Honeybee's projectors at paper scale: never slower than the official code was and near their own FLOPs, measured beside the same matrix product."""
 import time
 from functools import lru_cache
 from itertools import product
@@ -60,4 +60,5 @@ def test_not_slower_than_official(name, kernel, backward, ratio, table, monkeypa
     measured, official = ratio(lambda: step(projector, features, backward), rounds=3 if backward else 5), MODULES[name][3 if backward else 2]
     table.append((name, kernel, 'both' if backward else 'forward', measured, official, bound(name, backward)))
     benchmark.extra_info.update(dict(zip(('measured', 'official', 'bound'), table[-1][3:])))
-    assert measured <= official * SLACK
+    share = 0.7 if kernel == 'oneDNN' and name in ('D-Abstractor', 'resampler') else 1.0   # these two are to be clearly faster
+    assert measured <= min(share * official, 1.3 * table[-1][-1]) * SLACK
