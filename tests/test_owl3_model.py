@@ -146,13 +146,13 @@ def test_gradient_checkpointing_changes_nothing(limit, dtype, monkeypatch):
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
-@pytest.mark.parametrize('limit', (0, 2 ** 22))
+@pytest.mark.parametrize('kind, limit', [('eager', 0), ('eager', 2 ** 22), ('flex_attention', 0), ('flex_attention', 2 ** 22)])
 @torch.no_grad()
-def test_attention_implementations_agree(limit, monkeypatch):
+def test_attention_implementations_agree(kind, limit, monkeypatch):
     monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
     model, (ids, mask) = build(), padded(ROWS, 'left')
     first = model(ids, mask, pixels()).logits
-    model.set_attn_implementation('eager')
+    model.set_attn_implementation(kind)
     assert torch.allclose(model(ids, mask, pixels()).logits[mask.bool()], first[mask.bool()], atol=5e-5)
 
 
