@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
 
 from mllm_replica import parity
-from mllm_replica.owl3.components import GATES
+from mllm_replica.owl3.components import GATES, HyperAttention
 from mllm_replica.owl3.media import Media, Sight, image_attention
 from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config, paper_config
 from mllm_replica.vlm import VisionLanguageConfig
@@ -136,7 +136,8 @@ def test_gradient_checkpointing_changes_nothing(limit, dtype, monkeypatch):
     monkeypatch.setattr('mllm_replica.owl3.media._DENSE', limit)
     monkeypatch.setattr('mllm_replica.owl3.media._AT_ONCE', 1)
     model, (ids, mask) = build().train(), padded(ROWS, 'right')
-    found = []
+    found, calls, states = [], [], HyperAttention.visual_states
+    monkeypatch.setattr(HyperAttention, 'visual_states', lambda self, *args: calls.append(self.layer_idx) or states(self, *args))
     for used in (False, True):
         if used: model.gradient_checkpointing_enable({'use_reentrant': False})
         model.zero_grad()
@@ -144,6 +145,7 @@ def test_gradient_checkpointing_changes_nothing(limit, dtype, monkeypatch):
         loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert sorted(calls) == [0] * 3 + [2] * 3   # forward, forward, and once more when checkpoints are recomputed
 
 
 @pytest.mark.parametrize('kind, limit', [('eager', 0), ('eager', 2 ** 22), ('flex_attention', 0), ('flex_attention', 2 ** 22)])
@@ -162,6 +164,8 @@ def test_embeddings_instead_of_ids():
     embeds, starts = model.get_input_embeddings()(ids), [[2, 9]]
     assert torch.equal(model(inputs_embeds=embeds, pixel_values=images, media_starts=starts).logits, model(ids, None, images).logits)
     with pytest.raises(ValueError, match='need media_starts'): model(inputs_embeds=embeds, pixel_values=images)
+    with pytest.raises(ValueError, match='samples \\[0\\] have placeholders but neither'): model(inputs_embeds=embeds, media_starts=starts)
+    with pytest.raises(ValueError, match='media_starts of 1 samples, 2 rows'): model(inputs_embeds=embeds.repeat(2, 1, 1), pixel_values=images, media_starts=starts)
     cache = model(ids, None, images, use_cache=True).past_key_values
     again = model(ids, None, images, use_cache=True).past_key_values
     token = torch.tensor([[40]])
@@ -233,7 +237,6 @@ def test_the_cache_keeps_keys_and_values_only():
 
 @torch.no_grad()
 def test_decoding_projects_no_image_again(monkeypatch):
-    from mllm_replica.owl3.components import HyperAttention
     model, (ids, images), calls = build(), alone(0), []
     made = HyperAttention.visual_states
     monkeypatch.setattr(HyperAttention, 'visual_states', lambda *a, **k: calls.append(1) or made(*a, **k))
@@ -404,6 +407,25 @@ def test_concatenated_images_stay_within_the_context():
     assert model(row(64 - patches), None, pixels()[:1]).logits.isfinite().all()
     with pytest.raises(ValueError, match='sample 0: an image reaches beyond the 64 positions'): model(row(65 - patches), None, pixels()[:1])
     with pytest.raises(ValueError, match='beyond the 64 positions'): model.generate(row(65 - patches), pixel_values=pixels()[:1], max_new_tokens=1)
+
+
+def test_a_short_row_beside_a_long_text_fits():
+    config = VisionLanguageConfig(vision_config=VISION, text_config=TEXT | {'pad_token_id': 0})
+    model, patches = ConcatModel(config).eval(), config.visual_token_count()
+    short = [config.image_token_id] * patches + [8]
+    rows = [[9] * 70, [0] * (70 - len(short)) + short]
+    assert model(torch.tensor(rows), (torch.tensor(rows) != 0).long(), pixels()[:1]).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_cache_cut_in_front_of_an_image_is_refused():
+    model, (ids, images) = build(), alone(0)
+    cut = lambda length: (cache := model(ids, None, images, use_cache=True).past_key_values).crop(length - ids.shape[1]) or cache
+    rest = torch.tensor([[40, 41]])
+    assert torch.allclose(model(rest, past_key_values=cut(14)).logits, model(torch.cat([ids[:, :14], rest], 1), None, images).logits[:, -2:], atol=1e-5)
+    with pytest.raises(NotImplementedError, match='sample 0: the cache was cut to 13 tokens, its last image ends after 9'): model(rest, past_key_values=cut(13))
+    halves = model(ids[:, :5], None, images, media_starts=[[2, 9]], use_cache=True).past_key_values   # a prompt in parts is not cut
+    assert torch.allclose(model(ids[:, 5:], past_key_values=halves).logits[:, -1], model(ids, None, images).logits[:, -1], atol=1e-5)
 
 
 def test_other_wrong_input():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-# %% ../../nbs/papers/05_owl3.ipynb #94656158
+# %% ../../nbs/papers/05_owl3.ipynb #9afa59f4
 # Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value heads, R = H/G, d head width.
 States = tuple[Tensor, Tensor]   # keys and values of all images, [N·S, G, d] each
 
@@ -26,6 +26,7 @@ class Media:
     starts: list[list[int]]                  # per sample: position of the first token of every placeholder, counted from the first real token
     angles: tuple[Tensor, Tensor] | None = None                     # cos and sin of MI-RoPE, [N,d]
     states: dict[int, States] = field(default_factory=dict)         # layer -> what it made of the images, kept while decoding
+    read: int = 0                                                   # positions of the text that a cache has held beside them
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != len(self.embeds):

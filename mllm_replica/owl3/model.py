@@ -57,7 +57,7 @@ class Owl3Config(VisionLanguageConfig):
         "Positions that one image takes in the text."
         return len(self.placeholder_ids)
 
-# %% ../../nbs/papers/05_owl3.ipynb #85c0d9d4
+# %% ../../nbs/papers/05_owl3.ipynb #3369de9a
 def placeholder_starts(
     input_ids: Tensor,              # [B,T]
     attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
@@ -72,6 +72,7 @@ def placeholder_starts(
     return [positions[row, :len(line)][line].tolist() for row, line in enumerate(found)]
 
 
+_ROWS = 'media_starts of {} samples, {} rows; give one list per row'
 _BEYOND = 'sample {}: an image reaches beyond the {} positions of the language model: shorten the text or show fewer images'
 
 
@@ -106,7 +107,7 @@ class Owl3Model(VisionLanguageModel):
         pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
         starts = (placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids) if media_starts is None else
                   [list(s) for s in media_starts])
-        if input_ids is not None and len(starts) != len(input_ids): raise ValueError(f'media_starts of {len(starts)} samples, {len(input_ids)} rows')
+        if input_ids is not None and len(starts) != len(input_ids): raise ValueError(_ROWS.format(len(starts), len(input_ids)))
         if pixel_values is None and image_features is None:
             if any(starts):
                 raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
@@ -119,7 +120,7 @@ class Owl3Model(VisionLanguageModel):
         media.rotary(self.get_decoder().rotary_emb)
         return media
 
-# %% ../../nbs/papers/05_owl3.ipynb #06cfce90
+# %% ../../nbs/papers/05_owl3.ipynb #850c1133
 @patch
 def forward(
     self: Owl3Model,
@@ -146,9 +147,11 @@ def forward(
     if images and past:
         raise NotImplementedError(f"the cache {'already holds the images of this conversation' if held else 'holds text without images'}; "
                                   'give all images with the first tokens, or start again without a cache')
+    if held: self.check_held(held, past, attention_mask)
     media = media if held is None else held
-    if media is None and (images or not past and input_ids is not None):
+    if media is None and (images or not past and (input_ids is not None or media_starts)):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
+        if media and len(media.starts) != len(given): raise ValueError(_ROWS.format(len(media.starts), len(given)))
     if media and use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config.text_config)
     if past_key_values is not None: past_key_values.media = media or None
     if media:
@@ -156,8 +159,26 @@ def forward(
         kwargs['sight'] = Sight.of(media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled())
     out = VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=position_ids,
                                       past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
-    if media and kwargs['sight'].keep: media.forget()
+    if media and kwargs['sight'].keep:
+        media.forget()
+        media.read = past + given.shape[1]
     return out
+
+
+@patch
+def check_held(
+    self: Owl3Model,
+    held: Media,                     # of the cache
+    past: int,                       # positions in the cache
+    attention_mask: Tensor | None,   # [B,T'] over past and new tokens
+) -> None:
+    "A cache that was cut in front of the end of an image is refused."
+    if past >= held.read: return
+    mask = attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(held.starts), past, dtype=torch.long)
+    for i, (starts, kept) in enumerate(zip(held.starts, mask[::len(mask) // len(held.starts), :past].sum(1).tolist())):
+        if starts and max(starts) + self.config.visual_token_count() > kept:
+            raise NotImplementedError(f'sample {i}: the cache was cut to {kept} tokens, its last image ends after {max(starts)}; '
+                                      'start again without a cache, with the images that are left')
 
 
 @patch
@@ -218,8 +239,11 @@ class ConcatModel(VisionLanguageModel):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
         "As the house does; no image may reach beyond the context."
-        context, is_image = self.config.text_config.max_position_embeddings, input_ids == self.config.image_token_id
-        if bool((beyond := is_image[:, context:].any(1)).any()): raise ValueError(_BEYOND.format(int(beyond.nonzero()[0]), context))
+        text, is_image = self.config.text_config, input_ids == self.config.image_token_id
+        padding = (input_ids == (-1 if text.pad_token_id is None else text.pad_token_id)).long().cumprod(1).sum(1, keepdim=True)   # on the left
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) - padding
+        beyond = (is_image & (positions >= text.max_position_embeddings)).any(1)
+        if bool(beyond.any()): raise ValueError(_BEYOND.format(int(beyond.nonzero()[0]), text.max_position_embeddings))
         return super().embed(input_ids, pixel_values, image_features)
 
 # %% ../../nbs/papers/05_owl3.ipynb #1bf8e84e

@@ -232,7 +232,7 @@ def build(
     if made['fusion'] == 'concat': processor = ConcatProcessor.from_config(model.config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return model, processor
 
-# %% ../../nbs/papers/05_owl3.ipynb #a26c0329
+# %% ../../nbs/papers/05_owl3.ipynb #b359c5dc
 def _resistance(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Plain and circular accuracy for every number of pictures."
     from mllm_replica.evaluation import collate_prompts, greedy
@@ -260,7 +260,7 @@ def _first_token(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]
         sample = {'id': str(count), 'images': [blank] * count, 'conversations': turns}
         ids, seconds = torch.tensor([processor.encode(sample, training=False).input_ids]), []
         features = torch.randn(count, model.config.num_patches, model.config.vision_config.hidden_size)
-        for _ in range(3 if count <= 100 else 1):
+        for _ in range(3):
             start = time.process_time()
             with torch.inference_mode(): cache = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1).past_key_values
             seconds.append(time.process_time() - start)
