@@ -6,19 +6,18 @@
 __all__ = ['FRESH', 'reportable', 'report_folder', 'comparison', 'write_records', 'TableReport', 'write_report', 'Published',
            'is_published', 'publish']
 
-# %% ../nbs/foundations/67_publish.ipynb #5f657474
+# %% ../nbs/foundations/67_publish.ipynb #cf17423f
 import fcntl, hashlib, json, re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 
 from pydantic import FiniteFloat
 
 from .engine import Job, TableParameters, check_parameters, write_atomic
 from .journal import git_commit, source_hash
-from .published import load_table, paper_folder
+from .published import Replication, load_table, paper_folder
 from .recipe import Recipe
 from .settings import Scale, Strict, project_root, settings
 from .tracking import check_finite
@@ -44,7 +43,7 @@ def report_folder(
     "Where figure, rendered table and executed notebook of a table lie."
     return settings().run_folder/'reports'/paper/f'{table}.{scale}'
 
-# %% ../nbs/foundations/67_publish.ipynb #2982ff0b
+# %% ../nbs/foundations/67_publish.ipynb #4e9fb0c2
 def comparison(
     paper: str,
     table: str,
@@ -54,7 +53,9 @@ def comparison(
     prefix: str = '',              # put before the names, e.g. `<row>/`
 ) -> dict[str, float]:
     "The numbers of one row as the tracker gets them: `replicated/…`, `published/…`, `difference/…`."
-    cells = next((r.values for r in load_table(paper, table).rows if r.key == row), {})
+    published = load_table(paper, table)
+    cells = next((r.values for r in published.rows if r.key == row), {})
+    if measured := published.measured(scale): replicated = replicated | measured.means(replicated)
     printed = {key: float(v) for key, v in cells.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     logged = {f'replicated/{prefix}{name}': value for name, value in replicated.items()}
     logged |= {f'published/{prefix}{key}': value for key, value in printed.items()}
@@ -62,7 +63,7 @@ def comparison(
     check_finite(logged)
     return logged
 
-# %% ../nbs/foundations/67_publish.ipynb #639b2ece
+# %% ../nbs/foundations/67_publish.ipynb #fb82198b
 def write_records(
     paper: str,
     table: str,
@@ -70,11 +71,11 @@ def write_records(
     units: Sequence[tuple[Recipe, Order]],  # the row's recipe and the finished unit behind it
 ) -> Path:
     "Add finished units to the table's result file."
-    from mllm_replica.results import Record, read_results, results_path, write_results
-    known = {(r.row, r.seed, r.unit) for r in read_results(paper, table, scale)}
+    from mllm_replica.results import Record, outdated, read_results, results_path, write_results
+    before, rows = read_results(paper, table, scale), {recipe.row for recipe, _ in units}
+    known, dropped = {(r.row, r.seed, r.unit) for r in before}, {(r.row, r.seed) for r in before if r.row in rows and outdated(paper, r)}
     records, source = [], source_hash(paper)
-    measured = load_table(paper, table).measured(scale)
-    means = [column for column in measured.columns if column.mean_of] if measured else []
+    measured = load_table(paper, table).measured(scale) or Replication(columns=[])
     for recipe, order in units:
         if (recipe.row, recipe.seed, order.key) in known: continue
         result = order.result()
@@ -83,16 +84,16 @@ def write_records(
         same = dict(table=table, row=recipe.row, scale=scale, seed=recipe.seed, unit=order.key, digest=result.digest, source=source, commit=commit,
                     date=date, seconds=round(result.seconds, 1))
         records += [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()]
-        records += [Record(metric=c.key, value=fmean(result.metrics[part].value for part in c.mean_of), **same) for c in means
-                    if set(c.mean_of) <= set(result.metrics)]
-    if records: write_results(paper, table, scale, records)
+        means = measured.means({name: m.value for name, m in result.metrics.items()})
+        records += [Record(metric=name, value=value, **same) for name, value in means.items()]
+    if records or dropped: write_results(paper, table, scale, records, dropped)
     return results_path(paper, table, scale)
 
-# %% ../nbs/foundations/67_publish.ipynb #696afb6f
+# %% ../nbs/foundations/67_publish.ipynb #fbecccf2
 class TableReport(Strict):
     "What the report notebook leaves in `report.json`."
     numbers: dict[str, FiniteFloat]  # as `comparison` names them, `<row>/` before the column
-    verdicts: dict[str, str]         # claim -> verdict
+    verdicts: dict[str, str]         # claim, or reading/claim -> verdict
 
 
 def write_report(
@@ -102,7 +103,7 @@ def write_report(
     out_dir: Path,
 ) -> TableReport:
     "Write figure.png, table.md, table.json and report.json."
-    from mllm_replica.report import figure, markdown, table_frame, verdict_frame, verdicts
+    from mllm_replica.report import figure, markdown, readings, table_frame, verdict_frame, verdicts
     from mllm_replica.results import read_results, summary
     out_dir, rows = Path(out_dir), {}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,10 @@ def write_report(
     data = [[str(x) for x in (label, *line)] for label, line in zip(frame.index, frame.itertuples(index=False))]
     write_atomic(out_dir/'table.json', json.dumps(dict(columns=columns, data=data)))
     figure(paper, table, scale).savefig(out_dir/'figure.png', dpi=110)
-    report = TableReport(numbers=numbers, verdicts={v.claim.id: v.word for v in verdicts(paper, table, scale)})
+    words = {v.claim.id: v.word for v in verdicts(paper, table, scale)}
+    for reading in readings(load_table(paper, table), scale):
+        words |= {f'{reading}/{v.claim.id}': v.word for v in verdicts(paper, table, scale, reading)}
+    report = TableReport(numbers=numbers, verdicts=words)
     write_atomic(out_dir/'report.json', report.model_dump_json(indent=1))
     return report
 

@@ -6,10 +6,11 @@
 __all__ = ['Value', 'Column', 'Row', 'Erratum', 'Scope', 'Claim', 'Reading', 'Replication', 'Table', 'Code', 'Checkpoint',
            'Deviation', 'Paper', 'paper_folder', 'tables_of', 'load_table', 'load_paper']
 
-# %% ../nbs/foundations/10_published.ipynb #d6087bbf
+# %% ../nbs/foundations/10_published.ipynb #58143fb6
 import re
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -85,7 +86,7 @@ class Claim(Strict):
         if found is not None: return found
         return Scope(testable=self.test is not None, note=self.reason)
 
-# %% ../nbs/foundations/10_published.ipynb #48ba969c
+# %% ../nbs/foundations/10_published.ipynb #a6e75787
 class Reading(Strict):
     "Other measurements that stand for published columns; claims are judged on them once more."
     stands_for: dict[str, str]       # published column -> key of one of our columns
@@ -108,6 +109,13 @@ class Replication(Strict):
         if reading is None: return self.stands_for
         if reading not in self.also: raise KeyError(f'no reading {reading!r}; there is {", ".join(self.also) or "only the main one"}')
         return self.also[reading].stands_for
+
+    def means(
+        self,
+        values: dict[str, float],  # measured metric -> value
+    ) -> dict[str, float]:
+        "The columns that are means of others, as far as their parts are given."
+        return {c.key: fmean(values[part] for part in c.mean_of) for c in self.columns if c.mean_of and set(c.mean_of) <= set(values)}
 
 
 def _unique(

@@ -29,7 +29,7 @@ SMALL_UNITS = [('3', 'resampler_144'), ('8', 'linear_256'), ('9', 'dabs'), ('9',
 @pytest.mark.parametrize('table,row', SMALL_UNITS)
 def test_one_unit_of_every_kind(table, row, tmp_path):
     result = run_unit(recipes.recipe(table, row, 'smoke', 0), tmp_path)
-    assert {c.key for c in load_table('honeybee', table).replication['tiny'].columns} <= set(result.metrics)
+    assert {c.key for c in load_table('honeybee', table).replication['tiny'].columns if not c.mean_of} <= set(result.metrics)
 
 
 def test_rows_of_a_table_share_their_data():

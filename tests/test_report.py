@@ -8,7 +8,7 @@ import pytest
 
 from mllm_replica import results
 from mllm_replica.published import load_table, tables_of
-from mllm_replica.registry import PAPERS
+from mllm_replica.registry import PAPERS, recipes_of
 from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
 from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
 from mllm_replica.settings import project_root, settings
@@ -56,6 +56,23 @@ def test_writing_is_idempotent_and_ordered(project):
     assert rows == [r.key for r in load_table('honeybee', '3').rows if r.key in SPATIAL]
     write_results('honeybee', '3', 'tiny', run())
     assert path.read_bytes() == before
+
+
+def test_an_earlier_design_goes_when_its_row_is_run_again(project):
+    from mllm_replica.publish import write_records
+    now = lambda row, seed: recipes_of('honeybee').recipe('5d', row, 'tiny', seed)
+    old, kept = (record(row, 10, 'open', 0.1, table='5d', digest=digest) for row, digest in
+                 (('multi_turn', 'another recipe'), ('single_turn', 'another recipe')))
+    same = record('multi_turn', 11, 'open', 0.2, table='5d', digest=now('multi_turn', 11).digest())
+    write_results('honeybee', '5d', 'tiny', [old, kept, same])
+    (project/'unit').mkdir()
+    (project/'unit/result.json').touch()
+    metrics = {name: SimpleNamespace(value=value, n=500) for name, value in (('open', 0.4), ('dots', 0.8))}
+    order = SimpleNamespace(key='new', folder=project/'unit', result=lambda: SimpleNamespace(digest='x', seconds=1.0, metrics=metrics))
+    write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)])
+    found = {(r.row, r.seed, r.metric): r.value for r in read_results('honeybee', '5d', 'tiny')}
+    assert found == {('single_turn', 10, 'open'): 0.1, ('multi_turn', 11, 'open'): 0.2, ('multi_turn', 20, 'open'): 0.4, ('multi_turn', 20, 'dots'): 0.8,
+                     ('multi_turn', 20, 'single_turn'): pytest.approx(0.6)}   # a column that is the mean of the two
 
 
 def test_a_unit_is_replaced_as_a_whole(project):
@@ -134,7 +151,7 @@ def test_every_claim_is_judged_on_both_readings(project):
     assert 'cabs_144.easy_vqa > resampler_144.easy_vqa: by -0.270' in shown['difference [95 % interval]'][0]
     assert [v.word for v in verdicts('honeybee', '3', 'tiny', 'easy-VQA')][3] == 'supported'
     assert '4 supported' in next(x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |'))
-    assert not [c for c in verdict_frame('honeybee', '4', 'tiny').columns if c.startswith('verdict on')]
+    assert not [c for c in verdict_frame('honeybee', 'fig9', 'tiny').columns if c.startswith('verdict on')]
 
 
 def test_smoke_stays_out_of_the_papers(project):
