@@ -6,6 +6,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export DO_NOT_TRACK ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
+export IPYTHONDIR ?= $(CURDIR)/.venv/ipython
+export MPLCONFIGDIR ?= $(CURDIR)/.venv/matplotlib
 export TIMEFORMAT ?= took %0R s
 
 .PHONY: env replicate test quick readme clean

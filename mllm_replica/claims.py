@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from .published import Claim, Column, Table, Value, load_table
 from .settings import Scale
 
-# %% ../nbs/foundations/11_claims.ipynb #4d5ba3f5
+# %% ../nbs/foundations/11_claims.ipynb #7007894d
 _FUNCTIONS = {'abs': abs, 'round': round, 'exp': math.exp, 'log': math.log, 'min': lambda *x: min(x), 'max': lambda *x: max(x),
               'sum': lambda *x: sum(x), 'mean': lambda *x: statistics.fmean(x), 'median': lambda *x: statistics.median(x)}
 _ARGUMENTS = {'abs': 1, 'round': 2, 'exp': 1, 'log': 1}  # how many; the others take any number
@@ -34,6 +34,9 @@ class ClaimError(ValueError):
 
 class Unmeasured(ClaimError):
     "A published column for which nothing is measured at a scale."
+
+
+_NOT_COMPUTABLE = (ArithmeticError, ValueError, TypeError)   # a ratio to nothing, a logarithm of less, rounding to half a place, infinity
 
 # %% ../nbs/foundations/11_claims.ipynb #53626602
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def _lower(table: Table, column: str) -> bool:
     known = [*table.columns, *(c for r in table.replication.values() for c in r.columns)]
     return next(c for c in known if c.key == column).better == 'lower'
 
-# %% ../nbs/foundations/11_claims.ipynb #0fe6191e
+# %% ../nbs/foundations/11_claims.ipynb #bdbbad88
 def holds(
     text: str,       # expression
     table: Table,
@@ -237,7 +240,8 @@ def holds(
     for c in comparisons(parse(text), table):
         try: difference = c.statistic(printed)
         except LookupError: answers.append(None)
-        except ArithmeticError as error: raise ClaimError(f'{c.text!r} cannot be computed: {error}') from error
+        except ClaimError: raise
+        except _NOT_COMPUTABLE as error: raise ClaimError(f'{c.text!r} cannot be computed: {error}') from error
         else: answers.append(_true(c.op, difference))
     return False if False in answers else None if None in answers else True
 
@@ -269,7 +273,7 @@ def interval(
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if max(values) > min(values) else 0.0
     return Interval(mean, mean - half, mean + half, n)
 
-# %% ../nbs/foundations/11_claims.ipynb #de3b7f41
+# %% ../nbs/foundations/11_claims.ipynb #c1071e17
 @dataclass(frozen=True)
 class Evidence:
     "One comparison on our runs."
@@ -314,16 +318,18 @@ def verdict(
     word = next((w for w in ('contradicted', 'not run', 'inconclusive') if w in words), 'supported')
     failing = _failing({cell[0] for c in found for cell in c.cells if len(cell) == 2 and cell[1] != measured.control}, measured.control, samples)
     if not failing or word not in ('supported', 'contradicted'): return Verdict(claim, scale, word, scope.note, evidence)
-    return Verdict(claim, scale, 'inconclusive', f'the control is not solved by {failing}, else it were {word}. {scope.note}'.strip(), evidence)
+    return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {scope.note}'.strip(), evidence)
 
 
 CONTROL = 0.95   # mean that rows must reach in the table's control before they are compared
 
 
 def _failing(rows: set[str], control: str | None, samples: Samples) -> str:
-    "Rows whose control is known and below `CONTROL`, with its mean."
-    means = {row: sum(values) / len(values) for row in sorted(rows) if (values := samples.get(row, {}).get(control, {}).values())}
-    return ', '.join(f'{row} ({mean:.2f})' for row, mean in means.items() if mean < CONTROL)
+    "Rows that ran without the table's control, if it has one, and those whose mean in it is below `CONTROL`; empty if there are none."
+    known = {row: samples[row].get(control, {}).values() for row in sorted(rows) if control and samples.get(row)}
+    unknown = ', '.join(row for row, values in known.items() if not values)
+    unsolved = ', '.join(f'{row} ({mean:.2f})' for row, values in known.items() if values and (mean := sum(values) / len(values)) < CONTROL)
+    return '; '.join([f'control not measured: rows {unknown}'] * bool(unknown) + [f'the control is not solved by {unsolved}'] * bool(unsolved))
 
 
 def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Evidence:
@@ -332,7 +338,8 @@ def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Ev
     shared = sorted(set.intersection(*map(set, runs)))
     if not shared: return Evidence(comparison.text, 'inconclusive')
     try: found = interval([comparison.statistic(lambda *cell: seeds(*cell)[seed]) for seed in shared])
-    except ArithmeticError: return Evidence(comparison.text, 'inconclusive')  # a ratio to nothing
+    except ClaimError: raise
+    except _NOT_COMPUTABLE: return Evidence(comparison.text, 'inconclusive')
     return Evidence(comparison.text, _decide(comparison.op, found), found)
 
 

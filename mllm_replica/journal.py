@@ -6,7 +6,7 @@
 __all__ = ['NOT_EXECUTED', 'LIBRARIES', 'executed_modules', 'source_hash', 'data_hash', 'library_versions', 'unit_key',
            'git_commit', 'unit_lock', 'lock_holder', 'Journal']
 
-# %% ../nbs/foundations/64_journal.ipynb #7c2011fd
+# %% ../nbs/foundations/64_journal.ipynb #58ac4796
 import ast, fcntl, hashlib, importlib.util, json, os, subprocess, symtable, time
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +17,7 @@ from typing import Iterator
 from . import registry
 from .engine import is_alive, this_process
 from .recipe import Recipe
-from .settings import project_root
+from .settings import project_root, settings
 
 # %% ../nbs/foundations/64_journal.ipynb #b1860478
 NOT_EXECUTED = ('settings', 'recipe', 'registry', 'exporting', 'published', 'claims', 'results', 'report', 'readme', 'tracking', 'journal',
@@ -112,24 +112,31 @@ def source_hash(
     "One hash of `executed_modules`."
     return hashlib.sha256(json.dumps(executed_modules(paper)).encode()).hexdigest()[:16]
 
-# %% ../nbs/foundations/64_journal.ipynb #4ff83a79
+# %% ../nbs/foundations/64_journal.ipynb #e7b4f586
 LIBRARIES = ('torch', 'transformers', 'numpy', 'pillow')
+
+
+def _files_below(place: Path) -> list[tuple[str, int, int]]:
+    "Name, size and time of change of a file, or of all in a folder."
+    files = sorted(p for p in place.rglob('*') if p.is_file()) if place.is_dir() else [place]
+    return [(str(p.relative_to(place.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def data_hash(
     recipe: Recipe,
     data_root: Path | None = None,  # where local sources lie; the project's `data` folder by default
 ) -> str:
-    "Hash of the data sets of a recipe that are not made by our own code."
+    "Hash of the data sets and pretrained backbones of a recipe that are not made by our own code."
     seen = {}
+    for part, name in sorted(recipe.model.get('backbones', {}).items()):
+        found = settings().backbones.get(name, name)   # a folder, or an id of the hub
+        seen[f'backbone {part}'] = [found, _files_below(project_root()/found) if (project_root()/found).is_dir() else []]
     for key, source in sorted(recipe.sources.items()):
         if source.kind == 'easy_vqa': seen[key] = version('easy-vqa')
         elif source.kind != 'world':
             place = (data_root or project_root()/'data')/source.name
-            files = sorted(p for p in place.rglob('*') if p.is_file()) if place.is_dir() else [place]
-            missing = [str(p) for p in files if not p.exists()]
-            if missing: raise FileNotFoundError(f'{recipe.unit}: source {key!r} ({source.kind}) wants {missing[0]}, which does not exist')
-            seen[key] = [(str(p.relative_to(place.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+            if not place.exists(): raise FileNotFoundError(f'{recipe.unit}: source {key!r} ({source.kind}) wants {place}, which does not exist')
+            seen[key] = _files_below(place)
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 

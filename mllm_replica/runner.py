@@ -88,7 +88,7 @@ def start_orders(
             found.setdefault(key, order.model_copy(update=dict(key=key, start=start, notebook=notebook)))
     return [order for order in found.values() if not (order.folder/'result.json').exists()]
 
-# %% ../nbs/foundations/61_runner.ipynb #3eabb487
+# %% ../nbs/foundations/61_runner.ipynb #1e249ab3
 Submit = Callable[[Order], Future]
 
 
@@ -111,7 +111,7 @@ def ray_engine(
 ) -> Iterator[Submit]:
     "Units as Ray tasks: a CPU for each of their threads and the GPUs that the recipe's model names in `num_gpus`."
     try: import ray
-    except ModuleNotFoundError as error: raise ModuleNotFoundError('engine "ray" needs Ray: pip install mllm_replica[ray]') from error
+    except ModuleNotFoundError as error: raise ModuleNotFoundError("engine 'ray' needs Ray: pip install -e '.[ray]'") from error
     if not ray.is_initialized(): ray.init()
     task, refs = ray.remote(max_retries=3)(supervise), []
 
@@ -152,7 +152,7 @@ def run_orders(
                 ended(order, Outcome(unit=order.unit, key=order.key, status='failed', reason=repr(error)) if error else future.result())
             tick()
 
-# %% ../nbs/foundations/61_runner.ipynb #af21aef6
+# %% ../nbs/foundations/61_runner.ipynb #1306aad6
 class Books:
     "Keeps the tracker's runs of one plan."
 
@@ -175,7 +175,8 @@ class Books:
         try: yield
         except Exception as error:
             self.problems.append(f'{what} is not tracked: {error!r}'[:2000])
-            self.journal.append('untracked', unit=what, reason=repr(error)[:2000])
+            try: self.journal.append('untracked', unit=what, reason=repr(error)[:2000])
+            except OSError as full: self.problems.append(f'{self.journal.path} is not written: {full}')   # the units go on
 
     def start(
         self,

@@ -71,16 +71,16 @@ class Outcome(Strict):
         "Whether there is a result now."
         return self.status in ('finished', 'found')
 
-# %% ../nbs/foundations/66_worker.ipynb #460340ab
+# %% ../nbs/foundations/66_worker.ipynb #81938118
 def environment(
     threads: int,      # per process
     run_folder: Path,  # where the unit finds data and features
 ) -> dict[str, str]:
-    "Environment of a unit: few threads, no network, the same project and run folder as here."
-    limits = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS', 'NUMEXPR')}
-    offline = {'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+    "Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise."
+    wishes = {'HF_HUB_OFFLINE': '1', 'IPYTHONDIR': str(run_folder/'ipython'), 'MPLCONFIGDIR': str(run_folder/'matplotlib')}  # the user's own win
+    limits = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS', 'NUMEXPR')} | {'TOKENIZERS_PARALLELISM': 'false'}
     here = {'MLLM_REPLICA_ROOT': str(project_root()), 'MLLM_REPLICA_RUNS': str(run_folder), 'PYTHONUNBUFFERED': '1'}
-    return os.environ | limits | offline | here
+    return wishes | os.environ | limits | here
 
 
 def _tree_memory(pid: int) -> float:

@@ -157,8 +157,17 @@ def test_rarely_wrong_when_nothing_differs():
     assert words.count('supported') / 600 < 0.05 and words.count('contradicted') / 600 < 0.05
 
 
-def test_not_finite_values_are_refused():
-    with pytest.raises(ValueError, match='not all finite'): judged('a.score > b.score', dict(a=[float('nan'), 1], b=[1, 2]))
+@pytest.mark.parametrize('test, a', [('a.score > b.score', [float('nan'), 1]), ('a.score > b.score', [float('inf'), -float('inf')]),
+                                     ('log(a.score - b.score) > 0', [1, 1]), ('round(a.score, 1.5) > b.score', [3, 3]), ('1 / (a.score - b.score) > 0', [1, 2])])
+def test_what_cannot_be_computed_decides_nothing(test, a):
+    found = judged(test, dict(a=a, b=[1, 2]))
+    assert (found.word, found.evidence[0].difference) == ('inconclusive', None)
+    with pytest.raises(ValueError, match='not all finite'): interval([float('nan'), 1.0])
+
+
+@pytest.mark.parametrize('text', ['log(a.score - b.score) > 0', 'round(a.score, 1.5) > 0', 'a.score / 0 > 1', 'exp(1000) > 1'])
+def test_a_printed_number_that_cannot_be_computed_is_a_wrong_claim(text):
+    with pytest.raises(ClaimError, match='cannot be computed'): holds(text, table_of(dict(a=1, b=2)))
 
 
 def test_scales():
@@ -181,12 +190,14 @@ def test_a_further_reading_asks_its_own_measurements():
 
 def test_rows_that_do_not_solve_the_control_are_not_compared():
     measured = Replication(columns=[Column(key=k, name=k) for k in ('own', 'easy')], stands_for={'score': 'own'}, control='easy')
-    table = Table(**table_of(dict(a=None, b=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}})
+    table = Table(**table_of(dict(a=None, b=None, c=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}})
     claim = lambda test: Claim(id='c', statement='s', test=test, scales={'tiny': Scope(testable=True, test=test, note='n')})
     def judge(easy, test='a.score > b.score'):
         samples = {'a': {'own': {0: 2.0, 1: 2.1}, 'easy': {0: 1.0, 1: 1.0}}, 'b': {'own': {0: 1.0, 1: 1.1}, 'easy': dict(enumerate(easy))}}
         return verdict(claim(test), table, 'tiny', samples)
-    assert (judge([0.99, 0.97]).word, judge([0.99, 0.97]).note) == ('supported', 'n') and judge([]).word == 'supported'
+    assert (judge([0.99, 0.97]).word, judge([0.99, 0.97]).note) == ('supported', 'n')
+    assert (judge([]).word, judge([]).note) == ('inconclusive', 'control not measured: rows b, else it were supported. n')
+    assert judge([0.99, 0.97], 'b.score > a.score and a.score > c.score').word == 'contradicted'   # c has not run
     failed = judge([1.0, 0.6])
     assert failed.word == 'inconclusive' and failed.note == 'the control is not solved by b (0.80), else it were supported. n' and failed.evidence
     assert judge([0.6, 0.59], 'a.easy > b.easy').word == 'supported'   # the control itself may be compared

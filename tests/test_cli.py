@@ -50,8 +50,9 @@ def imagined(project):
     "Results in which the C-Abstractor is far ahead on the spatial task."
     from mllm_replica.results import Record, write_results
     base = dict(table='3', scale='tiny', unit='k', digest='d', source='s', commit='abc123', date='2025-01-01T00:00:00', seconds=60.0)
-    write_results('honeybee', '3', 'tiny', [Record(**base, row=row, metric='spatial', seed=seed, value=value + seed / 100, n_eval=1000)
-                                            for row, value in dict(resampler_144=0.35, cabs_144=0.62).items() for seed in (10, 11, 12)])
+    write_results('honeybee', '3', 'tiny', [Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
+                                            for row, score in dict(resampler_144=0.35, cabs_144=0.62).items() for seed in (10, 11, 12)
+                                            for metric, value in (('spatial', score), ('control', 0.97))])
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_a_failed_unit_is_told_and_ends_non_zero(runs):
 
 
 @pytest.mark.parametrize('words, message', [(['3', '--row', 'cabs'], 'Did you mean cabs_144'), (['3', '--row', 'linear_144'], 'keeps every token'),
-                                            (['3', '--seeds', '1x'], 'like 10,11,12 or 10-14'), (['3', '--workers', '0'], 'greater than or equal to 1'), (['--row', 'cabs_144'], '--row needs a TABLE'),
+                                            (['3', '--seeds', '1x'], 'like 10,11,12 or 10-14'), (['3', '--seeds', '14-10'], 'a range is empty'), (['3', '--workers', '0'], 'greater than or equal to 1'), (['--row', 'cabs_144'], '--row needs a TABLE'),
                                             (['3', '--engine', 'slurm'], 'There are: local, ray'), (['--scale', 'paper'], 'no table of Honeybee has a row')])
 def test_nothing_starts_on_wrong_arguments(runs, words, message):
     result = call('run', 'honeybee', *words)
@@ -183,6 +184,9 @@ def test_report_as_json(imagined):
     assert table['replicated']['tiny']['cells']['cabs_144']['spatial']['n'] == 3
     assert {c['id']: c['verdicts']['tiny']['verdict'] for c in table['claims']}['resampler-weak-144'] == 'supported'
     assert table['rows'][2]['values']['avg_n'] == 53.5 and table['replicated']['tiny']['provenance'][0]['commit'] == 'abc123'
+    only = {scale: json.loads(call('report', 'honeybee', '3', '--json', '--scale', scale).output) for scale in ('tiny', 'smoke')}
+    smoke = only['smoke']['honeybee']['tables']['3']
+    assert only['tiny'] == data and not smoke['replicated'] and not any(c['verdicts'] for c in smoke['claims'])
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------------
@@ -194,6 +198,23 @@ def test_doctor_tells_what_is_wrong_and_ends_non_zero(project, monkeypatch):
     (project/'runs').write_text('in the way')
     ill = call('doctor')
     assert ill.exit_code == 1 and 'MLLM_REPLICA_RUNS' in ill.output
+
+
+@pytest.mark.parametrize('line, message', [('scale = tinny', "scale = tinny: Input should be 'smoke', 'tiny', 'small' or 'paper'"), ('scale', 'parsing errors'),
+                                           ('', 'scale is missing'), ('scale = tiny\nseeds = ten', 'seeds and workers are whole numbers')])
+def test_wrong_settings_are_told_by_every_command_that_reads_them(project, line, message):
+    seeds = '' if 'seeds' in line else 'seeds = 10\n'
+    (project/'settings.ini').write_text(f'[replication]\nworkers = 2\n{seeds}{line}\n')
+    settings.cache_clear()
+    for words in ['run', 'honeybee', '3'], ['effects', 'honeybee', '3'], ['ui']:
+        result = call(*words)
+        assert result.exit_code and message in said(result) and isinstance(result.exception, SystemExit), (words, result.output)
+    assert len(call('run', 'honeybee', '3').output.splitlines()) == 1
+    ill = call('doctor')
+    assert ill.exit_code == 1 and message in said(ill) and '1 failed' in ill.output
+    assert call('run', '--help').exit_code == 0 and call('show', 'honeybee', '3').exit_code == 0
+    fresh = [sys.executable, '-c', 'from mllm_replica.cli import app; app()', '--help']   # the module reads no settings when it is imported
+    assert b'doctor' in subprocess.run(fresh, capture_output=True, cwd=project, check=True).stdout
 
 
 def test_doctor_names_a_missing_requirement(monkeypatch):

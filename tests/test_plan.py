@@ -71,6 +71,12 @@ def test_counts_what_a_training_step_executes():
     assert planned.forward + planned.backward == pytest.approx(real.forward + real.backward, rel=0.02)
 
 
+def test_a_unit_takes_its_start_beside_what_it_took_before():
+    units = [planning.plan_unit(make_recipe(), build, planning.gpu_node(), earlier=earlier) for earlier in (None, 40.0)]
+    rate = 8 * planning.gpu_node().tflops * 1e12 * planning.gpu_node().utilisation
+    assert [u.seconds for u in units] == [pytest.approx(planning.STARTUP + units[0].flops / rate), planning.STARTUP + 40]
+
+
 def test_equal_layers_are_counted_once_and_multiplied():
     "Five layers, each of them run, cost what one and two of them say."
     deep = {**SMALL, 'text_config': {**SMALL['text_config'], 'num_hidden_layers': 5}}
@@ -124,7 +130,7 @@ def test_published_step_times(row):
 def test_command_prints_stages_memory_and_assumptions(chapter):
     out = CliRunner().invoke(app, ['plan', 'honeybee', '3', '--scale', 'paper', '--gpu', 'H100-80GB', '--gpus', '4'])
     assert out.exit_code == 0, out.output
-    for text in ('align', 'tune', 'GPU-hours', 'GB per device', 'tokens', '4 × H100-80GB', 'not planned: 3/d: its data was never published'): assert text in out.output
+    for text in ('align', 'tune', 'GPU-hours', 'GB per device', 'tokens', 'checkpoints; data and features come on top', '4 × H100-80GB', 'not planned: 3/d: its data was never published'): assert text in out.output
     data = json.loads(CliRunner().invoke(app, ['plan', 'honeybee', '3', '--scale', 'paper', '--json']).output)
     assert {s['stage'] for u in data['units'] for s in u['stages']} == {'align', 'tune'}
     assert set(data['units'][0]['stages'][0]['memory']) == {'weights', 'gradients', 'optimizer', 'activations'}
@@ -132,7 +138,8 @@ def test_command_prints_stages_memory_and_assumptions(chapter):
 
 @pytest.mark.parametrize('arguments, message', [(['3', '--row', 'cabs'], "no row of table 3 'cabs'"), (['3', '--row', 'd'], 'never published'),
                                                 (['--row', 'a'], '--row needs a TABLE'), (['--gpu', 'A1000', '--scale', 'paper'], "no GPU 'A1000'"),
-                                                (['--scale', 'huge'], "no scale 'huge'")])
+                                                (['--scale', 'huge'], "no scale 'huge'"), (['--gpus', '0'], 'greater than or equal to 1'),
+                                                (['--utilisation', '0'], 'greater than or equal to 0.01'), (['--utilisation', '1.1'], 'less than or equal to 1')])
 def test_wrong_arguments(chapter, arguments, message):
     out = CliRunner().invoke(app, ['plan', 'honeybee', *arguments])
     assert out.exit_code == 2 and message in ' '.join(out.output.replace('│', '').split())

@@ -3,13 +3,14 @@ import json, subprocess, sys, time
 
 import pytest
 
-from mllm_replica import runner, worker
+from mllm_replica import journal, runner, worker
 from mllm_replica.engine import notebook_parameters, read_result
 from mllm_replica.journal import Journal
 from mllm_replica.publish import report_folder
 from mllm_replica.recipe import Recipe
 from mllm_replica.results import read_results, results_path
 from mllm_replica.runner import make_plan, run_tables
+from mllm_replica.settings import settings
 from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, project, write_notebook
 
 
@@ -139,12 +140,59 @@ def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
     runner.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.key))
     assert max(most) == 2 and sorted(ended) == sorted(o.key for o in orders)
     env = worker.environment(1, project.runs)
-    assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'1'} and env['HF_HUB_OFFLINE'] == '1'
+    assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'1'}
+
+
+def test_a_unit_is_offline_and_writes_below_the_run_folder_unless_the_user_says_otherwise(project, monkeypatch):
+    defaults = dict(HF_HUB_OFFLINE='1', IPYTHONDIR=str(project.runs/'ipython'), MPLCONFIGDIR=str(project.runs/'matplotlib'))
+    for name in (*defaults, 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'): monkeypatch.delenv(name, raising=False)
+    assert worker.environment(1, project.runs).items() >= defaults.items()
+    own = dict.fromkeys(defaults, '0')
+    for name, value in own.items(): monkeypatch.setenv(name, value)
+    env = worker.environment(1, project.runs)
+    assert env.items() >= own.items() and not {'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'} & set(env)
+
+
+def test_the_key_names_the_folder_that_stands_for_a_backbone(project):
+    plain = Recipe(paper='mm1', table='first', row='wide', scale='small', seed=10, model={}, sources={}, stages=(), benchmarks=())
+    recipe, before, keys = plain.model_copy(update=dict(model={'backbones': {'vision': 'org/eye'}})), journal.data_hash(plain), []
+    def key(folder):
+        "The hash of the data with this line in settings.ini."
+        (project.root/'settings.ini').write_text(f'[replication]\nscale = smoke\nseeds = 10\nworkers = 2\n[backbones]\n{folder}\n')
+        settings.cache_clear()
+        assert journal.data_hash(plain) == before
+        keys.append(journal.data_hash(recipe))
+    for name in 'one', 'other':
+        (project.root/name).mkdir()
+        (project.root/name/'model.safetensors').write_text('weights')
+    for folder in '', 'org/eye = one', 'org/eye = other': key(folder)
+    (project.root/'other'/'model.safetensors').write_text('new weights')
+    key('org/eye = other')
+    assert len({*keys, before}) == 5
+    key('org/eye = other')
+    assert keys[-1] == keys[-2]
+
+
+def test_a_journal_that_cannot_be_written_stops_no_unit(project, monkeypatch):
+    append, start = Journal.append, runner.Tracker.start_unit
+    def full(self, event, **fields):
+        "A disk that is full when the tracker's trouble is to be noted."
+        if event == 'untracked': raise OSError(28, 'No space left on device')
+        append(self, event, **fields)
+    def broken(self, parent, recipe, key):
+        "A tracker that fails for one unit."
+        if recipe.row == 'good': raise OSError(28, 'No space left on device')
+        return start(self, parent, recipe, key)
+    monkeypatch.setattr(Journal, 'append', full)
+    monkeypatch.setattr(runner.Tracker, 'start_unit', broken)
+    summary = run_tables('mm1', ['faults'], 'smoke', rows=['good', 'raises', 'late'], workers=2, pipeline=project.pipeline, report=False)
+    assert [o.status for o in summary.outcomes] == ['finished'] * 3 and summary.exit_code == 1
+    assert 'good/smoke/10 is not tracked' in summary.problems[0] and 'journal.jsonl is not written' in summary.problems[1]
 
 
 def test_ray_is_named_when_it_is_missing(project, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install mllm_replica\[ray\]'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[ray\]'"):
         run_tables('mm1', ['faults'], 'smoke', rows=['good'], engine='ray', pipeline=project.pipeline)
     with pytest.raises(ValueError, match='unknown engine'):
         run_tables('mm1', ['faults'], 'smoke', rows=['good'], engine='slurm', pipeline=project.pipeline)
