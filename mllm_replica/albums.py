@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Asked', 'ALBUMS', 'FRAMES', 'WORLDS', 'draw_picture', 'draw_album', 'render_album', 'picture_colors', 'ask_color',
-           'ask_kind', 'ask_shape', 'ask_cell', 'ask_which', 'ask_same', 'ask_frames']
+           'ask_choice', 'ask_kind', 'ask_shape', 'ask_cell', 'ask_which', 'ask_same', 'ask_frames']
 
 # %% ../nbs/foundations/22_albums.ipynb #a3b38072
 from dataclasses import replace
@@ -81,7 +81,7 @@ def render_album(
         images.append(texture(image, rng) if options['style'] == 'textured' else image)
     return images
 
-# %% ../nbs/foundations/22_albums.ipynb #d63e3c40
+# %% ../nbs/foundations/22_albums.ipynb #a2a52a26
 Asked = tuple[str, str, list[str]]   # question, answer, candidates
 
 
@@ -104,6 +104,15 @@ def ask_color(scene: Scene, rng: np.random.Generator) -> Asked:
     "The colour of a picture."
     number, _ = _picture(scene, rng)
     return f'what color is picture {number}', picture_colors(scene)[number - 1], scene['palette']
+
+
+def ask_choice(scene: Scene, rng: np.random.Generator) -> Asked:
+    "The colour of a picture, one of four that are listed first."
+    number, _ = _picture(scene, rng)
+    color = picture_colors(scene)[number - 1]
+    others = rng.permutation([other for other in scene['palette'] if other != color]).tolist()
+    listed = rng.permutation([color, *others[:3]]).tolist()
+    return f"of {' '.join(listed)} what color is picture {number}", color, listed
 
 
 def ask_kind(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -143,9 +152,9 @@ def ask_same(scene: Scene, rng: np.random.Generator) -> Asked:
     i, j = pick(rng, [(i, j) for i, j in pairs if (colors[i] == colors[j]) == yes] or pairs)
     return f'does picture {i + 1} have the same color as picture {j + 1}', 'yes' if colors[i] == colors[j] else 'no', ['yes', 'no']
 
-# %% ../nbs/foundations/22_albums.ipynb #6faa4e49
+# %% ../nbs/foundations/22_albums.ipynb #17aaf5f2
 ALBUMS = World(draw_album, render_album,
-               dict(color=ask_color, kind=ask_kind, shape=ask_shape, cell=ask_cell, which=ask_which, same=ask_same),
+               dict(color=ask_color, choice=ask_choice, kind=ask_kind, shape=ask_shape, cell=ask_cell, which=ask_which, same=ask_same),
                dict(pixels=32, images=[1, 4], grid=4, colors=8, shapes=1, fill=False, style='flat'),
                prefix='picture {} <image>', parts=lambda scene: scene['pictures'])
 

@@ -86,12 +86,12 @@ def mmbench_questions(
     finally: csv.field_size_limit(before)
     return questions
 
-# %% ../../nbs/papers/05_owl3.ipynb #d9db5690
+# %% ../../nbs/papers/05_owl3.ipynb #400023fd
 def _prompt(style: str, n_images: int, number: int, text: str, options: Sequence[str]) -> str:
-    "The text of a prompt; `words` is that of an album and lists no options."
+    "The text of a prompt; `words` is that of an album."
     if style == 'words':
         head = IMAGE if n_images == 1 else ' '.join(f'picture {i + 1} {IMAGE}' for i in range(n_images))
-        return f'{head}\n{text.replace(_NUMBER, str(number))}'
+        return f"{head}\nof {' '.join(options)} {text.replace(_NUMBER, str(number))}"
     head = ' '.join(f'Image {i + 1}: {IMAGE}' for i in range(n_images))
     lines = '\n'.join(f'{letter}. {option}' for letter, option in zip(string.ascii_uppercase, options))
     return f'{head}. In Image {number}, {text.replace(_NUMBER, str(number))}\nOptions: {lines}\n{_LETTER}'

@@ -57,7 +57,7 @@ class Owl3Config(VisionLanguageConfig):
         "Positions that one image takes in the text."
         return len(self.placeholder_ids)
 
-# %% ../../nbs/papers/05_owl3.ipynb #3369de9a
+# %% ../../nbs/papers/05_owl3.ipynb #8151fa74
 def placeholder_starts(
     input_ids: Tensor,              # [B,T]
     attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
@@ -113,7 +113,8 @@ class Owl3Model(VisionLanguageModel):
                 raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
                                  'is given')
             return None
-        context, length = self.config.text_config.max_position_embeddings, max(self.config.visual_token_count(), 2)   # an image stands one past its start
+        context = self.config.text_config.max_position_embeddings
+        length = max(self.config.visual_token_count(), 2)   # an image stands one past its start
         for i, sample in enumerate(starts):
             if max(sample, default=-length) + length > context: raise ValueError(_BEYOND.format(i, context))
         media = Media(self.visual_embeds(pixel_values, image_features), starts)

@@ -53,7 +53,7 @@ def layers_of(
                         mi_rope=params.get('mi_rope', True))
     return changed
 
-# %% ../../nbs/papers/05_owl3.ipynb #dc0137ae
+# %% ../../nbs/papers/05_owl3.ipynb #a5f65c1b
 _VISION = dict(model_type='siglip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32,
                patch_size=8, vision_use_head=False)
 _TEXT = dict(model_type='qwen2', hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -70,9 +70,9 @@ def _world(scale: str, split: str, size: int, name: str = 'albums', **options: A
     return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else 16, options=options)
 
 
-def _album(scale: str, split: str, size: int, low: int, high: int) -> Source:
-    "What color is picture k, of `low` to `high`."
-    return _world(scale, split, size, tasks=['color'], images=[low, high])
+def _album(scale: str, split: str, size: int, low: int, high: int, task: str = 'color') -> Source:
+    "What color is picture k, of `low` to `high`; task `choice` lists four colors first."
+    return _world(scale, split, size, tasks=[task], images=[low, high])
 
 
 def _joint(mixture: dict[str, float], scale: str, steps: int) -> tuple[Stage, ...]:
@@ -86,9 +86,9 @@ _SHAPE = dict(tasks=['shape'], shapes=3, images=[1, 1])
 _MIXTURE = {'album': 0.7, 'shape': 0.3}
 
 
-def _training(scale: str, most: int) -> dict[str, Source]:
+def _training(scale: str, most: int, task: str = 'color') -> dict[str, Source]:
     "Albums of up to `most` pictures, and three shapes in one picture."
-    return {'album': _album(scale, 'train', 8000, 1, most), 'shape': _world(scale, 'train', 4000, turns=3, **_SHAPE)}
+    return {'album': _album(scale, 'train', 8000, 1, most, task), 'shape': _world(scale, 'train', 4000, turns=3, **_SHAPE)}
 
 
 def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
@@ -98,10 +98,11 @@ def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: in
     tests = {'shape': _world(scale, 'test', 500, **_SHAPE), 'pair': _album(scale, 'test', 500, 2, 2), 'album': _album(scale, 'test', 500, 4, 4),
              'video': _world(scale, 'test', 500, 'frames'), 'control': _album(scale, 'test', 500, 1, 1)}
     return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed, model=model,
-                  sources=_training(scale, 4) | {f'test_{n}': s for n, s in tests.items()}, stages=_joint(_MIXTURE, scale, 1000 if table == '9' else 1500),
+                  sources=_training(scale, 4) | {f'test_{n}': s for n, s in tests.items()},
+                  stages=_joint(_MIXTURE, scale, 1000 if table == '9' else 1500),
                   benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests), assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/05_owl3.ipynb #daf30d45
+# %% ../../nbs/papers/05_owl3.ipynb #a4fd3920
 _COUNTS = (1, 2, 3, 4, 6, 8)                # pictures in a prompt of the Distractor Resistance test
 _QUESTIONS = 100                            # of it, four passes each
 _IMAGES = (10, 20, 50, 100, 200, 400)       # of Figure 1a
@@ -112,8 +113,8 @@ def _distractors(table: str, row: str, params: dict[str, Any], scale: str, seed:
     "Figure 4."
     return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed,
                   model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
-                  sources=_training(scale, 6) | {'test_control': _album(scale, 'test', 500, 1, 1)},
-                  stages=_joint(_MIXTURE, scale, 1200), assumptions=_ASSUMPTIONS,
+                  sources=_training(scale, 6, 'choice') | {'test_control': _album(scale, 'test', 500, 1, 1, 'choice')},
+                  stages=_joint(_MIXTURE, scale, 1050), assumptions=_ASSUMPTIONS,
                   benchmarks=(Benchmark(name='control', source='test_control', max_new_tokens=1),))
 
 
