@@ -102,7 +102,7 @@ def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: in
                   stages=_joint(_MIXTURE, scale, 1000 if table == '9' else 1500),
                   benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests), assumptions=_ASSUMPTIONS)
 
-# %% ../../nbs/papers/05_owl3.ipynb #a4fd3920
+# %% ../../nbs/papers/05_owl3.ipynb #c1bf4dca
 _COUNTS = (1, 2, 3, 4, 6, 8)                # pictures in a prompt of the Distractor Resistance test
 _QUESTIONS = 100                            # of it, four passes each
 _IMAGES = (10, 20, 50, 100, 200, 400)       # of Figure 1a
@@ -114,7 +114,7 @@ def _distractors(table: str, row: str, params: dict[str, Any], scale: str, seed:
     return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed,
                   model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
                   sources=_training(scale, 6, 'choice') | {'test_control': _album(scale, 'test', 500, 1, 1, 'choice')},
-                  stages=_joint(_MIXTURE, scale, 1050), assumptions=_ASSUMPTIONS,
+                  stages=_joint(_MIXTURE, scale, 1100), assumptions=_ASSUMPTIONS,
                   benchmarks=(Benchmark(name='control', source='test_control', max_new_tokens=1),))
 
 
