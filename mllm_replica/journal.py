@@ -152,13 +152,13 @@ def unit_key(
     parts = [recipe.digest(), source_hash(recipe.paper), data_hash(recipe), library_versions()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
-# %% ../nbs/foundations/64_journal.ipynb #395c17f0
+# %% ../nbs/foundations/64_journal.ipynb #23cebbbc
 def git_commit() -> str:
     "The commit of the project, with `+` when more than results has changed since; empty outside git."
     run = lambda *words: subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
     head = run('rev-parse', '--short=12', 'HEAD')
     if head.returncode: return ''
-    return head.stdout.strip() + '+' * bool(run('status', '--porcelain', '--untracked-files=no', '--', ':!papers/*/results').stdout.strip())
+    return head.stdout.strip() + '+' * bool(run('status', '--porcelain', '--untracked-files=no', '--', ':!papers/*/results/*').stdout.strip())
 
 # %% ../nbs/foundations/64_journal.ipynb #6669ee60
 @contextmanager

@@ -5,7 +5,7 @@ import pytest
 
 from mllm_replica import journal, runner, worker
 from mllm_replica.engine import notebook_parameters, read_result
-from mllm_replica.journal import Journal
+from mllm_replica.journal import Journal, git_commit
 from mllm_replica.publish import report_folder
 from mllm_replica.recipe import Recipe
 from mllm_replica.results import read_results, results_path
@@ -151,6 +151,22 @@ def test_a_unit_is_offline_and_writes_below_the_run_folder_unless_the_user_says_
     for name, value in own.items(): monkeypatch.setenv(name, value)
     env = worker.environment(1, project.runs)
     assert env.items() >= own.items() and not {'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'} & set(env)
+
+
+def test_results_alone_do_not_mark_a_commit_as_changed(tmp_path, monkeypatch):
+    files = [tmp_path/'papers/x/results/3.tiny.csv', tmp_path/'papers/x/paper.yaml']
+    git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=x', '-c', 'user.email=x@y', *words], check=True, capture_output=True)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('before')
+    for words in (['init'], ['add', '.'], ['commit', '-m', 'all']): git(*words)
+    monkeypatch.setattr('mllm_replica.journal.project_root', lambda: tmp_path)
+    clean = git_commit()
+    assert len(clean) == 12
+    files[0].unlink()
+    assert git_commit() == clean
+    files[1].write_text('after')
+    assert git_commit() == clean + '+'
 
 
 def test_the_key_names_the_folder_that_stands_for_a_backbone(project):
