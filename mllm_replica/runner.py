@@ -219,7 +219,7 @@ class Books:
             self.start(order, missing)
             self.end(order, Outcome(unit=order.recipe.unit, key=order.key, status='found'))
 
-# %% ../nbs/foundations/61_runner.ipynb #47554d7a
+# %% ../nbs/foundations/61_runner.ipynb #a20e1b80
 @dataclass
 class Summary:
     "What a command did."
@@ -256,7 +256,9 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def interrupt(*_): raise KeyboardInterrupt('SIGTERM')
+    def interrupt(*_: object) -> None:
+        "What Ctrl-C does."
+        raise KeyboardInterrupt('SIGTERM')
     before = signal.signal(signal.SIGTERM, interrupt)
     try: yield
     finally: signal.signal(signal.SIGTERM, before)

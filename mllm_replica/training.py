@@ -115,7 +115,7 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
     return {'threads': torch.get_num_threads(), 'processes': accelerator.num_processes, 'device': name, 'torch': torch.__version__}
 
-# %% ../nbs/foundations/42_training.ipynb #72f21abd
+# %% ../nbs/foundations/42_training.ipynb #47a22537
 class _Run:
     def __init__(self, model, stages, datasets, collate, out_dir, seed, progress):
         self.accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
@@ -141,9 +141,11 @@ class _Run:
         if moved: self.notes.append(f'resumed at step {self.done} with {", ".join(moved)}: not bit-exact')
 
     def spent(self) -> float:
+        "Seconds of training, earlier runs included."
         return self.seconds + time.monotonic() - self.started
 
     def save(self, number: int, optimizer: torch.optim.Optimizer | None) -> None:
+        "Write a checkpoint, unless this step has one."
         if self.saved == self.done: return
         if self.accelerator.is_main_process:
             self.curve.flush()

@@ -67,7 +67,7 @@ def visual_token_count(
     "Positions that one image costs: the one function that processor, packing and model ask."
     return config.visual_token_count()
 
-# %% ../nbs/foundations/32_vlm.ipynb #7b7d345a
+# %% ../nbs/foundations/32_vlm.ipynb #a0f99ab6
 class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     "Encoder → connector → decoder, images placed in the text sequence."
     config_class = VisionLanguageConfig
@@ -98,13 +98,21 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         missing = [name for name, p in self.connector.named_parameters() if not hasattr(p, '_is_hf_initialized')]
         if missing: raise ValueError(f'the checkpoint lacks {len(missing)} weights of the {self.connector_name}: {missing[:8]}; save the whole model')
 
-    def get_input_embeddings(self) -> nn.Module: return self.language_model.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Module:
+        "The decoder's table."
+        return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None: self.language_model.set_input_embeddings(value)
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        "Replace the decoder's table."
+        self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module: return self.language_model.get_output_embeddings()
+    def get_output_embeddings(self) -> nn.Module:
+        "The decoder's output matrix."
+        return self.language_model.get_output_embeddings()
 
-    def get_decoder(self) -> nn.Module: return self.language_model.get_decoder()
+    def get_decoder(self) -> nn.Module:
+        "The decoder without its output matrix."
+        return self.language_model.get_decoder()
 
 # %% ../nbs/foundations/32_vlm.ipynb #b93d87eb
 @patch

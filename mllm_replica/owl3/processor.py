@@ -244,7 +244,7 @@ def _with_pictures(
     marks = (text for text, _ in shown)
     return [_ANY.sub(lambda _: next(marks), text) for text in texts], [picture for _, pictures in shown for picture in pictures]
 
-# %% ../../nbs/papers/05_owl3.ipynb #3914072e
+# %% ../../nbs/papers/05_owl3.ipynb #ed0051f7
 @patch
 def _chat(
     self: Owl3Processor,
@@ -253,7 +253,9 @@ def _chat(
 ) -> Iterator[Part]:
     "The parts of a conversation in ChatML."
     start, end, over = (self.special_id(name) for name in (_START, _END, _OVER))
-    def ids(text: str) -> list[int]: return text_ids(self.tokenizer, text)
+    def ids(text: str) -> list[int]:
+        "The tokens of a text."
+        return text_ids(self.tokenizer, text)
     system = turns[0]['value'] if turns and turns[0]['from'] == 'system' else ''
     yield [start, *ids('system\n' + system), end], False
     header = [*ids('\n'), start, *ids('assistant\n')]
