@@ -88,13 +88,13 @@ def _parsed(name: str, file: Path, modified: int, entries: tuple[str, ...]) -> t
     if entries: tree.body = _used_by(tree, set(entries))
     return hashlib.sha256(ast.dump(_without_words(tree)).encode()).hexdigest(), tuple(_imports(name, file, tree))
 
-# %% ../nbs/foundations/64_journal.ipynb #60241c45
+# %% ../nbs/foundations/64_journal.ipynb #c63390b6
 def executed_modules(
     paper: str,  # key of `registry.CHAPTERS`
 ) -> dict[str, str]:
     "Module name -> hash of its code (without comments, docstrings and type hints), for all that a unit of the paper executes."
     chapter = registry.CHAPTERS[paper]
-    inside, entries = {'mllm_replica', chapter.partition('.')[0]}, {f'{chapter}.recipes': ('build', 'measure')}
+    inside, entries = {'mllm_replica', chapter.partition('.')[0]}, {f'{chapter}.recipes': ('build', 'measure', 'arrange', 'load_source')}
     found, todo = {}, [f'{chapter}.recipes', 'mllm_replica.unit']
     while todo:
         name = todo.pop()

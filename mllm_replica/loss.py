@@ -39,10 +39,10 @@ def _loss_and_gradients(
         elif need_weight: grad_weight += torch.mm(grad.T, h)
     return total, grad_hidden, grad_weight
 
-# %% ../nbs/foundations/40_loss.ipynb #a91766eb
+# %% ../nbs/foundations/40_loss.ipynb #1731f0ba
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, chunk_size, mean, with_grad):
+    def forward(ctx, hidden_states, weight, labels, chunk_size, mean, with_grad) -> Tensor:
         "The loss; its gradients are made at once and kept."
         need_hidden, need_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
         kept = (labels != IGNORED).nonzero().squeeze(1)
@@ -60,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output) -> tuple[Tensor | None, ...]:
         "The kept gradients, scaled."
         grad_hidden, grad_weight = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like

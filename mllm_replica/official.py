@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['weight_files', 'read_weights', 'OfficialWeightsError', 'check_keys']
 
-# %% ../nbs/foundations/34_official.ipynb #6284428a
+# %% ../nbs/foundations/34_official.ipynb #4c41c26f
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# %% ../nbs/foundations/34_official.ipynb #23a0b641
+# %% ../nbs/foundations/34_official.ipynb #0434a6bb
 def weight_files(
     folder: Path,  # an official checkpoint
 ) -> list[Path]:
@@ -33,9 +33,12 @@ def weight_files(
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     "Names and tensors of one file, without running any code from it."
-    if path.suffix == '.safetensors':
-        with safe_open(path, 'pt') as file: yield from ((name, file.get_tensor(name)) for name in file.keys())
-    else: yield from torch.load(path, map_location='cpu', weights_only=True, mmap=True).items()
+    try:
+        if path.suffix == '.safetensors':
+            with safe_open(path, 'pt') as file: yield from ((name, file.get_tensor(name)) for name in file.keys())
+        else: yield from torch.load(path, map_location='cpu', weights_only=True, mmap=True).items()
+    except (SafetensorError, torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise OfficialWeightsError(f'{path.name} cannot be read: {error}; nothing was loaded, fetch the file again') from error
 
 
 def read_weights(

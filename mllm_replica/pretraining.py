@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['pretrained']
 
-# %% ../nbs/foundations/43_pretraining.ipynb #fd078ce7
+# %% ../nbs/foundations/43_pretraining.ipynb #43529b85
 import fcntl, hashlib, json, os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .data import load_source
+from . import data
 from .journal import library_versions, source_hash
-from .packing import collate
+from .packing import arrange
 from .recipe import Recipe, Stage
+from .registry import recipes_of
 from .settings import project_root, settings
 from .training import train
 from .vision import encoder_key
 
-# %% ../nbs/foundations/43_pretraining.ipynb #8244fd57
+# %% ../nbs/foundations/43_pretraining.ipynb #d2d50ca4
 def pretrained(
     recipe: Recipe,             # of the unit that needs the model; its seed, paper and sources count
     model: nn.Module,           # freshly initialised
@@ -34,8 +34,6 @@ def pretrained(
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise NotImplementedError(f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher')
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
-    packed = {stage.pack for stage in stages}
-    if len(packed) > 1: raise ValueError(f'{recipe.unit}: some stages of the pre-training pack samples and some do not; one collation serves all')
     decides = [recipe.seed, [stage.model_dump() for stage in stages], {name: recipe.sources[name].model_dump() for name in names},
                source_hash(recipe.paper), library_versions(), settings_of]
     key = hashlib.sha256(json.dumps([encoder_key(model), decides], sort_keys=True).encode()).hexdigest()[:16]
@@ -44,11 +42,13 @@ def pretrained(
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder/'weights.safetensors').exists():
-            data = {name: load_source(recipe.sources[name], recipe.seed, project_root()/'data') for name in names}
-            encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in data.items()}
-            batch = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, packed=packed == {True},
-                            image_tensor=getattr(processor, 'image_tensor', None))
-            train(model, stages, encoded, batch, folder, recipe.seed)
+            chapter = recipes_of(recipe.paper)
+            read = getattr(chapter, 'load_source', data.load_source)
+            found = {name: read(recipe.sources[name], recipe.seed, project_root()/'data') for name in names}
+            encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in found.items()}
+            arranged = getattr(chapter, 'arrange', arrange)(
+                stages, encoded, pad_token_id=processor.tokenizer.pad_token_id, image_tensor=getattr(processor, 'image_tensor', None))
+            train(model, stages, **arranged, out_dir=folder, seed=recipe.seed)
             save_file({name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}, folder/'weights.partial')
             (folder/'weights.partial').replace(folder/'weights.safetensors')
         model.load_state_dict(load_file(folder/'weights.safetensors'))

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'COLUMNS', 'FORMAT', 'features', 'check_sample', 'as_sample', 'data_files', 'read_files']
 
-# %% ../nbs/foundations/21_data.ipynb #74bfa2fc
-import json, tarfile
+# %% ../nbs/foundations/21_data.ipynb #9a0dd17e
+import json, os, tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ def features() -> 'datasets.Features':
     return Features(dict(id=text, images=List(Image(decode=False)), conversations=List({'from': text, 'value': text}), document=text,
                          task=text, answer=text, options=List(text), meta=text))
 
-# %% ../nbs/foundations/21_data.ipynb #af388ff9
+# %% ../nbs/foundations/21_data.ipynb #6e51eb68
 def _check_turns(sample: dict[str, Any], name: str) -> None:
     "Roles alternate from human to gpt; answers hold text and no placeholder."
     roles = [turn.get('from') for turn in sample['conversations']]
-    if not roles or len(roles) % 2 or any(role != ROLES[i % 2] for i, role in enumerate(roles)):
+    if not roles: raise ValueError(f'{name}: has neither conversations nor a document with text')
+    if len(roles) % 2 or any(role != ROLES[i % 2] for i, role in enumerate(roles)):
         raise ValueError(f'{name}: the roles are {roles}; expected human and gpt in turn, ending with gpt')
     for i, turn in enumerate(sample['conversations']):
         value = turn.get('value')
@@ -58,7 +59,7 @@ def check_sample(
     if sample['options'] and sample['answer'] not in sample['options']:
         raise ValueError(f"{name}: the answer {sample['answer']!r} is not among the options {sample['options']}")
 
-# %% ../nbs/foundations/21_data.ipynb #121b8d6c
+# %% ../nbs/foundations/21_data.ipynb #ff2b14a5
 def _document(record: dict[str, Any], images: list[Any], where: str) -> tuple[str, list[Any]]:
     "Text with placeholders and the images in reading order, from a list of texts and image numbers."
     parts = record['document'] if 'document' in record else [i if text is None else text for i, text in enumerate(record['texts'])]
@@ -75,34 +76,54 @@ def _document(record: dict[str, Any], images: list[Any], where: str) -> tuple[st
     return ' '.join(text), used
 
 
+_TYPES = {  # field -> what it may be
+    'document': ((str, list), 'text or a list'), 'texts': ((list,), 'a list'), 'conversations': ((list,), 'a list'),
+    'options': ((list,), 'a list'), 'task': ((str,), 'text'), 'answer': ((str,), 'text'), 'meta': ((str, dict), 'an object or its JSON')}
+
+
+def _check_types(record: Any, where: str) -> None:
+    "Raise a ValueError naming the field that is of a wrong type."
+    if not isinstance(record, dict): raise ValueError(f'{where}: expected an object with id, images and conversations, found {type(record).__name__}')
+    for field, (types, expected) in _TYPES.items():
+        value = record.get(field)
+        if value is not None and not isinstance(value, types): raise ValueError(f'{where}: {field} is {value!r:.60}; expected {expected}')
+    for field, kind, expected in (('conversations', dict, "an object with 'from' and 'value'"), ('options', str, 'text')):
+        wrong = [part for part in record.get(field) or [] if not isinstance(part, kind)]
+        if wrong: raise ValueError(f'{where}: {field} contains {wrong[0]!r:.60}; expected {expected}')
+    try: held = isinstance(json.loads(record['meta']), dict) if isinstance(record.get('meta'), str) and record['meta'] else True
+    except ValueError: held = False
+    if not held: raise ValueError(f"{where}: meta is {record['meta']!r:.60}; expected an object or its JSON")
+
+
 def as_sample(
     record: dict[str, Any],               # as it stands in the file
     where: str,                           # file and line, for messages
     place: Callable[[Any], dict],         # image reference -> {'bytes', 'path'}
 ) -> dict[str, Any]:
     "The checked sample that a record of a data file describes."
-    if not isinstance(record, dict): raise ValueError(f'{where}: expected an object with id, images and conversations, found {type(record).__name__}')
+    _check_types(record, where)
     images = record.get('images', record.get('image'))
     images = images if isinstance(images, list) else [] if images is None else [images]
     turns, text = record.get('conversations') or [], ''
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: conversations is not a list of objects with 'from' and 'value'")
     if record.get('document') or record.get('texts'): text, images = _document(record, images, where)
     given = record.get('meta') or {}
     extra = {key: value for key, value in record.items() if key not in (*COLUMNS, 'image', 'texts')}
     answer = record.get('answer') or (str(turns[-1].get('value')) if turns else '')
-    sample = dict(id=str(record.get('id', '')), images=images, conversations=turns, document=text, task=record.get('task') or '', answer=answer,
+    sample = dict(id='' if record.get('id') is None else str(record['id']), images=images, conversations=turns, document=text,
+                  task=record.get('task') or '', answer=answer,
                   options=record.get('options') or [], meta=json.dumps({**(json.loads(given) if isinstance(given, str) else given), **extra}))
     check_sample(sample, where)
     try: return sample | {'images': [place(image) for image in images]}
     except ImageError as error: raise ImageError(f"{where}: sample {sample['id']!r}: {error}") from error
 
-# %% ../nbs/foundations/21_data.ipynb #66482cb3
+# %% ../nbs/foundations/21_data.ipynb #2bdc0c87
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a JSON list or of JSON lines; bad text is reported with its line."
     if path.suffix == '.json':
-        try: yield from ((f'{path.name}: record {i}', record) for i, record in enumerate(json.loads(path.read_text('utf-8-sig'))))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error: raise ValueError(f'{path.name}: not valid JSON: {error}') from error
+        try: records = json.loads(path.read_text('utf-8-sig'))
+        except ValueError as error: raise ValueError(f'{path.name}: not valid JSON: {error}') from error
+        if not isinstance(records, list): raise ValueError(f'{path.name}: expected a list of records, found {type(records).__name__}')
+        yield from ((f'{path.name}: record {i}', record) for i, record in enumerate(records))
         return
     with path.open('rb') as lines:
         for number, line in enumerate(lines, 1):
@@ -111,38 +132,51 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as error: raise ValueError(f'{path.name}:{number}: broken JSON line: {error}') from error
 
 
+def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    "(folder and name up to the first dot, the rest, content) of the files in a tar shard."
+    try:
+        with tarfile.open(path) as shard:
+            for member in shard:
+                folder, name = os.path.split(member.name)
+                if member.isfile(): yield f"{folder}/{name.partition('.')[0]}", name.partition('.')[2], shard.extractfile(member).read()
+    except (tarfile.TarError, EOFError) as error: raise ValueError(f'{path.name}: damaged tar file: {error}; fetch or pack it again') from error
+
+
 def _tar_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a webdataset shard; members of one sample follow each other and share the name up to the first dot."
     def record(key: str, files: dict[str, bytes]) -> tuple[str, Any]:
         "One sample from its members."
+        key = key.rpartition('/')[2]
         where = f'{path.name}: {key}'
         if 'json' not in files: raise ValueError(f'{where}.json is missing beside {sorted(files)}')
         try: content = json.loads(files.pop('json'))
         except ValueError as error: raise ValueError(f'{where}.json: broken JSON: {error}') from error
+        if not isinstance(content, dict): raise ValueError(f'{where}.json: expected an object, found {type(content).__name__}')
         numbered = sorted(files, key=lambda name: (int(name.split('.')[0]) if name.split('.')[0].isdigit() else 0, name))
         return where, {'id': key} | content | {'images': [{'bytes': files[name], 'path': f'{key}.{name}'} for name in numbered]}
-    with tarfile.open(path) as shard:
-        key, files = None, {}
-        for member in shard:
-            if not member.isfile(): continue
-            base, _, ending = Path(member.name).name.partition('.')
-            if files and base != key:
-                yield record(key, files)
-                files = {}
-            key, files[ending] = base, shard.extractfile(member).read()
-        if files: yield record(key, files)
+    key, files = None, {}
+    for base, ending, content in _members(path):
+        if files and base != key:
+            yield record(key, files)
+            files = {}
+        key, files[ending] = base, content
+    if files: yield record(key, files)
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a parquet file."
     import pyarrow.parquet as pq
+    from pyarrow import ArrowException
     row = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-        for record in batch.to_pylist():
-            yield f'{path.name}: row {row}', record
-            row += 1
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                yield f'{path.name}: row {row}', record
+                row += 1
+    except (ArrowException, OSError) as error:
+        raise ValueError(f'{path.name}: damaged parquet file after row {row}: {error}; fetch or write it again') from error
 
-# %% ../nbs/foundations/21_data.ipynb #19471384
+# %% ../nbs/foundations/21_data.ipynb #af3903cc
 _READERS = {'folder': (('.jsonl', '.json'), _json_records), 'parquet': (('.parquet',), _parquet_records), 'tar': (('.tar',), _tar_records)}
 
 
@@ -169,6 +203,7 @@ def read_files(
     seen = {}
     for path in data_files(source, data_root):
         def place(image: Any) -> dict:
+            "Bytes, or a path that is proven to stay in the folder."
             if isinstance(image, str): image = {'bytes': None, 'path': image}
             if not isinstance(image, dict): raise ImageError(f'expected a path or bytes, found {image!r}')
             if image.get('bytes') is not None: return {'bytes': image['bytes'], 'path': image.get('path')}

@@ -21,9 +21,9 @@ PAPERS = {
 }
 CHAPTERS = {paper: f'mllm_replica.{paper}' for paper in PAPERS}
 
-# %% ../nbs/foundations/03_registry.ipynb #d1388f9a
+# %% ../nbs/foundations/03_registry.ipynb #1e799796
 class Recipes:
-    "A chapter's `recipes` module: `rows`, `tables`, `recipe`, `build`, `measure`; `starts` and `teach` where units start from something trained."
+    "A chapter's `recipes`: `rows`, `tables`, `recipe`, `build`, `measure`; perhaps `starts`, `teach`, and its own `arrange` or `load_source`."
 
     def __init__(
         self,

@@ -290,10 +290,11 @@ def draw_text(
     if not 1 <= options['numbers'] <= 50: raise ValueError(f"numbers is {options['numbers']}; sums up to 100 can be said, so at most 50")
     return {'signs': signs, 'numbers': sorted(rng.integers(options['numbers'] + 1, size=2).tolist(), reverse=True)}
 
-# %% ../nbs/foundations/22_worlds.ipynb #a15a1254
+# %% ../nbs/foundations/22_worlds.ipynb #ab5d1dd1
 def _text_task(verb: str) -> Ask:
     "A question about the text scene."
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+        "Question, answer and candidates."
         signs, (a, b) = scene['signs'], scene['numbers']
         if verb == 'copy': return f'copy : {" ".join(signs)}', ' '.join(signs), []
         if verb == 'reverse': return f'reverse : {" ".join(signs)}', ' '.join(signs[::-1]), []

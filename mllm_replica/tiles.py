@@ -133,7 +133,7 @@ def ask_tint(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str
     "The control question: one global property."
     return 'is the picture bright or dark ?', scene['tint'], list(TONES)
 
-# %% ../nbs/foundations/22_worlds.ipynb #61171a17
+# %% ../nbs/foundations/22_worlds.ipynb #10f4f67b
 def ask_description(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The whole grid, row by row."
     return 'describe the picture .', ' '.join(f'row {i + 1} : {" ".join(row)} .' for i, row in enumerate(scene['grid'])), []
@@ -150,6 +150,7 @@ def ask_location(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list
 def _name(style: str, words: str) -> Ask:
     "A question for the name of a tile, by `color` or by color and place."
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+        "Question, answer and candidates."
         row, column = _cell(scene, rng)
         last, color = len(scene['grid']) - 1, scene['grid'][row][column]
         place = ' '.join(words[(2 * at >= last) + (2 * at > last)] for words, at in ((HEIGHTS, row), (WIDTHS, column)))

@@ -115,12 +115,12 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
     return {'threads': torch.get_num_threads(), 'processes': accelerator.num_processes, 'device': name, 'torch': torch.__version__}
 
-# %% ../nbs/foundations/42_training.ipynb #47a22537
+# %% ../nbs/foundations/42_training.ipynb #17a76f5f
 class _Run:
-    def __init__(self, model, stages, datasets, collate, out_dir, seed, progress):
+    def __init__(self, model, stages, datasets, collate, out_dir, seed, progress, draw):
         self.accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.model, self.stages, self.datasets, self.collate = model.to(self.accelerator.device), stages, datasets, collate
-        self.folder, self.seed, self.progress, self.interrupt = out_dir/'checkpoints', seed, progress, _Interrupt()
+        self.folder, self.seed, self.progress, self.draw, self.interrupt = out_dir/'checkpoints', seed, progress, draw, _Interrupt()
         _check(model, stages, datasets, self.accelerator.num_processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
@@ -184,7 +184,7 @@ def _step(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: 
     optimizer.zero_grad(set_to_none=True)
     return value, norm_value, total, stop > 0
 
-# %% ../nbs/foundations/42_training.ipynb #16dd768e
+# %% ../nbs/foundations/42_training.ipynb #593c07a8
 def _seed_random(seed: int, device: torch.device) -> None:
     "What `torch.manual_seed` does for the one device in use, at a tenth of its cost."
     torch.default_generator.manual_seed(seed)
@@ -194,8 +194,9 @@ def _seed_random(seed: int, device: torch.device) -> None:
 def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     "The stage's order of samples. A record of its first steps is kept; on resume it must come out again."
     stage, path = run.stages[number], run.folder.parent/f'order-{number}.json'
-    order = Mixture({name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number))
-    if run.accelerator.is_main_process and resumed and path.exists(): Mixture.load(path)
+    order = run.draw({name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number))
+    order.indices(stage.steps - 1, stage.batch_size)   # one that does not last is refused now
+    if run.accelerator.is_main_process and resumed and path.exists(): run.draw.load(path)
     elif run.accelerator.is_main_process:
         order.save(path.with_suffix('.partial'), min(stage.steps, 1000), stage.batch_size)
         path.with_suffix('.partial').replace(path)
@@ -228,7 +229,7 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
         if stop: raise KeyboardInterrupt(f'stopped after step {run.done} of {total}; run again to continue from {run.folder}')
     run.accelerator.free_memory()
 
-# %% ../nbs/foundations/42_training.ipynb #5007a729
+# %% ../nbs/foundations/42_training.ipynb #d4efd810
 def train(
     model: nn.Module,                                   # called as model(**batch), returns .loss: mean over the batch's supervised tokens
     stages: Sequence[Stage],                            # in order
@@ -237,10 +238,11 @@ def train(
     out_dir: Path,                                      # gets curve.csv, order-N.json and checkpoints/; a run found there is continued
     seed: int,                                          # order of samples, dropout
     progress: Callable[[int, int, float], None] | None = None,  # called with (steps done, steps in all, loss)
+    draw: type[Mixture] = Mixture,                      # which samples each step sees
 ) -> History:
     "Train all stages, or what is left of them; leaves the model in evaluation mode."
     out_dir.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, stages, datasets, collate, out_dir, seed, progress)
+    run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw)
     first = 0
     with torch.random.fork_rng(), run.interrupt:
         try:

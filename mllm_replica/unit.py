@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Unit', 'open_unit', 'load', 'encode', 'encoder_is_frozen', 'cache_features', 'fit', 'score', 'finish', 'run_unit']
 
-# %% ../nbs/foundations/63_unit.ipynb #980e7ba9
+# %% ../nbs/foundations/63_unit.ipynb #169e03d1
 import fcntl, resource, time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .evaluation import evaluate
 from .images import open_image
 from .journal import library_versions
 from .optimiser import trainable_names
-from .packing import collate, truncate
+from .packing import arrange, truncate
 from .progress import ProgressFile
 from .recipe import Recipe
 from .settings import project_root, settings
@@ -66,15 +65,17 @@ def open_unit(
     ordered.write_text(recipe.model_dump_json(indent=1), encoding='utf-8')
     return Unit(recipe, folder)
 
-# %% ../nbs/foundations/63_unit.ipynb #da360251
+# %% ../nbs/foundations/63_unit.ipynb #870a7ea6
 def load(
     unit: Unit,
 ) -> None:
     "Load the sources and build the model with its processor."
+    chapter = registry.recipes_of(unit.recipe.paper)
     unit.progress('loading data')
-    unit.sources = {name: load_source(source, unit.recipe.seed, project_root()/'data') for name, source in unit.recipe.sources.items()}
+    read = getattr(chapter, 'load_source', load_source)
+    unit.sources = {name: read(source, unit.recipe.seed, project_root()/'data') for name, source in unit.recipe.sources.items()}
     unit.progress('building the model')
-    unit.model, unit.processor = registry.recipes_of(unit.recipe.paper).build(unit.recipe)
+    unit.model, unit.processor = chapter.build(unit.recipe)
 
 
 def encode(
@@ -122,17 +123,16 @@ def cache_features(
         unit.features = FeatureCache.compute(folder, key, sorted(images), lambda names: [open_image(images[name]) for name in names],
                                              lambda batch: model.visual_features(pixels(batch)))
 
-# %% ../nbs/foundations/63_unit.ipynb #1c10a576
+# %% ../nbs/foundations/63_unit.ipynb #58a201ef
 def fit(
     unit: Unit,
 ) -> History:
     "Train all stages, or what is left of them."
-    packed = {stage.pack for stage in unit.recipe.stages}
-    if len(packed) > 1: raise NotImplementedError(f'{unit.recipe.unit}: some stages pack samples and some do not; one collation serves all stages')
-    batch = partial(collate, pad_token_id=unit.processor.tokenizer.pad_token_id, features=unit.features, packed=packed == {True},
-                    image_tensor=None if unit.features else unit.processor.image_tensor)
+    arranged = getattr(registry.recipes_of(unit.recipe.paper), 'arrange', arrange)(
+        unit.recipe.stages, unit.encoded, pad_token_id=unit.processor.tokenizer.pad_token_id, features=unit.features,
+        image_tensor=None if unit.features else unit.processor.image_tensor)
     say = lambda step, steps, loss: unit.progress('training', step=step, steps=steps, loss=loss)
-    unit.history = train(unit.model, unit.recipe.stages, unit.encoded, batch, unit.folder, unit.recipe.seed, progress=say)
+    unit.history = train(unit.model, unit.recipe.stages, **arranged, out_dir=unit.folder, seed=unit.recipe.seed, progress=say)
     return unit.history
 
 

@@ -23,7 +23,7 @@ from .scenes import GLYPHS, SCENE_WORLDS
 from .settings import settings
 from .tiles import COLORS, Ask, Scene, World
 
-# %% ../nbs/foundations/22_worlds.ipynb #bdb6dab1
+# %% ../nbs/foundations/22_worlds.ipynb #798f8aa6
 WORLDS = {**SCENE_WORLDS, 'boards': BOARD}
 LETTERS = ('a', 'b', 'c', 'd')
 
@@ -33,6 +33,7 @@ def multiple_choice(
 ) -> Ask:
     "The same question with lettered candidates; the answer is a letter."
     def asked(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+        "Question, answer and candidates."
         question, answer, candidates = ask(scene, rng)
         others = [c for c in candidates if c != answer]
         if not others: raise ValueError(f'{question!r} has no other candidates than {answer!r}, so it cannot become multiple choice')
@@ -197,12 +198,11 @@ def samples(
             made += 1
             yield sample
 
-# %% ../nbs/foundations/22_worlds.ipynb #6fc1b3d3
+# %% ../nbs/foundations/22_worlds.ipynb #c6bdc724
 def _code(world: World) -> str:
-    "Hash of the source files that decide what a world's samples are."
-    files = {Path(inspect.getsourcefile(part)) for part in (world.draw, world.render, *world.tasks.values(), World)}
-    files.add(Path(inspect.getsourcefile(World)).with_name('worlds.py'))
-    return hashlib.sha256(b''.join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+    "Hash of the source that decides what a world's samples are: the whole of each file, or of a notebook's cell."
+    parts = (world.draw, world.render, *world.tasks.values(), World, samples)
+    return hashlib.sha256(''.join(sorted({''.join(inspect.findsource(part)[0]) for part in parts})).encode()).hexdigest()[:12]
 
 
 def build_world(

@@ -85,11 +85,45 @@ def test_tar_shards_with_varying_images(tmp_path):
     assert data[0]['images'][1] == {'bytes': blue, 'path': 'k1.1.png'}
 
 
+def test_samples_of_several_folders_of_a_shard_are_not_joined(tmp_path):
+    sample = json.dumps(dict(conversations=turns('<image>', 'ok'))).encode()
+    shard = [(f'{folder}/{name}', content) for folder in 'ab' for name, content in (('1.json', sample), ('1.png', RED))]
+    tar_of(tmp_path/'a.tar', shard[:2] + [(name.replace('1.', '2.'), content) for name, content in shard[2:]])
+    assert load(tmp_path, 'tar', 'a.tar')['id'][:] == ['1', '2']
+    tar_of(tmp_path/'b.tar', shard)
+    with pytest.raises(ValueError, match="id '1' is already used"): load(tmp_path, 'tar', 'b.tar')
+
+
 def test_tar_faults_name_the_member(tmp_path):
     tar_of(tmp_path/'a.tar', [('k1.png', RED)])
     with pytest.raises(ValueError, match=r'a.tar: k1.json is missing'): load(tmp_path, 'tar', 'a.tar')
     tar_of(tmp_path/'b.tar', [('k1.json', b'{')])
     with pytest.raises(ValueError, match=r'b.tar: k1.json: broken JSON'): load(tmp_path, 'tar', 'b.tar')
+
+
+@pytest.mark.parametrize('content', [b'not a tar file', b''])
+def test_a_damaged_tar_file_is_called_by_its_name(tmp_path, content):
+    (tmp_path/'a.tar').write_bytes(content)
+    with pytest.raises(ValueError, match='(?s)a.tar: damaged tar file: .*; fetch or pack it again'): load(tmp_path, 'tar', 'a.tar')
+
+
+def test_a_cut_tar_file_is_called_by_its_name(tmp_path):
+    sample = json.dumps(dict(conversations=turns('<image>', 'ok'))).encode()
+    tar_of(tmp_path/'a.tar', [('k.json', sample), ('k.png', RED * 100)])
+    (tmp_path/'a.tar').write_bytes((tmp_path/'a.tar').read_bytes()[:2000])
+    with pytest.raises(ValueError, match='a.tar: damaged tar file'): load(tmp_path, 'tar', 'a.tar')
+    tar_of(tmp_path/'b.tar', [('k.json', b'[1]')])
+    with pytest.raises(ValueError, match='b.tar: k.json: expected an object, found list'): load(tmp_path, 'tar', 'b.tar')
+
+
+def test_a_damaged_parquet_file_is_called_by_its_name(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.Table.from_pylist([dict(id=f'p{i}', conversations=turns('hi', f'yes {i}' * 99)) for i in range(9)]), tmp_path/'a.parquet')
+    whole = (tmp_path/'a.parquet').read_bytes()
+    for content in (whole[:-100], b'not parquet', whole[:40] + b'\xff' * 200 + whole[240:]):
+        (tmp_path/'a.parquet').write_bytes(content)
+        with pytest.raises(ValueError, match='a.parquet: damaged parquet file after row 0: .*; fetch or write it again'): load(tmp_path, 'parquet', 'a.parquet')
 
 
 def test_parquet_with_bytes_and_with_paths(tmp_path):
@@ -118,9 +152,18 @@ def test_interleaved_documents(tmp_path):
     (b'{"id": "b", ', r'train.jsonl:3: broken JSON line'),
     (b'\xff\xfe', r'train.jsonl:3: broken JSON line'),
     (b'[1, 2]', r'train.jsonl:3: expected an object'),
-    (b'{"id": "b", "conversations": "hi"}', r'train.jsonl:3: conversations is not a list'),
+    (b'{"id": "b", "conversations": "hi"}', r"train.jsonl:3: conversations is 'hi'; expected a list"),
+    (b'{"id": "b", "conversations": ["hi"]}', r"train.jsonl:3: conversations contains 'hi'; expected an object with 'from' and 'value'"),
+    (b'{"id": "b", "document": 7}', r'train.jsonl:3: document is 7; expected text or a list'),
+    (b'{"id": "b", "texts": {"0": "x"}}', r"train.jsonl:3: texts is \{'0': 'x'\}; expected a list"),
+    (b'{"id": "b", "document": "x", "options": [1, 2]}', r'train.jsonl:3: options contains 1; expected text'),
+    (b'{"id": "b", "document": "x", "task": ["y"]}', r"train.jsonl:3: task is \['y'\]; expected text"),
+    (b'{"id": "b", "document": "x", "meta": "{"}', r"train.jsonl:3: meta is '\{'; expected an object or its JSON"),
+    (b'{"id": "b", "document": "x", "image": 7}', r'train.jsonl:3: sample .b.: 1 images but 0'),
     (b'{"id": "b", "conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}', r"train.jsonl:3: sample 'b': turn 0 has value None"),
     (b'{"conversations": []}', r'train.jsonl:3: id is missing'),
+    (b'{"id": null, "conversations": []}', r'train.jsonl:3: id is missing'),
+    (b'{"id": "b", "document": ""}', r"train.jsonl:3: sample 'b': has neither conversations nor a document with text"),
 ])
 def test_bad_lines_are_called_by_their_number(tmp_path, line, message):
     good = json.dumps(record()).encode()
@@ -163,7 +206,7 @@ def test_source_names_stay_under_the_data_root(tmp_path):
     root = folder(tmp_path, [record()])
     with pytest.raises(ValueError, match='leads outside the data root'): load(root/'set', name='../..')
     with pytest.raises(FileNotFoundError, match=r"no test\*.jsonl or .json .*'train.jsonl'"): load(root, split='test')
-    with pytest.raises(ValueError, match='takes no options'): load(root, options={'turns': 2})
+    with pytest.raises(ValueError, match="does not know the options \\['turns'\\]"): load(root, options={'turns': 2})
     with pytest.raises(ValueError, match='needs data_root'): load_source(Source(kind='tar', name='x'), 0)
 
 

@@ -1,9 +1,11 @@
 """Procedural worlds: answers are right by the pixels, splits are disjoint, files are made once."""
 import json
+import linecache
 import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -295,3 +297,14 @@ def test_four_thousand_tiles_take_seconds():
     start = time.process_time()
     data = read_world(build_world('tiles', 'train', 0, 4000, tasks=['cell', 'relation', 'existence', 'count', 'tint'], turns=5, style='textured'))
     assert len(data) == 4000 and time.process_time() - start < 20
+
+
+def test_the_cells_of_a_notebook_decide_the_key_of_its_world():
+    def written(source):
+        "A world whose functions stand in a cell, as IPython keeps it."
+        linecache.cache['<cell>'] = len(source), None, source.splitlines(True), '<cell>'
+        cell = {}
+        exec(compile(source, '<cell>', 'exec'), cell)
+        return worlds._code(replace(WORLDS['boards'], draw=cell['draw']))
+    try: assert written('def draw(rng, options): return {}\n') != written('def draw(rng, options): return {1: 1}\n') != worlds._code(WORLDS['boards'])
+    finally: del linecache.cache['<cell>']
