@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ORIGIN', 'parity_cases', 'projector_case', 'reference_points_case', 'positions_case', 'preprocess_case', 'build_official', 'merged_mask', 'full_case']
 
-# %% ../../nbs/papers/02_honeybee.ipynb #f8dade65
+# %% ../../nbs/papers/02_honeybee.ipynb #f00a4fd7
 import re
 from typing import Any
 
@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .components import build_projector
-from .model import HoneybeeModel, check_keys, convert_official, official_config
+from .model import HoneybeeModel, convert_official, official_config
+from ..official import check_keys
 from ..parity import Given, Partial
 from ..vision import clip_pixels, hidden_states, interpolate_positions
 
