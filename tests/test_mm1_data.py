@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mllm_replica.data import Encoded, Mixture
 from mllm_replica.language import byte_tokenizer
-from mllm_replica.mm1.data import (KINDS, WEIGHTS, best_fit, check_example, collate_sequences, encode_source, fill, freeze, join, make_sequences, next_fit,
+from mllm_replica.mm1.data import (KINDS, WEIGHTS, Frozen, best_fit, check_example, collate_sequences, encode_source, fill, join, make_sequences, next_fit,
                                    token_budget)
 from mllm_replica.packing import collate, encode_document, pack, segment_mask
 from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
@@ -138,10 +138,10 @@ def examples(model):
     return encode_source(documents, 'interleaved', encode, 48) + encode_source([document('t', 'nothing to see')], 'text', encode, 48)
 
 
-@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+@pytest.mark.parametrize('attention', ['sdpa', 'eager', 'flex_attention'])
 @pytest.mark.parametrize('count', [5, 1])   # sequences with and without neighbours
 def test_packed_examples_are_predicted_as_if_alone(model, examples, attention, count):
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({'vision_config': 'sdpa' if attention == 'flex_attention' else attention, 'text_config': attention})
     tensor = VisionLanguageProcessor.from_config(model.config, byte_tokenizer()).image_tensor
 
     def losses(batch):
@@ -204,27 +204,34 @@ def test_a_kernel_without_masks_gets_the_borders_of_all_rows(model, examples):
 
 # the order
 
-def test_the_order_is_frozen_and_the_same_for_every_mixture():
+def walk(sizes, weights, seed, steps, batch_size):
+    "Source and sequence of everything that is drawn."
+    order = Frozen(sizes, weights, seed)
+    return [place for step in range(steps) for place in order.indices(step, batch_size)]
+
+
+def test_the_order_is_frozen_and_the_same_for_every_mixture(tmp_path):
     sizes = dict(interleaved=400, caption=400, text=400)
-    take = lambda weights, source: [i for step in freeze(Mixture(sizes, weights, 3), 20, 16) for name, i in step if name == source]
-    assert freeze(Mixture(sizes, WEIGHTS, 3), 20, 16) == freeze(Mixture(sizes, WEIGHTS, 3), 20, 16) != freeze(Mixture(sizes, WEIGHTS, 4), 20, 16)
-    assert freeze(Mixture(sizes, WEIGHTS, 3), 20, 16)[:5] == freeze(Mixture(sizes, WEIGHTS, 3), 5, 16)
+    take = lambda weights, source: [i for name, i in walk(sizes, weights, 3, 20, 16) if name == source]
+    assert walk(sizes, WEIGHTS, 3, 20, 16) == walk(sizes, WEIGHTS, 3, 20, 16) != walk(sizes, WEIGHTS, 4, 20, 16)
+    assert Frozen(sizes, WEIGHTS, 3).indices(19, 16) == walk(sizes, WEIGHTS, 3, 20, 16)[-16:]   # any step alone, as after a resume
+    Frozen(sizes, WEIGHTS, 3).save(tmp_path/'order.json', 20, 16)
+    assert Frozen.load(tmp_path/'order.json').indices(7, 16) == Frozen(sizes, WEIGHTS, 3).indices(7, 16)
+    with pytest.raises(ValueError, match='the recorded order is'): Mixture.load(tmp_path/'order.json')
     caption, rare, only = take(WEIGHTS, 'caption'), take({'caption': 1, 'text': 9}, 'caption'), take({'caption': 1}, 'caption')
-    assert only != [i for step in freeze(Mixture(sizes, {'caption': 1}, 4), 20, 16) for _, i in step]
+    assert only != [i for _, i in walk(sizes, {'caption': 1}, 4, 20, 16)]
     assert len(rare) < len(caption) < len(only) == 320 == len(set(only))
     assert only[:len(caption)] == caption and caption[:len(rare)] == rare
 
 
 def test_shares_follow_the_weights():
-    order = freeze(Mixture(dict.fromkeys(WEIGHTS, 10_000), WEIGHTS, 0), 100, 100)
-    counts = Counter(name for step in order for name, _ in step)
+    counts = Counter(name for name, _ in walk(dict.fromkeys(WEIGHTS, 10_000), WEIGHTS, 0, 100, 100))
     for name, weight in WEIGHTS.items(): assert abs(counts[name] / 10_000 - weight) < 3 * (weight * (1 - weight) / 10_000) ** 0.5
 
 
 def test_a_source_is_used_up_to_its_last_sequence_and_not_beyond():
-    mixture = Mixture({'caption': 32}, {'caption': 1.0}, 0)
-    assert sorted(i for step in freeze(mixture, 4, 8) for _, i in step) == list(range(32))
-    with pytest.raises(ValueError, match=r"source 'caption' is exhausted: 5 steps of 8 sequences take 40 from it, it has 32"): freeze(mixture, 5, 8)
+    assert sorted(i for _, i in walk({'caption': 32}, {'caption': 1.0}, 0, 4, 8)) == list(range(32))
+    with pytest.raises(ValueError, match=r"source 'caption' is exhausted at step 5 of 8 sequences: it has 32"): walk({'caption': 32}, {'caption': 1.0}, 0, 5, 8)
 
 
 @pytest.mark.parametrize('weights', [{'caption': -0.1, 'text': 1.1}, {'caption': 0.0, 'text': 0.0}, {}])

@@ -58,6 +58,7 @@ def test_optimum_lies_between_grid_points(best):
 
 def test_refusals():
     with pytest.raises(ValueError, match='edge of the grid, at 0.0001'): optimal_rate([1e-4, 2e-4, 4e-4], [1, 2, 3])
+    assert optimal_rate([1e-4, 2e-4, 4e-4], [2, 1, math.inf]) == 2e-4   # the neighbour diverged
     with pytest.raises(ValueError, match='positive rate'): fit_law([1e6, 2e6, 3e6], [1e-3, 0, 1e-4])
     with pytest.raises(ValueError, match='of different sizes'): fit_law([1e6] * 3, [1e-3] * 3)
     with pytest.raises(ValueError, match='positive rate for each'): fit_law([1e6, 2e6, 4e6], [1e-3] * 2)

@@ -445,6 +445,7 @@ def test_published_schedules(name, lr):
     assert pretrain.lr == pytest.approx(lr, rel=1e-3) and pretrain.mixture == WEIGHTS
     assert pretrain.min_lr == pytest.approx(0.1 * pretrain.lr) and pretrain.weight_decay == pytest.approx(0.1 * pretrain.lr)
     assert [(s.steps, s.batch_size, s.max_length, s.lr, s.min_lr) for s in rest] == [(10_000, 256, 2048, 1e-5, 0.0)] * (name != 'mm1-base-ablation')
+    assert all(stage.pack for stage in (pretrain, *rest))
     said = assumed(name)
     assert all(isinstance(sentence, str) for sentence in said) and str(LANGUAGE_MODELS[PRESETS[name].llm]['hidden_size']) in said[0]
     assert any('experts' in sentence for sentence in said) == name.endswith('moe')

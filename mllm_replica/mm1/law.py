@@ -37,7 +37,7 @@ def weight_decay(
     "A tenth of the peak rate."
     return 0.1 * lr
 
-# %% ../../nbs/papers/03_mm1.ipynb #d7eb4bb2
+# %% ../../nbs/papers/03_mm1.ipynb #d1902fa2
 def optimal_rate(
     rates: Sequence[float],   # rising
     losses: Sequence[float],  # one per rate; lower is better
@@ -46,6 +46,7 @@ def optimal_rate(
     x, y = np.log(rates), np.asarray(losses, float)
     i = int(y.argmin())
     if not 0 < i < len(y) - 1: raise ValueError(f'the least loss is at the edge of the grid, at {rates[i]:.3g}: extend the grid on that side')
+    if not np.isfinite(y[i - 1:i + 2]).all(): return float(rates[i])   # a neighbour diverged
     curve, slope, _ = np.polyfit(x[i - 1:i + 2] - x[i], y[i - 1:i + 2], 2)
     return float(np.exp(x[i] - slope / (2 * curve)))
 

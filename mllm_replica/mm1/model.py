@@ -282,7 +282,7 @@ def paper_config(
     text = _entry(LANGUAGE_MODELS, llm or found.llm, 'language model')
     return MM1Config(**(dict(vision_config=vision, text_config=text, experts=found.experts) | changes))
 
-# %% ../../nbs/papers/03_mm1.ipynb #846624ce
+# %% ../../nbs/papers/03_mm1.ipynb #44531293
 def assumed(
     name: str,  # key of `PRESETS`
 ) -> tuple[str, ...]:
@@ -294,7 +294,8 @@ def assumed(
             "Llama's kind of layers; only the number of parameters is published",
             "connectors of unknown width and depth: the C-Abstractor is Honeybee's (3 + 3 blocks of 1,024)",
             'AdamW in both stages (the paper tunes with AdaFactor); its moments and the gradient clipping of 1.0 are not confirmed',
-            'the warm-up begins at the floor of a tenth of the rate, not at zero', 'gradient accumulation (64, then 32) is ours']
+            'the warm-up begins at the floor of a tenth of the rate, not at zero', 'gradient accumulation (64, then 32) is ours',
+            'tuning packs its samples as pre-training does']
     if found.experts: said.append('experts copy the dense layer, in the last layer of each group; no token is dropped; rates of the dense model')
     if name == 'mm1-base-ablation': said.append("learning rate by the paper's law")
     return tuple(said)
@@ -304,7 +305,7 @@ def published_stages(
     name: str,  # key of `PRESETS`
 ) -> tuple[Stage, ...]:
     "Pre-training, and fine-tuning of all but the ablations' model."
-    lr, every = _entry(PRESETS, name, 'model').lr, dict(trainable=(r'.',), precision='bf16')
+    lr, every = _entry(PRESETS, name, 'model').lr, dict(trainable=(r'.',), precision='bf16', pack=True)
     pretrain = Stage(name='pretrain', mixture=WEIGHTS, steps=200_000, batch_size=512, lr=lr, min_lr=lr / 10, warmup_steps=2000,
                      weight_decay=weight_decay(lr), max_length=4096, accumulate=64, **every)
     tune = Stage(name='tune', mixture={'instructions': 1.0}, steps=10_000, batch_size=256, lr=1e-5, max_length=2048, accumulate=32, **every)
