@@ -109,7 +109,7 @@ def infer(
         found = [letter for letter in 'ABCDE' if before + letter + after in words]
         article = not before and not after and 'A' in words and len(words) > 3
         if len(found) == 1 and not article: return found[0]
-    found = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
+    found = [letter for letter, text in choices.items() if str(text).lower() in answer.lower()]
     return found[0] if len(found) == 1 else None
 
 # %% ../nbs/foundations/51_benchmarks.ipynb #7cafdd52

@@ -97,15 +97,23 @@ class Encoded:
     image_ids: list[Any] = field(default_factory=list)                 # names or rows in a feature cache, in reading order
     images: list[Any] = field(default_factory=list)                    # undecoded, in reading order
     image_spans: list[tuple[int, int]] = field(default_factory=list)   # start and stop of each image's run
+    views: int = 1                                                     # consecutive runs that show one image, such as its overview and crops
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):
             raise ValueError(f'sample {self.id!r}: {len(self.input_ids)} input ids but {len(self.labels)} labels')
         count = max(len(self.images), len(self.image_ids))
         if len(self.image_spans) != count: raise ValueError(f'sample {self.id!r}: {count} images but {len(self.image_spans)} image spans')
+        if count % self.views: raise ValueError(f'sample {self.id!r}: {count} image spans do not divide into images of {self.views} views')
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def image_blocks(self) -> list[tuple[int, int]]:
+        "Start and stop of each image with all its views."
+        first, last = self.image_spans[::self.views], self.image_spans[self.views - 1::self.views]
+        return [(start, stop) for (start, _), (_, stop) in zip(first, last)]
 
 # %% ../nbs/foundations/21_data.ipynb #a93b2915
 def sampling_weights(
@@ -131,9 +139,11 @@ class Mixture:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.weights) - set(self.sizes))
         if unknown: raise ValueError(f'the mixture names {unknown}, but the sources are {sorted(self.sizes)}')
-        self._chances()
-        empty = sorted(name for name in self.weights if self.sizes[name] < 1)
-        if empty: raise ValueError(f'sources {empty} of the mixture have no samples')
+        wrong = {name: weight for name, weight in self.weights.items() if not 0 <= weight < float('inf')}
+        if wrong or not sum(self.weights.values()):
+            raise ValueError(f'weights {wrong or self.weights} of the mixture: expected numbers from 0 on, not all of them 0')
+        empty = sorted(name for name, weight in self.weights.items() if weight and self.sizes[name] < 1)
+        if empty: raise ValueError(f'sources {empty} of the mixture have no samples; add some, or set their weight to 0')
 
     def _chances(self) -> list[float]:
         return sampling_weights([self.sizes[name] for name in self.weights], list(self.weights.values()))

@@ -46,13 +46,13 @@ def truncate(
 ) -> Encoded:
     "At most `max_length` positions, every image whole; an error if nothing supervised is left."
     if len(encoded) <= max_length: return encoded
-    kept = [span for span in encoded.image_spans if span[1] <= max_length]
-    stop = min([max_length] + [start for start, end in encoded.image_spans if end > max_length])
+    kept = sum(end <= max_length for _, end in encoded.image_blocks) * encoded.views
+    stop = min([max_length] + [start for start, end in encoded.image_blocks if end > max_length])
     if all(label == -100 for label in encoded.labels[:stop]):
         raise ValueError(f'sample {encoded.id!r} has {len(encoded)} positions; cut to {stop} of at most {max_length} nothing supervised is left: '
                          'raise max_length, use fewer visual tokens or drop the sample')
-    return replace(encoded, input_ids=encoded.input_ids[:stop], labels=encoded.labels[:stop], image_spans=kept,
-                   images=encoded.images[:len(kept)], image_ids=encoded.image_ids[:len(kept)])
+    return replace(encoded, input_ids=encoded.input_ids[:stop], labels=encoded.labels[:stop],
+                   image_spans=encoded.image_spans[:kept], images=encoded.images[:kept], image_ids=encoded.image_ids[:kept])
 
 # %% ../nbs/foundations/23_packing.ipynb #68f560ec
 def pack(

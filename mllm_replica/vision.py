@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'clip_pixels', 'hidden_states', 'has_class_token', 'features', 'interpolate_positions',
-           'encoder_key', 'image_key', 'FeatureCache']
+           'encoder_key', 'image_key', 'image_keys', 'FeatureCache']
 
 # %% ../nbs/foundations/31_vision.ipynb #9527ed8a
 import hashlib, json, os, shutil, tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,6 +118,16 @@ def image_key(
         state = os.stat(source)
         content = f'{os.path.abspath(source)} {state.st_size} {state.st_mtime_ns}'.encode()
     return hashlib.sha256(content).hexdigest()[:20]
+
+
+def image_keys(
+    images: Iterable[Any],  # as for `image_key`
+    sample: str,            # id of their sample, for the error
+) -> list[str]:
+    "A name for each image of a sample; a missing one is an error."
+    try: return [image_key(image) for image in images]
+    except (OSError, TypeError, KeyError) as error:
+        raise ValueError(f'sample {sample!r}: an image is missing ({error}); restore it or leave the sample out') from error
 
 # %% ../nbs/foundations/31_vision.ipynb #3c823051
 class FeatureCache:

@@ -23,7 +23,7 @@ from .data import Encoded
 from .images import open_image
 from .language import IGNORED, IMAGE, Piece, text_ids, tokenize
 from .placing import answer_loss, mask_and_positions, pad_left, place_images
-from .vision import CLIP_MEAN, CLIP_STD, clip_pixels, features, image_key
+from .vision import CLIP_MEAN, CLIP_STD, clip_pixels, features, image_keys
 
 # %% ../nbs/foundations/32_vlm.ipynb #0f16adf3
 class VisionLanguageConfig(PreTrainedConfig):
@@ -291,7 +291,7 @@ def encode(
     if training and all(label == IGNORED for label in labels):
         raise ValueError(f"sample {sample['id']!r}: nothing is supervised; expected an answer")
     starts = [i for i, token in enumerate(ids) if token == self.image_token_id][::self.visual_tokens]
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=[image_key(image) for image in images],
+    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=image_keys(images, sample['id']),
                    image_spans=[(i, i + self.visual_tokens) for i in starts])
 
 

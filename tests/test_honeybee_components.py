@@ -217,6 +217,14 @@ def test_wrong_configurations(config, message):
     with pytest.raises(ValueError, match=message): build_projector(config, 12, 20, 16)
 
 
+def test_other_official_fields():
+    "Fields that checkpoints carry: another name for the number of queries, what changes nothing here, and the spread of the end tokens."
+    found = build_projector(dict(projector_type='d-abs', num_queries=4, use_cls=False, attention_dropout=0.0, initializer_range=0.5, num_eos_tokens=64,
+                                 d_model=16, decoder_ffn_dim=16, decoder_layers=1), 12, 20, 16)
+    assert found.num_query_tokens == 4 and 0.4 < found.eos_tokens.std() < 0.6 and found.output_proj.weight.std() < 0.03
+    with pytest.raises(ValueError, match="'prenorm' is True, only False is possible"): build_projector(dict(projector_type='resampler', prenorm=True), 12, 20, 16)
+
+
 @pytest.mark.parametrize('kind', SMALL)
 @pytest.mark.parametrize('shape', [(2, 17, 12), (2, 16, 11), (16, 12)])
 def test_wrong_features(kind, shape):

@@ -75,7 +75,8 @@ def test_every_source_of_the_paper_becomes_token_ids(sources):
     ('vsr', f'{SYSTEM}\nHuman: <image>\nHuman: {SHORT}Is the cat on the mat? Please answer yes or no.\nAI: yes'),
     ('coyo', '[NO_PROMPT] <image> a red dog'),
     ('test_mme', f'{SYSTEM}\nHuman: <image>\nHuman: {SHORT}Is it red? Please answer yes or no.\nAI: '),
-    ('test_mmbench', f'{SYSTEM}\nHuman: <image>\nHuman: {LETTER}Q\nContext: N/A\nThere are several options:\nA. a\nB. b\n\nAI: '),
+    ('test_mmbench', f'{SYSTEM}\nHuman: <image>\nHuman: {LETTER}Q\nContext: N/A\nThere are several options:\nA. a\nB. b\nC. N/A\nD. N/A\nE. N/A\n\nAI: '),
+    ('test_seed', f'{SYSTEM}\nHuman: <image>\nHuman: {LETTER}How many?\nThere are several options:\nA. one\nB. two\nC. three\nD. four\n\n\nAI: '),
 ])
 def test_the_words_of_a_template(sources, name, prompt):
     assert loaded(sources, name)['prompt'][:] == [prompt]

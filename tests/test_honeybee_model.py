@@ -85,6 +85,18 @@ def test_encode(case):
     assert case['attention_mask'] == [1] * len(ids)
 
 
+def test_a_caption_is_cut_when_all_is_written():
+    "As officially, so perhaps inside its image; a conversation stops before the image that does not fit."
+    read = lambda prompt, **how: prompts.encode_prompt(prompt, byte_tokenizer(), 6, max_length=3, **how)[0]
+    assert read('[NO_PROMPT] <image> a') == [1, -1, -1, -1] and read('a<image>') == [1, 3 + ord('a')]
+    assert prompts.encode_prompt('[NO_PROMPT] <image> a', byte_tokenizer(), 1, max_length=3, no_eos=True)[0] == [1, -1, 3 + ord('a')]
+
+
+def test_an_empty_answer_teaches_nothing():
+    turns = [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': ''}]
+    assert not any(piece.supervised for piece in prompts.conversation_pieces(turns))
+
+
 @pytest.mark.parametrize('case', TEXT['batch'])
 def test_batch(case):
     batch = prompts.encode_batch(case['prompts'], byte_tokenizer(), case['num_visual_tokens'], max_length=case['max_length'], no_eos=case['no_eos'],

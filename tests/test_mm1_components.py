@@ -184,7 +184,7 @@ def test_crops_are_the_image():
     square, whole = Image.new('RGB', (48, 48)), letterboxed(image, 48)
     for crop, box in zip(crops, SubImages(48, 24, patch=4).boxes, strict=True): square.paste(crop, box[:2])
     assert square.tobytes() == whole.tobytes()
-    assert overview.tobytes() == whole.resize((24, 24), Image.Resampling.BICUBIC).tobytes()
+    assert overview.tobytes() == letterboxed(image, 24).tobytes()   # of the image itself, not of its enlargement
     [single] = SubImages(48, 48, patch=4).cut(image)
     assert single.tobytes() == whole.tobytes() and SubImages(48, 48, patch=4).num_tokens == 144
     assert whole.getpixel((0, 0)) == (122, 116, 104) == whole.getpixel((47, 47))   # CLIP's mean colour

@@ -232,11 +232,22 @@ def test_shares_follow_the_weights():
 def test_a_source_is_used_up_to_its_last_sequence_and_not_beyond():
     assert sorted(i for _, i in walk({'caption': 32}, {'caption': 1.0}, 0, 4, 8)) == list(range(32))
     with pytest.raises(ValueError, match=r"source 'caption' is exhausted at step 5 of 8 sequences: it has 32"): walk({'caption': 32}, {'caption': 1.0}, 0, 5, 8)
+    with pytest.raises(ValueError, match=r"source 'caption' is exhausted at step 8"): Frozen({'caption': 32}, {'caption': 1.0}, 0).indices(7, 8)   # at once
 
 
-@pytest.mark.parametrize('weights', [{'caption': -0.1, 'text': 1.1}, {'caption': 0.0, 'text': 0.0}, {}])
+@pytest.mark.parametrize('weights', [{'caption': -0.1, 'text': 1.1}, {'caption': 0.0, 'text': 0.0}, {}, {'caption': 1.0, 'text': float('nan')}])
 def test_weights_that_are_no_weights(weights):
-    with pytest.raises(ValueError, match='must be non-negative with a positive sum'): Mixture({'caption': 5, 'text': 5}, weights, 0)
+    with pytest.raises(ValueError, match='of the mixture: expected numbers from 0 on, not all of them 0'): Mixture({'caption': 5, 'text': 5}, weights, 0)
+
+
+def test_a_wrong_weight_is_named():
+    with pytest.raises(ValueError, match=r"weights \{'caption': -1\} of the mixture"): Mixture({'caption': 5, 'text': 5}, {'caption': -1, 'text': 2}, 0)
+
+
+def test_a_source_of_weight_0_may_be_empty():
+    sizes = {'caption': 5, 'text': 0}
+    assert {name for name, _ in Mixture(sizes, {'caption': 1.0, 'text': 0.0}, 0).indices(3, 50)} == {'caption'}
+    with pytest.raises(ValueError, match=r"sources \['text'\] of the mixture have no samples; add some"): Mixture(sizes, {'caption': 1.0, 'text': 0.1}, 0)
 
 
 # documents

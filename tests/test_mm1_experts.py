@@ -41,12 +41,12 @@ def tensor(values): return torch.tensor(values, dtype=torch.float64)
 def test_worked_example(name):
     case, logits = CASE[name], tensor(CASE['logits'])
     capacity = case.get('capacity', {}).get('capacity')
-    routing, free = route(logits, capacity), route(logits)
+    routing = route(logits, capacity)
     agree = lambda found, expected: torch.testing.assert_close(found, tensor(expected), **NUMBERS)
     agree(logits.softmax(-1), case['probs'])
     assert routing.experts.T.tolist() == [case['top1'], case['top2']]
     agree(logits.softmax(-1).gather(1, routing.experts).T, [case['gate1_raw'], case['gate2_raw']])
-    agree(free.gates.T, [case['gate1'], case['gate2']])
+    agree(routing.gates.T, [case['gate1'], case['gate2']])
     agree(routing.load.double(), case['frac_top1']) if name == 'no_capacity' else None
     agree(logits.softmax(-1).mean(0), case['mean_prob'])
     agree(routing.balance, case['load_balance_loss'])
@@ -57,11 +57,21 @@ def test_worked_example(name):
         positions = queue_positions(routing.experts, 4, capacity).T
         assert positions.tolist() == [case['capacity']['position_top1'], case['capacity']['position_top2']]
         assert (positions < capacity).tolist() == [case['capacity']['kept_top1'], case['capacity']['kept_top2']]
-        agree(routing.gates.T, [case['capacity']['combine_gate1'], case['capacity']['combine_gate2']])
+        assert routing.kept.T.tolist() == (positions < capacity).tolist()
+        agree((routing.gates * routing.kept).T, [case['capacity']['combine_gate1'], case['capacity']['combine_gate2']])
     linear = case['expert_outputs_linear']
     layer = SparseMLP(Router(2, 4), Experts(4, 2, 2, 'linear', gated=False)).double()
     layer.experts.up_proj.data, layer.experts.down_proj.data = torch.eye(2).double().repeat(4, 1, 1), tensor(linear['W']).mT.contiguous()
     agree(layer.mix(tensor(linear['x']), routing), linear['y'])
+
+
+def test_choices_that_are_zero_in_single_precision():
+    assert route(torch.tensor([[200., 0, 50, -3]])).experts.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize('capacity', [0, -1])
+def test_a_capacity_that_is_none(capacity):
+    with pytest.raises(ValueError, match=f'capacity is {capacity}; expected at least 1'): route(torch.zeros(3, 4), capacity)
 
 
 def test_limits_of_the_losses():
@@ -176,8 +186,8 @@ def test_dropped_tokens_get_nothing():
     layer = SparseMLP(Router(6, 4, capacity_factor=0.5, std=1.), Experts(4, 6, 5, std=0.5))
     x = torch.randn(40, 6)
     routing, out = layer.router(x), layer(x)
-    assert (routing.gates > 0).sum() <= 4 * expert_capacity(40, 4, 0.5) < 80
-    dropped = (routing.gates == 0).all(1)
+    assert routing.kept.sum() <= 4 * expert_capacity(40, 4, 0.5) < 80
+    dropped = ~routing.kept.any(1)
     assert dropped.any() and out[dropped].abs().max() == 0 and (out[~dropped].abs().amax(1) > 0).all()
 
 

@@ -12,12 +12,12 @@ from mllm_replica.data import Encoded
 from mllm_replica.images import encode_png
 from mllm_replica.language import byte_tokenizer, word_tokenizer
 from mllm_replica.mm1.components import SubImages, letterboxed, resize_positions
-from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences
+from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences, source_sequences
 from mllm_replica.mm1.experts import SparseMLP, auxiliary_loss, record_routing
 from mllm_replica.mm1.model import (ENCODERS, LANGUAGE_MODELS, PRESETS, MM1Config, MM1Model, MM1Processor, assumed, at_resolution, paper_config,
                                     published_stages)
 from mllm_replica.mm1.shots import VQA, Template, few_shot
-from mllm_replica.packing import collate, encode_document
+from mllm_replica.packing import collate, encode_document, truncate
 from mllm_replica.plan import gpu_node, plan_unit, stage_cost
 from mllm_replica.recipe import Recipe, Source, Stage
 from mllm_replica.training import train
@@ -388,6 +388,21 @@ def test_an_image_becomes_overview_and_crops(source):
     assert sample['conversations'] == held and sample['images'] is given
     torch.testing.assert_close(fine.image_tensor(found.images), clip_pixels(wanted, 16), rtol=0, atol=0)   # tiles pass unchanged
     assert fine.encode(dict(id='d', document='<image> b', images=given[:1])).image_spans == [(at, at + 4) for at in range(1, 41, 4)]
+
+
+def test_overview_and_crops_stay_together():
+    "They are one image: for the length of a sequence, for what is cut off, and for how many an example may have."
+    fine = MM1Processor.from_config(configure(sub_images=32), byte_tokenizer())
+    two = fine.encode(dict(id='d', document='a <image> b <image> c', images=[picture('red'), picture('blue')]))
+    (start, stop), (second, _) = two.image_blocks
+    assert stop - start == 20 and len(two.image_spans) == 10
+    cut = truncate(two, second + 9)
+    assert len(cut) == second and cut.image_blocks == [(start, stop)] and len(cut.images) == len(cut.image_ids) == 5
+    caption = dict(id='c', document='<image> tail', images=[picture('red')])
+    with pytest.raises(ValueError, match="document 'c': an image takes 20 positions"): encode_source([caption], 'caption', fine.encode, 16)
+    captions = encode_source([caption | {'id': f'c{i}'} for i in range(4)], 'caption', fine.encode, 64)
+    rows = source_sequences({'caption': captions}, {'caption': 256})['caption']
+    assert len(rows) == 1 and len(rows[0].image_spans) == 20   # four images of sixteen
 
 
 def test_one_tile_is_the_image_itself():

@@ -137,6 +137,15 @@ def test_a_conversation_is_no_shot(pool):
     with pytest.raises(ValueError, match="'train-0' has 4 turns; a shot is one question"): few_shot(QUERY, [long], 1, 0)
 
 
+@pytest.mark.parametrize('bare', [dict(document='<image> '), dict(conversations=[{'from': 'human', 'value': '<image> q'}, {'from': 'gpt', 'value': ' '}])])
+def test_a_shot_without_an_answer(pool, bare):
+    with pytest.raises(ValueError, match="'train-0' has no caption or answer to show"): few_shot(QUERY, [pool[0] | bare], 1, 0)
+
+
+def test_fewer_than_no_shots(pool):
+    with pytest.raises(ValueError, match='-1 demonstrations were asked for; expected 0 or more'): few_shot(QUERY, pool, -1, 0)
+
+
 @pytest.mark.parametrize('template, text, answer', [
     (VQA, ' two dogs\n<image> Question: what', 'two dogs'), (VQA, '\n red ', 'red'), (CAPTION, 'a cat', 'a cat'), (VQA, '', ''),
     (Template('<image>', ' . '), 'red . <image>', 'red'), (Template('<image>', ' . '), 'red .', 'red'), (Template('<image>', ' '), 'red hat', 'red hat')])

@@ -169,6 +169,39 @@ def test_a_first_release_position_table(tmp_path):
     assert not report.problems, report.problems
 
 
+def test_a_batch_of_text(tmp_path):
+    "A file without images, labels or answers is computed as far as it goes."
+    golden, known = cases(FULL[0])
+    words = torch.randint(3, 20, (2, 7))
+    computed = known['full'](golden.config, parity.Given({name: t for name, t in golden.tensors.items() if name.startswith('w.')} | {'in.input_ids': words}))
+    assert set(computed) == {'out.inputs_embeds', 'out.logits', 'out.merged_attention_mask'}
+    recorded = {name: t.value if isinstance(t, parity.Partial) else t for name, t in computed.items()}
+    weights = {name: t for name, t in golden.tensors.items() if name.startswith('w.')}
+    assert not parity.check(golden._replace(tensors=weights | recorded | {'in.input_ids': words}), known).problems
+
+
+def test_a_file_known_by_its_parts_alone(tmp_path, capsys):
+    "MM1's file under another name, in another folder, with nothing but its configuration; with a capacity, the gates stay and the places are said."
+    path = GOLDEN[0].parents[1]/'mm1'/'connectors_moe.safetensors'
+    golden, tensors = parity.read_golden(path), load_file(path)
+    config = {name: value for name, value in golden.config.items() if name != 'metadata'}
+    save_file(tensors, tmp_path/'a.safetensors', {'config': json.dumps({k: v for k, v in config.items() if k not in ('top_k', 'lb_coef', 'z_coef', 'capacity')})})
+    save_file(tensors | {'foo.in.x': torch.zeros(1)}, tmp_path/'b.safetensors', {'config': json.dumps(config)})
+    assert parity.main([str(tmp_path/'a.safetensors')]) == 0 and parity.main([str(tmp_path/'b.safetensors')]) == 1
+    assert 'unknown kind of case' in capsys.readouterr().out
+    free, few = (parity._golden_of('mm1').parity_cases['parts'](config | {'capacity': c}, parity.Given(golden.tensors)) for c in (None, 1))
+    assert torch.equal(few['out.moe.gate1'], free['out.moe.gate1']) and not few['out.moe.kept_top1'].all()
+    assert torch.equal(few['out.moe.combine_gate2'], few['out.moe.gate2'] * few['out.moe.kept_top2'])
+
+
+@pytest.mark.parametrize('largest, scale, passes, fails', [
+    (1.0, 1.0, 9e-5, 2e-4), (1e-3, 1e-3, 1.9e-6, 3e-6), (1e-6, 50.0, 4e-5, 7e-5), (1e-6, 0.5, 4e-6, 1e-5)], ids=['usual', 'small', 'zero', 'small and no zero'])
+def test_gradients_are_measured_by_their_file(largest, scale, passes, fails):
+    recorded = torch.tensor([largest, -largest / 2])
+    problem = lambda by: parity.compare('grad.x', recorded, recorded + by, scale).problem
+    assert not problem(passes) and problem(fails)
+
+
 def test_weights_that_do_not_fit_are_named():
     golden, known = cases(FULL[0])
     tensors = {name: tensor for name, tensor in golden.tensors.items() if not name.endswith('readout.2.bias')}

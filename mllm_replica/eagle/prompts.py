@@ -18,7 +18,7 @@ from ..images import open_image
 from ..language import IGNORED, text_ids
 from ..owl2.processor import SYSTEM, image_first, to_square
 from ..records import IMAGE, ROLES
-from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_key
+from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
 from ..vlm import VisionLanguageConfig, VisionLanguageProcessor
 
 # %% ../../nbs/papers/04_eagle.ipynb #6786cc9b
@@ -232,5 +232,5 @@ def encode(
         words = sorted({word for text in texts for word in text.replace(IMAGE, ' ').split() if unknown in text_ids(self.tokenizer, word)})
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
     if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=[image_key(image) for image in images],
+    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=image_keys(images, sample['id']),
                    image_spans=spans)

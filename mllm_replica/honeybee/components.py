@@ -271,8 +271,9 @@ def forward(
 # %% ../../nbs/papers/02_honeybee.ipynb #77e9eea8
 PROJECTORS = {'mlp': MLPProjector, 'resampler': Resampler, 'c-abs': CAbstractor, 'd-abs': DAbstractor}
 _SIZES = ('encoder_hidden_size', 'output_hidden_size', 'num_input_tokens')
-_NO_EFFECT = {'projector_type', 'feature_layer_index', 'manual_init_refPoints', 'learnable_mRP', 'use_pretrained_backbone', 'disable_custom_kernels'}
-_ONE_VALUE = {'initializer_range': 0.02, 'num_feature_levels': 1, 'activation_function': 'relu'}
+_NO_EFFECT = {'projector_type', 'feature_layer_index', 'manual_init_refPoints', 'learnable_mRP', 'use_pretrained_backbone', 'disable_custom_kernels',
+              'initializer_range', 'use_cls', 'except_cls'}
+_ONE_VALUE = {'num_feature_levels': 1, 'activation_function': 'relu', 'attention_dropout': 0.0, 'activation_dropout': 0.0, 'prenorm': False}
 
 
 def projector_fields(
@@ -291,6 +292,7 @@ def build_projector(
 ) -> Projector:
     "The projector that a configuration describes, freshly initialised."
     if 'projector_type' not in config: raise ValueError(f'projector_config has no projector_type: give one of {", ".join(PROJECTORS)}')
+    if 'num_queries' in config: config = {'num_query_tokens': config['num_queries']} | config   # the name of Deformable DETR
     kind, known = config['projector_type'], projector_fields(config['projector_type'])
     sizes = dict(zip(_SIZES, (encoder_hidden_size, output_hidden_size, num_input_tokens)))
     only = _ONE_VALUE | sizes | {'num_queries': config.get('num_query_tokens')}
@@ -298,7 +300,10 @@ def build_projector(
         if name not in only: raise ValueError(f'projector_config field {name!r} is unknown for {kind!r}; known: {", ".join(known)}')
         if config[name] != only[name]:
             raise ValueError(f'projector_config field {name!r} is {config[name]!r}, only {only[name]!r} is possible here')
-    return PROJECTORS[kind](**sizes, **{name: config[name] for name in known if name in config})
+    projector = PROJECTORS[kind](**sizes, **{name: config[name] for name in known if name in config})
+    if getattr(projector, 'eos_tokens', None) is not None and 'initializer_range' in config:   # it reaches these alone
+        nn.init.trunc_normal_(projector.eos_tokens, std=config['initializer_range'])
+    return projector
 
 # %% ../../nbs/papers/02_honeybee.ipynb #cd2d8f42
 def influence_maps(

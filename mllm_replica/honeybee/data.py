@@ -11,7 +11,8 @@ from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templa
 from ..records import IMAGE as PLACEHOLDER
 from ..vision import image_key
 
-_LISTED = '{question}\nContext: {context}\nThere are several options:\n{option}\n'   # how MMBench and SEED are asked
+_LISTED = dict(mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',   # how MMBench and SEED put their question
+               seed='{question}\nThere are several options:\n{option}\n\n')
 
 
 def examples_of(
@@ -23,11 +24,12 @@ def examples_of(
     given, turns, found = json.loads(sample['meta'] or '{}'), sample['conversations'], []
     for i, (asked, said) in enumerate(zip(turns[::2], turns[1::2])):
         question, answer = asked['value'].replace(PLACEHOLDER, '').strip(), said['value']
-        fields = {'context': 'N/A'} | given | dict(id=f"{sample['id']}.{i}" if len(turns) > 2 else sample['id'], question=question, answer=answer)
+        fields = {'context': given.get('hint') or 'N/A'} | given | dict(id=f"{sample['id']}.{i}" if len(turns) > 2 else sample['id'], question=question, answer=answer)
         if template in ('vsr', 'eval-vsr'): fields['question_interro'] = vsr_question(question)
         if sample['options'] and answer not in sample['options']: raise ValueError(f"{answer!r} is not among the options {sample['options']}")
-        if sample['options']: fields['option'], fields['answer'] = optionize(sample['options'], sample['options'].index(answer), rng)
-        if sample['options'] and template == 'mmb': fields['question'] = _LISTED.format(**fields)
+        missing = ['N/A'] * (5 - len(sample['options'])) if template == 'mmb' else []   # MMBench always lists A to E
+        if sample['options']: fields['option'], fields['answer'] = optionize([*sample['options'], *missing], sample['options'].index(answer), rng)
+        if sample['options'] and template in _LISTED: fields['question'] = _LISTED[template].format(**fields)
         if 'box' in given: fields['bbox'] = bbox_text(given['box'], given['width'], given['height'])
         found.append(fields | dict(caption=answer, phrase=answer))
     return found

@@ -15,13 +15,14 @@ GROUPS = {  # task group -> data set -> percent of the instruction mixture (Tabl
     't_inst': dict(sharegpt=2.6),
 }
 _ONE_EACH = ('gqa', 'scienceqa', 'refcoco', 'coyo', 'llava150k', 'sharegpt')  # Table 4, D2
+_GROUPED = ('vqav2', 'gqa', 'ocrvqa')         # several questions in one sample
 PRETRAIN = dict(blipcapfilt=1.0, coyo_pairs=1.0)
 _SIZES = dict(vqav2=444_000, gqa=943_000, ocrvqa=802_000, vsr=8_000, scienceqa=13_000, aokvqa=17_000, refcoco=321_000,
               refcoco_plus=321_000, refcocog=321_000, vg=5_000_000, coyo=100_000_000,
               llava150k=158_000, sharegpt=40_000)  # rounded; only the balancing rules read them
 TEMPLATE_OF = dict(vqav2='vqa', gqa='gqa', ocrvqa='ocrvqa', vsr='vsr', scienceqa='sqa', aokvqa='aokvqa', refcoco='refcoco', refcoco_plus='refcocop',
                    refcocog='refcocog', vg='vgloc', coyo='coyo100m', coyo_pairs='coyo100m', blipcapfilt='blip')  # the others are conversations
-ASKED = dict(mme=('mme', 'yes_no', 20), pope=('eval-vqa', 'yes_no', 20), seed=('mmb', 'exact_match', 20), mmbench=('mmb', 'letter', 128),
+ASKED = dict(mme=('mme', 'yes_no', 20), pope=('eval-vqa', 'yes_no', 20), seed=('seed', 'exact_match', 20), mmbench=('mmb', 'letter', 128),
              scienceqa=('eval-sqa', 'letter', 128))  # benchmark -> template, metric, new tokens
 
 
@@ -47,6 +48,6 @@ def options_of(
 ) -> dict[str, Any]:
     "A data set's template, and how its questions are grouped: up to ten of an image, without repeated answers, unless the row says otherwise."
     template = {'template': TEMPLATE_OF[name]} if name in TEMPLATE_OF else {}
-    grouped = {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)} if name in GROUPS['vqa_open'] else {}
+    grouped = {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)} if name in _GROUPED else {}
     lengths = {'mean_text_tokens': 180} if name in PRETRAIN else {}
     return {'images': int(name != 'sharegpt')} | template | grouped | lengths

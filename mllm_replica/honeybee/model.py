@@ -28,7 +28,7 @@ class HoneybeeConfig(VisionLanguageConfig):
     def visual_token_count(self) -> int:
         "Positions that one image takes: query tokens + end tokens."
         projector = self.connector_config
-        return projector.get('num_query_tokens', self.num_patches) + projector.get('num_eos_tokens', 0)
+        return projector.get('num_query_tokens', projector.get('num_queries', self.num_patches)) + projector.get('num_eos_tokens', 0)
 
 
 class HoneybeeModel(VisionLanguageModel):

@@ -41,7 +41,7 @@ TEMPLATES: dict[str, tuple[tuple[str | None, str], ...]] = {  # data set -> (inp
     'refcocog': (_BOX, (_REGION + 'using detailed and descriptive expressions to refer to objects. '
                         "Example: 'The large blue teddy bear holding a red balloon with a joyful expression.'", '{phrase}')),
     **dict.fromkeys(('mme', 'eval-vqa'), ((_SHORT + '{question}', ''),)),
-    'mmb': ((_LETTER + '{question}', ''),),
+    **dict.fromkeys(('mmb', 'seed'), ((_LETTER + '{question}', ''),)),
     'eval-sqa': ((_SQA, ''),),
     'eval-vsr': ((_VSR, ''),),
     'eval-refexploc': ((_BOX[0], ''),),
@@ -87,9 +87,11 @@ def encode_prompt(
     max_length: int | None = None,  # tokens without the begin token
     no_eos: bool = False,           # drop an end token at the very end
 ) -> tuple[list[int], list[int]]:
-    "Input ids and labels of a prompt text."
-    ids, labels = tokenize(prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, max_length)
-    return (ids[:-1], labels[:-1]) if no_eos and ids[-1] == tokenizer.eos_token_id else (ids, labels)
+    "Input ids and labels of a prompt text. Officially a caption is cut when all is written, so perhaps inside its image."
+    caption, stop = prompt.startswith(NO_PROMPT), None if max_length is None else max_length + 1
+    ids, labels = tokenize(prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, None if caption else max_length)
+    if no_eos and ids[-1] == tokenizer.eos_token_id: ids, labels = ids[:-1], labels[:-1]
+    return ids[:stop], labels[:stop]
 
 # %% ../../nbs/papers/02_honeybee.ipynb #6b3d2b1e
 def conversation_pieces(
@@ -100,7 +102,7 @@ def conversation_pieces(
     "The pieces of a conversation, answers supervised."
     pieces = [Piece(system)]
     for turn in turns if training or turns[-1]['from'] != 'gpt' else turns[:-1]:
-        if turn['from'] == 'gpt': pieces += [Piece('\nAI: '), Piece(turn['value'], supervised=True, end=True)]
+        if turn['from'] == 'gpt': pieces += [Piece('\nAI: '), *[Piece(turn['value'], supervised=True, end=True)] * bool(turn['value'])]
         else:
             lines = [part for part in re.split(r'\n?(<image>)\n?', turn['value']) if part]
             pieces += [piece for line in lines for piece in (Piece('\nHuman: '), IMAGE if line == '<image>' else Piece(line))]

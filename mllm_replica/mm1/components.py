@@ -183,7 +183,7 @@ class SubImages:
     tokens_per_image: int = 144    # M
 
     def __post_init__(self) -> None:
-        if self.resolution % self.tile or self.tile % self.patch:
+        if min(self.resolution, self.tile, self.patch) < 1 or self.resolution % self.tile or self.tile % self.patch:
             raise ValueError(f'{self.resolution} pixels do not divide into tiles of {self.tile}, or these not into patches of {self.patch}')
 
     @property
@@ -215,7 +215,7 @@ class SubImages:
     def cut(self, image: Image.Image) -> list[Image.Image]:
         "The overview and the crops, each of `tile` pixels."
         square = letterboxed(image, self.resolution)
-        return [square.resize((self.tile, self.tile), Image.Resampling.BICUBIC)] + [square.crop(box) for box in self.boxes]
+        return [letterboxed(image, self.tile)] + [square.crop(box) for box in self.boxes]
 
 # %% ../../nbs/papers/03_mm1.ipynb #b1bd8aac
 def few_shot_tokens(

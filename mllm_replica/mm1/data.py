@@ -46,6 +46,7 @@ def check_example(
     name = f"document {sample['id']!r}"
     if not (sample.get('document') or '').replace(IMAGE, '').strip():
         raise ValueError(f'{name} has no text, so nothing can be learnt from it; write some or leave it out')
+    sample = sample | {'images': sample.get('images') or []}
     check_sample(dict.fromkeys(COLUMNS, '') | sample)
     check_count(sample['id'], len(sample['images']), kind)
 
@@ -61,7 +62,7 @@ def encode_source(
     for sample in samples:
         check_example(sample, kind)
         examples.append(example := encode(sample))
-        block = max((stop - start for start, stop in example.image_spans), default=0)
+        block = max((stop - start for start, stop in example.image_blocks), default=0)
         if block >= length: raise ValueError(f"document {sample['id']!r}: an image takes {block} positions, but a sequence of {length} leaves "
                                              f'{length - 1} after its begin token; use fewer visual tokens or longer sequences')
     return [truncate(example, length) for example in examples]
@@ -95,7 +96,7 @@ def join(
 def _check_room(examples: Sequence[Encoded], length: int, max_images: int) -> None:
     "Every example fits into an empty sequence."
     for example in examples:
-        images = len(example.image_spans)
+        images = len(example.image_blocks)
         if images > max_images: raise ValueError(f'document {example.id!r} has {images} images, a sequence holds {max_images}; split it')
         if len(example) > length: raise ValueError(f'document {example.id!r} has {len(example)} positions, a sequence {length}; truncate it first')
 
@@ -109,11 +110,11 @@ def next_fit(
     _check_room(examples, length, max_images)
     rows, positions, images = [], length, 0                  # free in the last sequence
     for example in examples:
-        if not rows or len(example) > positions or len(example.image_spans) > images:
+        if not rows or len(example) > positions or len(example.image_blocks) > images:
             rows.append([])
             positions, images = length, max_images
         rows[-1].append(example)
-        positions, images = positions - len(example), images - len(example.image_spans)
+        positions, images = positions - len(example), images - len(example.image_blocks)
     return rows
 
 # %% ../../nbs/papers/03_mm1.ipynb #b99dfb9b
@@ -126,7 +127,7 @@ def best_fit(
     _check_room(examples, length, max_images)
     rows, rooms = [], [[] for _ in range(max_images + 1)]    # rooms[k]: sorted (free positions, sequence) of those that may take k more images
     for example in sorted(examples, key=len, reverse=True):
-        places = ((k, bisect.bisect_left(rooms[k], (len(example), -1))) for k in range(len(example.image_spans), max_images + 1))
+        places = ((k, bisect.bisect_left(rooms[k], (len(example), -1))) for k in range(len(example.image_blocks), max_images + 1))
         fitting = [(rooms[k][at], k, at) for k, at in places if at < len(rooms[k])]
         if fitting:
             (free, row), images, at = min(fitting)
@@ -135,7 +136,7 @@ def best_fit(
             free, row, images = length, len(rows), max_images
             rows.append([])
         rows[row].append(example)
-        bisect.insort(rooms[images - len(example.image_spans)], (free - len(example), row))
+        bisect.insort(rooms[images - len(example.image_blocks)], (free - len(example), row))
     return rows
 
 
@@ -155,7 +156,7 @@ def source_sequences(
 ) -> dict[str, list[TrainingSequence]]:
     "The sequences of every source."
     for kind in encoded.keys() & KINDS.keys():
-        for example in encoded[kind]: check_count(example.id, len(example.image_spans), kind)
+        for example in encoded[kind]: check_count(example.id, len(example.image_blocks), kind)
     return {name: make_sequences(examples, lengths[name]) for name, examples in encoded.items()}
 
 
@@ -199,7 +200,7 @@ class Frozen(Mixture):
         while len(before) <= step: before.append(before[-1] + Counter(names(len(before) - 1)))
         taken, found = Counter(before[step]), []
         for name in names(step):
-            if taken[name] == self.sizes[name]:
+            if taken[name] >= self.sizes[name]:
                 raise ValueError(f'source {name!r} is exhausted at step {step + 1} of {batch_size} sequences: it has {self.sizes[name]}; '
                                  'add data, or lower its weight or the steps')
             found.append((name, self._orders[name][taken[name]]))

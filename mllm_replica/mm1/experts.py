@@ -23,7 +23,8 @@ class Routing(NamedTuple):
     "Where the tokens of a batch go."
     logits: Tensor    # [n,E]
     experts: Tensor   # [n,2] first and second choice
-    gates: Tensor     # [n,2] weight of each; 0 where it was dropped
+    gates: Tensor     # [n,2] weight of each
+    kept: Tensor      # [n,2] False where there was no room
     balance: Tensor   # []
     z: Tensor         # []
 
@@ -38,16 +39,17 @@ def route(
     capacity: int | None = None,  # tokens that an expert takes; None: all
 ) -> Routing:
     "Top-2 routing; ties go to the lower number."
+    if capacity is not None and capacity < 1: raise ValueError(f'capacity is {capacity}; expected at least 1, or None for no limit')
     probabilities = logits.softmax(-1)
-    first = probabilities.argmax(-1)
+    first = logits.argmax(-1)
     chosen = F.one_hot(first, logits.shape[-1])
-    second = probabilities.masked_fill(chosen.bool(), -1).argmax(-1)
+    second = logits.masked_fill(chosen.bool(), float('-inf')).argmax(-1)   # of two that are both 0 in single precision, the likelier
     experts = torch.stack([first, second], -1)
     gates = probabilities.gather(-1, experts)
     gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
-    if capacity is not None: gates = gates * (queue_positions(experts, logits.shape[-1], capacity) < capacity)
+    kept = torch.ones_like(experts) if capacity is None else queue_positions(experts, logits.shape[-1], capacity) < capacity
     balance = logits.shape[-1] * (chosen.to(logits.dtype).mean(0) * probabilities.mean(0)).sum()
-    return Routing(logits, experts, gates, balance, logits.logsumexp(-1).square().mean())
+    return Routing(logits, experts, gates, kept.bool(), balance, logits.logsumexp(-1).square().mean())
 
 # %% ../../nbs/papers/03_mm1.ipynb #e20df2ae
 def queue_positions(
@@ -164,7 +166,7 @@ class SparseMLP(nn.Module):
         chosen, order = routing.experts.flatten().sort(stable=True)
         y = self.experts(x[order // 2], spans(chosen, self.experts.num_experts))
         y = y[order.argsort()].unflatten(0, (-1, 2))
-        return (y * routing.gates[..., None].to(y.dtype)).sum(1).to(x.dtype)
+        return (y * (routing.gates * routing.kept)[..., None].to(y.dtype)).sum(1).to(x.dtype)
 
 # %% ../../nbs/papers/03_mm1.ipynb #4bda9a63
 def up_cycle(

@@ -24,7 +24,7 @@ class Law(NamedTuple):
         parameters: float,  # N
     ) -> float:
         "Peak learning rate of a model of this size."
-        if parameters <= 0: raise ValueError(f'a model of {parameters} parameters; expected more than 0')
+        if not parameters > 0: raise ValueError(f'a model of {parameters} parameters; expected more than 0')
         return math.exp(self.slope * math.log(parameters) + self.intercept)
 
 
@@ -84,7 +84,8 @@ def fit_law(
     rates: Sequence[float],       # its best peak learning rate
 ) -> Fit:
     "Least squares in logarithms."
-    if len(parameters) != len(rates) or min(*parameters, *rates) <= 0: raise ValueError('expected one positive rate for each positive size')
+    if len(parameters) != len(rates) or not all(0 < number < math.inf for number in (*parameters, *rates)):
+        raise ValueError(f'sizes {list(parameters)} and rates {list(rates)}: expected one positive rate for each positive size')
     if len(parameters) < 3 or len(set(parameters)) < 2: raise ValueError(f'{len(parameters)} points; intervals need 3 or more, of different sizes')
     x, y = np.log(parameters), np.log(rates)
     slope, intercept = np.polyfit(x, y, 1)

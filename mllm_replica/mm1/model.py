@@ -6,6 +6,7 @@ __all__ = ['LANGUAGE_MODELS', 'ENCODERS', 'PRESETS', 'MM1Config', 'MM1Model', 'a
 # %% ../../nbs/papers/03_mm1.ipynb #7aed4b8b
 import json, re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -165,13 +166,16 @@ class MM1Processor(VisionLanguageProcessor):
         "The processor that fits a model's configuration."
         return super().from_config(config, tokenizer, **({'sub_images': config.sub_images} | kwargs))
 
+    @property
+    def _tiles(self) -> SubImages:
+        return SubImages(self.sub_images, self.image_size, self.image_size, self.visual_tokens)
+
     def views(
         self,
         image: Any,  # PIL image or undecoded source
     ) -> list[Any]:
         "What the encoder reads of an image: itself, or an overview and crops."
-        if self.sub_images is None: return [image]
-        return SubImages(self.sub_images, self.image_size, self.image_size, self.visual_tokens).cut(open_image(image))
+        return [image] if self.sub_images is None else self._tiles.cut(open_image(image))
 
     def with_views(
         self,
@@ -207,7 +211,8 @@ class MM1Processor(VisionLanguageProcessor):
         training: bool = True,   # False: the prompt alone, to be answered
     ) -> Encoded:
         "Token ids, labels and images of one sample."
-        return super().encode(self.with_views(sample), training)
+        seen = self.with_views(sample)
+        return replace(super().encode(seen, training), views=1 if seen is sample else self._tiles.num_images)
 
     def image_tensor(
         self,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..records import COLUMNS, IMAGE, check_sample
-from ..vision import image_key
+from ..vision import image_keys
 
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
 class Template(NamedTuple):
@@ -36,22 +36,20 @@ VQA = Template('<image> Question: {question} Short answer:')
 # %% ../../nbs/papers/03_mm1.ipynb #3dc729ca
 def _spoken(sample: dict[str, Any]) -> tuple[str, str]:
     "Question and answer of a sample; of a captioned image ('', caption)."
-    if sample.get('document'): return '', sample['document'].replace(IMAGE, '').strip()
-    turns = sample['conversations']
+    turns = [{'value': ''}, {'value': sample['document'].replace(IMAGE, '')}] if sample.get('document') else sample['conversations']
     if len(turns) != 2: raise ValueError(f"sample {sample['id']!r} has {len(turns)} turns; a shot is one question and its answer")
+    if not turns[1]['value'].strip(): raise ValueError(f"sample {sample['id']!r} has no caption or answer to show; write one or leave the sample out")
     return turns[0]['value'].replace(IMAGE, '').strip(), turns[1]['value'].strip()
 
 
-def _image_keys(sample: dict[str, Any]) -> list[str]:
-    "A name for each image, by its content; a missing one is an error."
-    try: return [image_key(image) for image in sample['images']]
-    except (OSError, TypeError, KeyError) as error:
-        raise ValueError(f"sample {sample['id']!r}: an image is missing ({error}); restore it or leave the sample out") from error
+def _images(sample: dict[str, Any]) -> set[str]:
+    "The names of its images, by their content."
+    return set(image_keys(sample.get('images') or [], sample['id']))
 
 
 def _line(sample: dict[str, Any], template: Template, views: Callable[[Any], Sequence[Any]]) -> tuple[str, list[Any]]:
     "The sample as the template asks for it, without its answer, and its images."
-    around, images = template.query.split(IMAGE), sample['images']
+    around, images = template.query.split(IMAGE), sample.get('images') or []
     if len(images) != len(around) - 1:
         raise ValueError(f"sample {sample['id']!r} has {len(images)} images, the template shows {len(around) - 1}; restore them or drop the sample")
     seen = [list(views(image)) for image in images]
@@ -66,8 +64,9 @@ def demonstrations(
     seed: int,
 ) -> list[dict[str, Any]]:
     "The `shots` examples shown before a query; only (seed, query id, pool) decide."
-    own, order = set(_image_keys(sample)), np.random.default_rng([seed, zlib.crc32(sample['id'].encode())]).permutation(len(pool))
-    others = (row for row in (pool[int(i)] for i in order) if row['id'] != sample['id'] and own.isdisjoint(_image_keys(row)))
+    if shots < 0: raise ValueError(f"sample {sample['id']!r}: {shots} demonstrations were asked for; expected 0 or more")
+    own, order = _images(sample), np.random.default_rng([seed, zlib.crc32(sample['id'].encode())]).permutation(len(pool))
+    others = (row for row in (pool[int(i)] for i in order) if row['id'] != sample['id'] and own.isdisjoint(_images(row)))
     chosen = list(islice(others, shots))
     if len(chosen) < shots: raise ValueError(f"sample {sample['id']!r}: {shots} demonstrations were asked for, the pool has {len(chosen)} for it")
     return chosen

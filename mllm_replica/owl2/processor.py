@@ -18,7 +18,7 @@ from ..data import Encoded
 from ..images import MAX_PIXELS, ImageError, image_name, open_image
 from ..language import IGNORED, text_ids
 from ..records import IMAGE, ROLES
-from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_key
+from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
 from ..vlm import VisionLanguageProcessor
 
 # %% ../../nbs/papers/01_owl2.ipynb #bd645811
@@ -219,4 +219,4 @@ def encode(
         words = sorted({word for text in texts for word in text.replace(IMAGE, ' ').split() if unknown in text_ids(self.tokenizer, word)})
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
     if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=[image_key(p) for p in pictures], image_spans=spans)
+    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']), image_spans=spans)
