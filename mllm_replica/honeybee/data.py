@@ -24,7 +24,8 @@ def examples_of(
     given, turns, found = json.loads(sample['meta'] or '{}'), sample['conversations'], []
     for i, (asked, said) in enumerate(zip(turns[::2], turns[1::2])):
         question, answer = asked['value'].replace(PLACEHOLDER, '').strip(), said['value']
-        fields = {'context': given.get('hint') or 'N/A'} | given | dict(id=f"{sample['id']}.{i}" if len(turns) > 2 else sample['id'], question=question, answer=answer)
+        name = f"{sample['id']}.{i}" if len(turns) > 2 else sample['id']
+        fields = {'context': given.get('hint') or 'N/A'} | given | dict(id=name, question=question, answer=answer)
         if template in ('vsr', 'eval-vsr'): fields['question_interro'] = vsr_question(question)
         if sample['options'] and answer not in sample['options']: raise ValueError(f"{answer!r} is not among the options {sample['options']}")
         missing = ['N/A'] * (5 - len(sample['options'])) if template == 'mmb' else []   # MMBench always lists A to E

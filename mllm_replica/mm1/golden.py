@@ -53,7 +53,8 @@ def expert_results(
     routing = route(layer.router.logits(x), capacity)
     auxiliary_loss([routing], config['lb_coef'], config['z_coef']).backward()
     found = {'y': layer.mix(x, routing), 'logits': routing.logits, 'load_balance_loss': routing.balance[None], 'router_z_loss': routing.z[None]}
-    found |= dict(probs=routing.logits.softmax(-1), frac_top1=routing.load, mean_prob=routing.logits.softmax(-1).mean(0), logsumexp=routing.logits.logsumexp(-1))
+    probabilities = routing.logits.softmax(-1)
+    found |= dict(probs=probabilities, frac_top1=routing.load, mean_prob=probabilities.mean(0), logsumexp=routing.logits.logsumexp(-1))
     each = {'gate': routing.gates, 'top': routing.experts}
     if capacity is not None: each |= {'position_top': queue_positions(routing.experts, config['experts'], capacity), 'kept_top': routing.kept,
                                       'combine_gate': routing.gates * routing.kept}

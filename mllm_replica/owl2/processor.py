@@ -219,4 +219,5 @@ def encode(
         words = sorted({word for text in texts for word in text.replace(IMAGE, ' ').split() if unknown in text_ids(self.tokenizer, word)})
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
     if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']), image_spans=spans)
+    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']),
+                   image_spans=spans)

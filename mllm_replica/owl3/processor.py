@@ -306,7 +306,8 @@ def encode(
         words = sorted({w for text in [*texts, self.placeholder] for w in text.split() if w != IMAGE and unknown in text_ids(self.tokenizer, w)})
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
     if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']), image_spans=spans)
+    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']),
+                   image_spans=spans)
 
 # %% ../../nbs/papers/05_owl3.ipynb #6e85f65b
 class ConcatProcessor(VisionLanguageProcessor):
