@@ -169,7 +169,7 @@ def test_a_first_release_position_table(tmp_path):
     assert not report.problems, report.problems
 
 
-def test_a_batch_of_text(tmp_path):
+def test_a_batch_of_text():
     "A file without images, labels or answers is computed as far as it goes."
     golden, known = cases(FULL[0])
     words = torch.randint(3, 20, (2, 7))

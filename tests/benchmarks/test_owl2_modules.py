@@ -166,7 +166,7 @@ def test_layer_without_image(kernel, backward, use, ratio, table, twice_as_fast)
     (x, angles), layer, plain = inputs(), adapted(), llama()
     measured = ratio(lambda: run(layer, x, angles, backward))
     dearest = SLACK if kernel == 'oneDNN' and backward and not twice_as_fast else NO_DEARER
-    relative = beside(lambda: run(layer, x, angles, backward), lambda: run(plain, x, angles, backward), dearest)
+    relative = beside(lambda: run(layer, x, angles, backward), lambda: run(plain, x, angles, backward), dearest, rounds=5 if backward else 9)
     plain.zero_grad()
     name, official = f'layer, text {relative:.3f}', OFFICIAL['text'][backward]   # beside Llama's layer
     table.append((name, kernel, 'both' if backward else 'forward', measured, official, layer_bound(LENGTH, backward)))
