@@ -272,7 +272,7 @@ def forward(
 PROJECTORS = {'mlp': MLPProjector, 'resampler': Resampler, 'c-abs': CAbstractor, 'd-abs': DAbstractor}
 _SIZES = ('encoder_hidden_size', 'output_hidden_size', 'num_input_tokens')
 _NO_EFFECT = {'projector_type', 'feature_layer_index', 'manual_init_refPoints', 'learnable_mRP', 'use_pretrained_backbone', 'disable_custom_kernels',
-              'initializer_range', 'use_cls', 'except_cls'}
+              'initializer_range', 'use_cls', 'except_cls'}   # the range reaches end tokens alone, below
 _ONE_VALUE = {'num_feature_levels': 1, 'activation_function': 'relu', 'attention_dropout': 0.0, 'activation_dropout': 0.0, 'prenorm': False}
 
 

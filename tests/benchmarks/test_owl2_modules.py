@@ -25,7 +25,7 @@ OFFICIAL = {'mixed': (3.97, 14.4), 'text': (4.3, 13.2), 'decode': (0.24,), 'abst
 AIM = {'mixed': (3.3, 10.5), 'abstractor': (2.2, 6.0)}   # where oneDNN is twice as fast as the BLAS; else the official figures are to be held
 # A decode step reads 810 MB of weights, and costs what its seven bare products cost (measured beside it): 0.19 to 0.27; the aim of 0.20 is met where
 # memory is quick enough. Adding the weights up, which is the least that reading them can cost, takes 0.13 on the same machine.
-# Where oneDNN gains little, copying 810 MB of weights for it makes training on text 3 to 7 % dearer than Llama's layer on the BLAS.
+# Where oneDNN gains little, copying 810 MB of weights for it makes training on text 2 to 7 % dearer than with Llama's layer.
 NO_DEARER = 1.03   # than Llama's layer, where there is no image
 BARELY = 1.2       # than the bare products of a decode step
 both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward', 'both'))
