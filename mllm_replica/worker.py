@@ -78,6 +78,7 @@ def environment(
 ) -> dict[str, str]:
     "Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise."
     wishes = {'HF_HUB_OFFLINE': '1', 'IPYTHONDIR': str(run_folder/'ipython'), 'MPLCONFIGDIR': str(run_folder/'matplotlib')}  # the user's own win
+    wishes |= dict.fromkeys(('MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'), str(2**28))  # bytes; a step's memory is kept for the next one
     limits = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS', 'NUMEXPR')} | {'TOKENIZERS_PARALLELISM': 'false'}
     here = {'MLLM_REPLICA_ROOT': str(project_root()), 'MLLM_REPLICA_RUNS': str(run_folder), 'PYTHONUNBUFFERED': '1'}
     return wishes | os.environ | limits | here

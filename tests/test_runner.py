@@ -144,7 +144,8 @@ def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
 
 
 def test_a_unit_is_offline_and_writes_below_the_run_folder_unless_the_user_says_otherwise(project, monkeypatch):
-    defaults = dict(HF_HUB_OFFLINE='1', IPYTHONDIR=str(project.runs/'ipython'), MPLCONFIGDIR=str(project.runs/'matplotlib'))
+    defaults = dict(HF_HUB_OFFLINE='1', IPYTHONDIR=str(project.runs/'ipython'), MPLCONFIGDIR=str(project.runs/'matplotlib'),
+                    MALLOC_TRIM_THRESHOLD_=str(2**28), MALLOC_MMAP_THRESHOLD_=str(2**28))
     for name in (*defaults, 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'): monkeypatch.delenv(name, raising=False)
     assert worker.environment(1, project.runs).items() >= defaults.items()
     own = dict.fromkeys(defaults, '0')
