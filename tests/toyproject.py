@@ -28,7 +28,8 @@ result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={'toy': Metric
 (Path(out_dir)/'curve.csv').write_text('step,stage,loss\\n1,joint,2.5\\n2,joint,1.5\\n')
 write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 LATE = "if row == 'late' and broken: 1/0"
-DRIVER = """import sys
+DRIVER = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
 from mllm_replica import journal, registry
 registry.CHAPTERS['mm1'] = 'toychapter'
 journal.executed_modules = lambda paper: {}  # these units execute nothing of the package
