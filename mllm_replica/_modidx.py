@@ -1930,6 +1930,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mllm_replica.plan.UnitPlan.flops': ('foundations/plan.html#unitplan.flops', 'mllm_replica/plan.py'),
                                    'mllm_replica.plan.UnitPlan.peak_gb': ('foundations/plan.html#unitplan.peak_gb', 'mllm_replica/plan.py'),
                                    'mllm_replica.plan._over_depth': ('foundations/plan.html#_over_depth', 'mllm_replica/plan.py'),
+                                   'mllm_replica.plan._period': ('foundations/plan.html#_period', 'mllm_replica/plan.py'),
                                    'mllm_replica.plan._pixels': ('foundations/plan.html#_pixels', 'mllm_replica/plan.py'),
                                    'mllm_replica.plan._step': ('foundations/plan.html#_step', 'mllm_replica/plan.py'),
                                    'mllm_replica.plan.assumptions': ('foundations/plan.html#assumptions', 'mllm_replica/plan.py'),

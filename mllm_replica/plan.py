@@ -80,17 +80,24 @@ def _step(model: nn.Module, length: int, images: int, image_features: Tensor | N
     return model(inputs_embeds=torch.cat([p.to(parts[-1].dtype) for p in parts], 1), use_cache=False).logits
 
 
+def _period(layers: nn.ModuleList) -> int:
+    "Number of layers after which their shapes repeat to the end: 1 where all are equal, all of them where nothing repeats."
+    kinds = [tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers]
+    return next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
+
+
 def _over_depth(model: nn.Module, step: Callable[[], Tensor]) -> Cost:
-    "`count` the step; equal decoder layers are counted as one, then two of them, and multiplied."
+    "`count` the step; decoder layers that repeat are counted once, then twice, and multiplied."
     decoder, layers = model.get_decoder(), model.get_decoder().layers
-    equal = len({tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers}) == 1
-    if not equal or len(layers) < 3: return count(step, model)
+    period = _period(layers)
+    times = len(layers) // period
+    if times < 3: return count(step, model)
     found = []
-    for depth in (1, 2):
+    for depth in (period, 2 * period):
         decoder.layers = layers[:depth]
         found.append(count(step, model))
     decoder.layers = layers
-    return Cost(*(one + (two - one) * (len(layers) - 1) for one, two in zip(*found)))
+    return Cost(*(one + (two - one) * (times - 1) for one, two in zip(*found)))
 
 # %% ../nbs/foundations/70_plan.ipynb #c859eef5
 def stage_cost(

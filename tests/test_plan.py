@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mllm_replica import plan as planning
 from mllm_replica.cli import app
 from mllm_replica.cost import count
+from mllm_replica.mm1.experts import insert_experts
 from mllm_replica.recipe import Benchmark, Recipe, Source, Stage
 from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel
 
@@ -50,6 +51,30 @@ def test_rows_seeds_and_reasons(chapter):
     assert (found.shared, found.seeds) == (1, 1) and found.skipped == {'3/d': 'its data was never published'}
     assert found.units[1].flops < found.units[0].flops
     assert 'twenty-four text tokens a caption' in found.assumptions and any('ZeRO 2' in a for a in found.assumptions)
+
+
+@pytest.mark.parametrize('layers, every, counted', [(6, 2, [2, 4]), (9, 3, [3, 6]), (7, 3, [7]), (4, 2, [4])])
+def test_layers_that_alternate_are_counted_by_the_round(layers, every, counted, monkeypatch):
+    sizes = SMALL | dict(text_config=SMALL['text_config'] | dict(num_hidden_layers=layers))
+    depths = []
+
+    def build_sparse():
+        "A model with experts in every second or third layer."
+        model = VisionLanguageModel(VisionLanguageConfig(**sizes))
+        insert_experts(model.language_model, every, num_experts=4)
+        return model
+
+    def noted(step, model):
+        "How deep the decoder is that is counted."
+        depths.append(len(model.get_decoder().layers))
+        return count(step, model)
+
+    monkeypatch.setattr(planning, 'count', noted)
+    by_the_round = planning.stage_cost(build_sparse, TUNE, 64, 0, checkpointing=True)
+    assert depths == 2 * counted
+    monkeypatch.setattr(planning, '_period', len)
+    for found, wanted in zip(by_the_round, planning.stage_cost(build_sparse, TUNE, 64, 0, checkpointing=True)[:2]):
+        assert found[:2] == wanted[:2] and found.activations == pytest.approx(wanted.activations, rel=1e-3)
 
 
 def test_linear_in_steps_and_samples():

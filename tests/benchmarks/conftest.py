@@ -56,7 +56,6 @@ def twice_as_fast():
 def ratio(benchmark, matmul):
     "Least process CPU time of a function over that of the product, the two measured in turn."
     def measure(function, rounds=5):
-        function()
         reference = []
         benchmark.pedantic(function, setup=lambda: reference.append(matmul()), rounds=rounds)
         return benchmark.stats.stats.min / min(reference)
