@@ -54,22 +54,33 @@ def choose(
 PLANNED = ('images', 'mean_text_tokens')   # options of stored sources that the planner reads: images and text tokens of a sample
 
 
+def _made(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
+    from mllm_replica.worlds import build_world, read_world
+    return read_world(build_world(source.name, source.split, seed, source.size, **source.options))
+
+
+def _easy_vqa(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
+    from mllm_replica.worlds import easy_vqa
+    return easy_vqa(source.split, source.size, seed=seed, **source.options)
+
+
+def _stored(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
+    unknown = sorted(set(source.options) - set(PLANNED))
+    if unknown: raise ValueError(f'source {source.name!r}: kind {source.kind!r} does not know the options {unknown}')
+    if data_root is None: raise ValueError(f'source {source.name!r}: kind {source.kind!r} needs data_root, the folder it is relative to')
+    return choose(_read_cached(source, data_root), source.size, seed)
+
+
+_KINDS = {'world': _made, 'easy_vqa': _easy_vqa, 'folder': _stored, 'parquet': _stored, 'tar': _stored}
+
+
 def load_source(
     source: Source,                  # from the recipe
     seed: int,                       # decides procedural scenes and which samples `size` keeps
     data_root: Path | None = None,   # folder of local data, for the kinds 'folder', 'parquet' and 'tar'
 ) -> 'datasets.Dataset':
     "The samples of a source, images undecoded; columns as in `features`."
-    if source.kind == 'world':
-        from mllm_replica.worlds import build_world, read_world
-        return read_world(build_world(source.name, source.split, seed, source.size, **source.options))
-    if source.kind == 'easy_vqa':
-        from mllm_replica.worlds import easy_vqa
-        return easy_vqa(source.split, source.size, seed=seed, **source.options)
-    unknown = sorted(set(source.options) - set(PLANNED))
-    if unknown: raise ValueError(f'source {source.name!r}: kind {source.kind!r} does not know the options {unknown}')
-    if data_root is None: raise ValueError(f'source {source.name!r}: kind {source.kind!r} needs data_root, the folder it is relative to')
-    return choose(_read_cached(source, data_root), source.size, seed)
+    return _KINDS[source.kind](source, seed, data_root)
 
 # %% ../nbs/foundations/21_data.ipynb #b0e7359a
 def check_images(

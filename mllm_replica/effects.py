@@ -120,9 +120,10 @@ def effects(
     table: str,
     scale: Scale,
     metric: str | None = None,  # one of the results; None: all that stand for a published column
+    own: bool = False,          # this clone's own results
 ) -> pd.DataFrame:
     "The differences between all pairs of rows that differ in one factor; empty when there is no such pair."
-    t, found = load_table(paper, table), samples(read_results(paper, table, scale))
+    t, found = load_table(paper, table), samples(read_results(paper, table, scale, own))
     if not found: raise ValueError(f'{paper} table {table} has no results at scale {scale}: run it first')
     known, measured = list(dict.fromkeys(m for row in found.values() for m in row)), t.measured(scale)
     if metric is not None and metric not in known: raise KeyError(f'{paper} table {table} at {scale} has no {metric!r}; it has {", ".join(known)}')

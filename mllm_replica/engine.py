@@ -95,6 +95,8 @@ class Result(Strict):
     seconds: FiniteFloat
     peak_memory_mb: FiniteFloat
     versions: dict[str, str]
+    processor: str = ''        # its kind
+    threads: int = 1
 
 
 def write_atomic(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import data
-from .journal import library_versions, source_hash
+from .journal import library_versions
+from .keys import code_of_functions
 from .packing import arrange
 from .recipe import Recipe, Stage
 from .registry import recipes_of
@@ -34,19 +35,19 @@ def pretrained(
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise NotImplementedError(f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher')
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
-    decides = [recipe.seed, [stage.model_dump() for stage in stages], {name: recipe.sources[name].model_dump() for name in names},
-               source_hash(recipe.paper), library_versions(), settings_of]
+    chapter, sources = recipes_of(recipe.paper), {name: recipe.sources[name].model_dump() for name in names}
+    read, order = getattr(chapter, 'load_source', data.load_source), getattr(chapter, 'arrange', arrange)
+    code = code_of_functions(type(model), type(processor), read, order, train, content=sources)
+    decides = [recipe.seed, [stage.model_dump() for stage in stages], sources, code, library_versions(), settings_of]
     key = hashlib.sha256(json.dumps([encoder_key(model), decides], sort_keys=True).encode()).hexdigest()[:16]
     folder = settings().run_folder/'pretrained'/key
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder/'weights.safetensors').exists():
-            chapter = recipes_of(recipe.paper)
-            read = getattr(chapter, 'load_source', data.load_source)
             found = {name: read(recipe.sources[name], recipe.seed, project_root()/'data') for name in names}
             encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in found.items()}
-            arranged = getattr(chapter, 'arrange', arrange)(
+            arranged = order(
                 stages, encoded, pad_token_id=processor.tokenizer.pad_token_id, image_tensor=getattr(processor, 'image_tensor', None))
             train(model, stages, **arranged, out_dir=folder, seed=recipe.seed)
             save_file({name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}, folder/'weights.partial')

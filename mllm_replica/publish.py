@@ -7,7 +7,10 @@ __all__ = ['FRESH', 'reportable', 'report_folder', 'comparison', 'write_records'
            'is_published', 'publish']
 
 # %% ../nbs/foundations/67_publish.ipynb #cf17423f
-import fcntl, hashlib, json, re
+import fcntl
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +19,8 @@ from pathlib import Path
 from pydantic import FiniteFloat
 
 from .engine import Job, TableParameters, check_parameters, write_atomic
-from .journal import git_commit, source_hash
+from .journal import git_commit
+from .keys import code_of
 from .published import Replication, load_table, paper_folder
 from .recipe import Recipe
 from .settings import Scale, Strict, project_root, settings
@@ -69,25 +73,34 @@ def write_records(
     table: str,
     scale: Scale,
     units: Sequence[tuple[Recipe, Order]],  # the row's recipe and the finished unit behind it
+    own: bool = True,                       # into the run folder; else into the project's own results
 ) -> Path:
     "Add finished units to the table's result file."
-    from mllm_replica.results import Record, outdated, read_results, results_path, write_results
-    before, rows = read_results(paper, table, scale), {recipe.row for recipe, _ in units}
+    from mllm_replica.results import read_results, results_path, write_results
+    from mllm_replica.validity import outdated
+    before, rows = read_results(paper, table, scale, own), {recipe.row for recipe, _ in units}
     known, dropped = {(r.row, r.seed, r.unit) for r in before}, {(r.row, r.seed) for r in before if r.row in rows and outdated(paper, r)}
-    records, source = [], source_hash(paper)
-    measured = load_table(paper, table).measured(scale) or Replication(columns=[])
-    for recipe, order in units:
-        if (recipe.row, recipe.seed, order.key) in known: continue
-        result = order.result()
-        date = datetime.fromtimestamp((order.folder/'result.json').stat().st_mtime, UTC).isoformat(timespec='seconds')
-        commit = (order.folder/'commit').read_text() if (order.folder/'commit').exists() else git_commit()
-        same = dict(table=table, row=recipe.row, scale=scale, seed=recipe.seed, unit=order.key, digest=result.digest, source=source, commit=commit,
-                    date=date, seconds=round(result.seconds, 1))
-        records += [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()]
-        means = measured.means({name: m.value for name, m in result.metrics.items()})
-        records += [Record(metric=name, value=value, **same) for name, value in means.items()]
-    if records or dropped: write_results(paper, table, scale, records, dropped)
-    return results_path(paper, table, scale)
+    new = [unit for unit in units if (unit[0].row, unit[0].seed, unit[1].key) not in known]
+    records = [record for recipe, order in new for record in _records(recipe, order, own)]
+    if records or dropped: write_results(paper, table, scale, records, dropped, own)
+    return results_path(paper, table, scale, own)
+
+
+def _records(recipe: Recipe, order: Order, own: bool) -> list:
+    "What a unit measured, with its provenance."
+    from mllm_replica.results import Record
+    result, commit = order.result(), (order.folder/'commit').read_text() if (order.folder/'commit').exists() else git_commit()
+    if not own and (not commit or commit.endswith('+')):
+        raise ValueError(f'{recipe.unit} was started at {commit or "no commit"}, which nobody else can check out, so its numbers are not published: '
+                         'commit what has changed, then run it again')
+    date = datetime.fromtimestamp((order.folder/'result.json').stat().st_mtime, UTC).isoformat(timespec='seconds')
+    same = dict(table=recipe.table, row=recipe.row, scale=recipe.scale, seed=recipe.seed, unit=order.key, digest=result.digest, code=code_of(recipe),
+                commit=commit, date=date, seconds=round(result.seconds, 1), processor=result.processor, threads=str(result.threads),
+                torch=result.versions.get('torch', ''))
+    measured = load_table(recipe.paper, recipe.table).measured(recipe.scale) or Replication(columns=[])
+    means = measured.means({name: m.value for name, m in result.metrics.items()})
+    return ([Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()]
+            + [Record(metric=name, value=value, **same) for name, value in means.items()])
 
 # %% ../nbs/foundations/67_publish.ipynb #fbecccf2
 class TableReport(Strict):
@@ -102,24 +115,24 @@ def write_report(
     scale: Scale,
     out_dir: Path,
 ) -> TableReport:
-    "Write figure.png, table.md, table.json and report.json."
+    "Write figure.png, table.md, table.json and report.json of this clone's own results."
     from mllm_replica.report import figure, markdown, readings, table_frame, verdict_frame, verdicts
     from mllm_replica.results import read_results, summary
     out_dir, rows = Path(out_dir), {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    for (row, metric), found in summary(read_results(paper, table, scale)).items(): rows.setdefault(row, {})[metric] = found.mean
+    for (row, metric), found in summary(read_results(paper, table, scale, own=True)).items(): rows.setdefault(row, {})[metric] = found.mean
     numbers = {}
     for row, values in rows.items(): numbers |= comparison(paper, table, row, scale, values, f'{row}/')
-    frame = table_frame(paper, table, scale)
+    frame = table_frame(paper, table, scale, own=True)
     title = f'# {paper} table {table} at {scale}\n\n{load_table(paper, table).title}\n\n'
-    write_atomic(out_dir/'table.md', f'{title}{markdown(frame)}\n\n{markdown(verdict_frame(paper, table, scale), index=False)}\n')
+    write_atomic(out_dir/'table.md', f'{title}{markdown(frame)}\n\n{markdown(verdict_frame(paper, table, scale, own=True), index=False)}\n')
     columns = ['row', *(': '.join(c) for c in frame.columns)]
     data = [[str(x) for x in (label, *line)] for label, line in zip(frame.index, frame.itertuples(index=False))]
     write_atomic(out_dir/'table.json', json.dumps(dict(columns=columns, data=data)))
-    figure(paper, table, scale).savefig(out_dir/'figure.png', dpi=110)
-    words = {v.claim.id: v.word for v in verdicts(paper, table, scale)}
+    figure(paper, table, scale, own=True).savefig(out_dir/'figure.png', dpi=110)
+    words = {v.claim.id: v.word for v in verdicts(paper, table, scale, own=True)}
     for reading in readings(load_table(paper, table), scale):
-        words |= {f'{reading}/{v.claim.id}': v.word for v in verdicts(paper, table, scale, reading)}
+        words |= {f'{reading}/{v.claim.id}': v.word for v in verdicts(paper, table, scale, reading, own=True)}
     report = TableReport(numbers=numbers, verdicts=words)
     write_atomic(out_dir/'report.json', report.model_dump_json(indent=1))
     return report
@@ -159,8 +172,8 @@ def is_published(
     if not wanted: return True
     try: seal = json.loads((report_folder(paper, table, scale)/'seal.json').read_bytes())
     except (FileNotFoundError, ValueError): return False
-    return (wanted <= set(seal['units']) and seal['tracker'] == settings().tracking_uri and seal['source'] == source_hash(paper)
-            and all(_hash(Path(path)) == digest for path, digest in seal['files'].items()))
+    same = all(_hash(Path(path)) == digest for path, digest in seal['files'].items())
+    return wanted <= set(seal['units']) and seal['tracker'] == settings().tracking_uri and same
 
 
 def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
@@ -168,8 +181,8 @@ def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
     from mllm_replica.results import results_path
     claims = load_table(paper, table).claims
     others = sorted(set(re.findall(r'table_(\w+)\.', ' '.join(c.scope(scale).test or c.test or '' for c in claims))) - {table})
-    code = [Path(__file__).with_name(f'{name}.py') for name in ('report', 'results', 'effects', 'claims', 'published', 'publish')]
-    return [*(results_path(paper, t, scale) for t in [table, *others]), paper_folder(paper)/'tables'/f'table_{table}.yaml', _notebook(), *code]
+    code = [Path(__file__).with_name(f'{name}.py') for name in ('report', 'results', 'validity', 'effects', 'claims', 'published', 'publish')]
+    return [*(results_path(paper, t, scale, own=True) for t in [table, *others]), paper_folder(paper)/'tables'/f'table_{table}.yaml', _notebook(), *code]
 
 
 def publish(
@@ -178,6 +191,7 @@ def publish(
     scale: Scale,
     units: Sequence[tuple[Recipe, Order]],  # finished ones
     timeout: float = 600.0,                 # seconds for the notebook
+    also: bool = False,                     # into the project's own results, too
 ) -> Published | None:
     "Write the units' records and have the table reported; None when no unit may be reported."
     units = [(recipe, order) for recipe, order in units if reportable(recipe)]
@@ -189,6 +203,7 @@ def publish(
     with open(folder/'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_records(paper, table, scale, units)
+        if also: write_records(paper, table, scale, units, own=False)
         seal = _seal(paper, table, scale)
         return Published(folder, _execute(parameters, folder, timeout), seal)
 
@@ -196,8 +211,8 @@ def publish(
 def _seal(paper: str, table: str, scale: Scale) -> dict:
     from mllm_replica.results import read_results
     files = {str(path): _hash(path) for path in _inputs(paper, table, scale)}
-    units = sorted({r.unit for r in read_results(paper, table, scale)})
-    return dict(units=units, tracker=settings().tracking_uri, source=source_hash(paper), files=files)
+    units = sorted({r.unit for r in read_results(paper, table, scale, own=True)})
+    return dict(units=units, tracker=settings().tracking_uri, files=files)
 
 
 def _execute(parameters: TableParameters, folder: Path, timeout: float) -> TableReport:

@@ -16,8 +16,9 @@ import pandas as pd
 from .claims import VERDICTS, Interval, Samples, Verdict, cell_verdict, verdict
 from .published import Column, Replication, Row, Table, Value, load_paper, load_table, tables_of
 from .registry import PAPERS
-from .results import Record, read_results, results_path, samples, stale, summarise, summary, write_results
+from .results import Record, read_results, results_path, samples, summarise, summary, write_results
 from .settings import SCALES, Scale
+from .validity import stale
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -49,9 +50,10 @@ def table_frame(
     paper: str,
     table: str,
     scale: Scale,
+    own: bool = False,  # this clone's own results
 ) -> pd.DataFrame:
     "Published beside replicated: one line per row, stale rows marked with a dagger."
-    t, records = load_table(paper, table), read_results(paper, table, scale)
+    t, records = load_table(paper, table), read_results(paper, table, scale, own)
     found, old, measured = summary(records), stale(paper, records), t.measured(scale)
     heading, lines = f'replicated at {scale}', []
     for row in t.rows:
@@ -90,12 +92,13 @@ def verdicts(
     table: str,
     scale: Scale,
     reading: str | None = None,  # a further reading of the table; None: the main one
+    own: bool = False,  # from this clone's own results
 ) -> list[Verdict]:
     "What the results say about each claim of the table."
     t = load_table(paper, table)
     tests = ' '.join(c.scope(scale).test or c.test or '' for c in t.claims)
-    elsewhere = {other: samples(read_results(paper, other, scale)) for other in tables_of(paper) if f'table_{other}.' in tests}
-    found = samples(read_results(paper, table, scale))
+    elsewhere = {other: samples(read_results(paper, other, scale, own)) for other in tables_of(paper) if f'table_{other}.' in tests}
+    found = samples(read_results(paper, table, scale, own))
     return [verdict(claim, t, scale, found, elsewhere, reading) for claim in t.claims]
 
 
@@ -121,11 +124,12 @@ def verdict_frame(
     paper: str,
     table: str,
     scale: Scale,
+    own: bool = False,  # this clone's own results
 ) -> pd.DataFrame:
     "Claims, whether the paper's own numbers bear them out, our verdicts and the differences behind them."
     names = readings(load_table(paper, table), scale)
     lines = []
-    for v, *others in zip(*(verdicts(paper, table, scale, name) for name in (None, *names))):
+    for v, *others in zip(*(verdicts(paper, table, scale, name, own) for name in (None, *names))):
         published = _PUBLISHED[v.claim.holds_on_published_numbers] if v.claim.test else 'not a test'
         again = [MISSING if other.evidence == v.evidence else other.word for other in others]
         lines.append((v.claim.statement, published, v.word, *again, _evidence(v, *others), v.note))
@@ -217,10 +221,11 @@ def figure(
     paper: str,
     table: str,
     scale: Scale,
+    own: bool = False,  # this clone's own results
 ) -> 'Figure':
     "Published values and replicated ones with intervals, side by side."
     import matplotlib.pyplot as plt, seaborn as sns
-    t, records = load_table(paper, table), read_results(paper, table, scale)
+    t, records = load_table(paper, table), read_results(paper, table, scale, own)
     found, seeds, old, panels = summary(records), samples(records), stale(paper, records), _panels(t, scale)
     printed = {c.key for line in panels for panel in line if isinstance(panel, list) for c in panel}
     shown = [r for r in t.rows if r.key in seeds or any(r.values[c] is not None for c in printed)] or t.rows

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from . import registry
 from .engine import Result, check_parameters
-from .journal import Journal, library_versions, source_hash, unit_key
+from .journal import Journal, library_versions, unit_key
+from .keys import code_of_functions, code_of_table
 from .progress import Display
 from .publish import comparison, is_published, publish
 from .recipe import Recipe
@@ -80,10 +82,11 @@ def start_orders(
     "A job for each thing that these units start from and that is not trained yet."
     chapter = registry.recipes_of(paper)
     if not todo or not hasattr(chapter, 'starts'): return []
-    notebook, found, code = project_root()/'nbs'/'pipelines'/'teach_start.ipynb', {}, [source_hash(paper), library_versions()]
+    notebook, found = project_root()/'nbs'/'pipelines'/'teach_start.ipynb', {}
     for order in todo:
         for start in chapter.starts(order.recipe):
-            decides = [paper, order.recipe.scale, order.recipe.seed, start, *code]
+            code = code_of_functions(chapter.teach, content=order.recipe.model_dump())
+            decides = [paper, order.recipe.scale, order.recipe.seed, start, code, library_versions()]
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
             found.setdefault(key, order.model_copy(update=dict(key=key, start=start, notebook=notebook)))
     return [order for order in found.values() if not (order.folder/'result.json').exists()]
@@ -165,8 +168,8 @@ class Books:
         problems: list[str],    # what went wrong is appended
     ):
         self.tracker, self.plan, self.problems, self.journal, self.runs = tracker, plan, problems, Journal(run_folder), {}
-        code = source_hash(plan.paper)
-        self.parents = {table: tracker.start_table(plan.paper, table, plan.scale, code, plan.study) for table in tables}
+        self.parents = {table: tracker.start_table(plan.paper, table, plan.scale, code_of_table(plan.paper, table, plan.scale), plan.study)
+                        for table in tables}
 
     def _places(self, order: Order) -> list[Recipe]: return [r for r in self.plan.places[order.key] if r.table in self.parents]
 
@@ -280,6 +283,7 @@ def run_tables(
     threads: int = 1,                     # per unit
     pipeline: Path | None = None,         # notebook of a unit; `replicate_row.ipynb` by default
     report: bool = True,                  # write results and have the tables reported
+    publishing: bool = False,             # into the project's own results, too
     study: str = '',                      # name of the study that asks for these rows; the tracker keeps them under it
     console: Console | None = None,      # where progress is shown
 ) -> Summary:
@@ -293,12 +297,13 @@ def run_tables(
               for key, recipes in plan.places.items()]
     todo = [order for order in orders if not order.result()]
     summary = Summary(plan, skipped=len(orders) - len(todo))
-    stale = [t for t in plan.tables if report and not is_published(paper, t, plan.scale, plan.units_of(t))]
+    stale = [t for t in plan.tables if report and (publishing or not is_published(paper, t, plan.scale, plan.units_of(t)))]
     begun = {r.table for order in todo for r in plan.places[order.key]}
     if todo or stale:
         for order in todo[:1]: check_parameters(notebook, order.parameters)
         active = [table for table in plan.tables if table in begun.union(stale)]
-        _run(plan, active, orders, todo, summary, engine, workers or chosen.workers, report, Display(len(todo), console))
+        made = partial(publish, also=publishing) if report else None
+        _run(plan, active, orders, todo, summary, engine, workers or chosen.workers, made, Display(len(todo), console))
     summary.seconds = time.monotonic() - begin
     return summary
 
@@ -313,8 +318,8 @@ def run_table(
     return run_tables(paper, [table], scale, **options)
 
 
-def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], summary: Summary, engine: str, workers: int, report: bool,
-         display: Display) -> None:
+def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], summary: Summary, engine: str, workers: int,
+         report: Callable | None, display: Display) -> None:
     chosen = settings()
     for lost in Journal(chosen.run_folder).reconcile(): display.say(f'lost      {lost["unit"]}: {lost["reason"]}')
     with _terminable(), Tracker(chosen.tracking_uri, chosen.run_folder) as tracker:
@@ -343,14 +348,14 @@ def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], 
         for table in tables: _finish_table(books, table, finished, report, summary, display)
 
 
-def _finish_table(books: Books, table: str, finished: list[Order], report: bool, summary: Summary, display: Display) -> None:
+def _finish_table(books: Books, table: str, finished: list[Order], report: Callable | None, summary: Summary, display: Display) -> None:
     "Have the table reported and close its run."
     plan, run = books.plan, books.parents[table]
     orders = {order.key: order for order in finished}
     units = [(recipe, orders[key]) for recipe, key in plan.units_of(table) if key in orders]
     status = 'FINISHED' if len(units) == len(plan.units_of(table)) else 'FAILED'
     try:
-        made = publish(plan.paper, table, plan.scale, units) if report else None
+        made = report(plan.paper, table, plan.scale, units) if report else None
         if made is None: return books.tracker.end(run, status)
         books.tracker.finish_table(run, made.report.numbers, made.report.verdicts, made.files, status)
         made.seal()

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import registry
 from .data import Encoded, load_source
 from .engine import Metric, Result, write_atomic
 from .evaluation import evaluate
 from .images import open_image
-from .journal import library_versions
+from .journal import library_versions, processor
 from .optimiser import trainable_names
 from .packing import arrange, truncate
 from .progress import ProgressFile
@@ -161,7 +163,7 @@ def finish(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = Result(unit=unit.recipe.unit, digest=unit.recipe.digest(), metrics=unit.metrics, steps=unit.history.steps if unit.history else 0,
                     train_seconds=unit.history.seconds if unit.history else 0.0, seconds=time.monotonic() - unit.opened, peak_memory_mb=peak,
-                    versions=library_versions())
+                    versions=library_versions(), processor=processor(), threads=torch.get_num_threads())
     write_atomic(unit.folder/'result.json', result.model_dump_json(indent=1))
     return result
 

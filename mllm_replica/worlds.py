@@ -8,7 +8,7 @@ __all__ = ['WORLDS', 'LETTERS', 'SPLITS', 'CHAT_WORDS', 'SCENE_WORDS', 'EASY_VQA
            'build_world', 'read_world', 'easy_vqa']
 
 # %% ../nbs/foundations/22_worlds.ipynb #fb7808df
-import hashlib, importlib.util, inspect, json, os, re, zlib
+import hashlib, importlib.util, json, os, re, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from .boards import BOARD, BOARD_PLACES, BOARD_WORDS
 from .data import choose
 from .images import encode_png
+from .keys import code_of_functions
 from .records import COLUMNS, IMAGE, features
 from .scenes import GLYPHS, SCENE_WORLDS
 from .settings import settings
@@ -200,9 +201,8 @@ def samples(
 
 # %% ../nbs/foundations/22_worlds.ipynb #c6bdc724
 def _code(world: World) -> str:
-    "Hash of the source that decides what a world's samples are: the whole of each file, or of a notebook's cell."
-    parts = (world.draw, world.render, *world.tasks.values(), World, samples)
-    return hashlib.sha256(''.join(sorted({''.join(inspect.findsource(part)[0]) for part in parts})).encode()).hexdigest()[:12]
+    "Hash of the code that decides what a world's samples are."
+    return code_of_functions(world.draw, world.render, *world.tasks.values(), World, samples)
 
 
 def build_world(

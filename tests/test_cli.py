@@ -49,7 +49,7 @@ def recipes(monkeypatch):
 def imagined(project):
     "Results in which the C-Abstractor is far ahead on the spatial task."
     from mllm_replica.results import Record, write_results
-    base = dict(table='3', scale='tiny', unit='k', digest='d', source='s', commit='abc123', date='2025-01-01T00:00:00', seconds=60.0)
+    base = dict(table='3', scale='tiny', unit='k', digest='d', code='s', commit='abc123', date='2025-01-01T00:00:00', seconds=60.0, processor='p', threads='1', torch='2')
     write_results('honeybee', '3', 'tiny', [Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
                                             for row, score in dict(resampler_144=0.35, cabs_144=0.62).items() for seed in (10, 11, 12)
                                             for metric, value in (('spatial', score), ('control', 0.97))])

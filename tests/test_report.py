@@ -13,7 +13,7 @@ from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, 
 from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
 from mllm_replica.settings import project_root, settings
 
-BASE = dict(table='3', scale='tiny', unit='key', digest='digest', source='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5)
+BASE = dict(table='3', scale='tiny', unit='key', digest='digest', code='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5, processor='p', threads='1', torch='2')
 SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
 
 
