@@ -88,8 +88,7 @@ _CONNECTORS = {'avg': dict(connector_type='avg'), 'att': _ATTENTION | {'start': 
 
 def _sheets(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 4: connector × tokens × resolution."
-    sources = {'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2)}
-    sources |= {'tags': _world('sheets', scale, 4000, tasks=['tags'])}
+    sources = {'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2), 'tags': _world('sheets', scale, 4000, tasks=['tags'])}
     sources |= {f'test_{task}': _world('sheets', scale, 300, 'test', tasks=[task]) for task in ('grounds', 'signs')}
     connector = _CONNECTORS[params['connector']] | {'num_query_tokens': {64: 4, 144: 16}[params['tokens']]}
     vision = _VISION | {'image_size': {224: 12, 336: 24}[params['res']], 'patch_size': 3}
