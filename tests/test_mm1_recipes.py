@@ -40,7 +40,7 @@ def test_rows_of_figure_4_differ_in_one_thing_each():
     assert recipe('connectors', 'cabs_full', 'tiny', 1).digest() == base.digest()
 
 
-@pytest.mark.parametrize('row', ['c_ratios', 'b_caption', 'b_inter', 'a_66_33'])
+@pytest.mark.parametrize('row', ['c_ratios', 'c_86_14', 'b_caption', 'b_inter', 'a_66_33'])
 def test_every_sequence_of_a_study_is_seen_once(row):
     made, (_, processor) = recipe('fig5', row, 'tiny', 1), build(recipe('fig5', row, 'smoke', 1))
     stage, = made.stages
@@ -74,6 +74,13 @@ def test_skills_are_asked_without_a_picture():
 def test_mixtures_that_say_the_same_are_one_unit():
     assert recipe('fig5', 'a_100_0', 'tiny', 1).digest() == recipe('fig5', 'b_caption', 'tiny', 1).digest()
     assert recipe('fig5', 'a_0_100', 'tiny', 1).digest() == recipe('fig5', 'b_inter', 'tiny', 1).digest()
+    assert recipe('fig5', 'a_50_50', 'tiny', 1).digest() == recipe('fig5', 'c_100_0', 'tiny', 1).digest()
+
+
+def test_points_that_the_studies_do_not_have():
+    unmade = {key for table in ('fig5', 'fig7') for key, reason in rows(table, 'tiny').items() if reason and 'nothing to vary' not in reason}
+    assert unmade == {'c_66_33'} | {f'res_{n}' for n in (224, 448, 560, 896)} | {f'length_{n}' for n in (2, 22, 52, 72)}
+    assert rows('fig5', 'paper')['c_66_33'] is None and 'more sequences than there are' in rows('fig5', 'tiny')['c_66_33']
 
 
 def test_rows_start_from_the_same_weights():

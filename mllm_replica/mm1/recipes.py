@@ -88,8 +88,7 @@ _CONNECTORS = {'avg': dict(connector_type='avg'), 'att': _ATTENTION | {'start': 
 
 def _sheets(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 4: connector × tokens × resolution."
-    sources = {'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2)}
-    sources |= {'tags': _world('sheets', scale, 4000, tasks=['tags'])}
+    sources = {'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2), 'tags': _world('sheets', scale, 4000, tasks=['tags'])}
     sources |= {f'test_{task}': _world('sheets', scale, 300, 'test', tasks=[task]) for task in ('grounds', 'signs')}
     connector = _CONNECTORS[params['connector']] | {'num_query_tokens': {64: 4, 144: 16}[params['tokens']]}
     vision = _VISION | {'image_size': {224: 12, 336: 24}[params['res']], 'patch_size': 3}
@@ -133,12 +132,13 @@ def _law(table: str, row: str, params: dict[str, Any], scale: str, seed: int) ->
 # %% ../../nbs/papers/03_mm1.ipynb #5e78e3bb
 _TINY = {'1': _encoder, '4': _facts, 'connectors': _sheets, 'fig4': _sheets, 'fig5': _mixture, 'fig6_7': _law, 'fig7': _tuning}
 _OTHERS = {'1': {'clip_h_224_dfn', 'clip_openai_l_336'}, '4': {'mm1_30b_chat', 'llava15_7b', 'llava_next_7b'}, 'fig5': {'d_no_vecap', 'd_vecap'}}
+_UNMADE = {'c_66_33': 'a third of text is more sequences than there are, and none is trained on twice'} | dict.fromkeys(
+    ('res_224', 'res_448', 'res_560', 'res_896', 'length_2', 'length_22', 'length_52', 'length_72'), 'this point was read after the study was made')
 
 
 def _preset(table: str, row: str) -> str | None:
     "Which model of the paper a row is; None for others."
-    if table in ('fig4', 'fig5'): return 'mm1-base-ablation'
-    if table == '1': return 'mm1-3b'
+    if table in ('1', 'fig4', 'fig5'): return 'mm1-3b' if table == '1' else 'mm1-base-ablation'
     kind, _, size = row.partition('_')
     return f"mm1-{size.split('_')[0]}{'-moe' * row.endswith('_moe')}" if kind == 'mm1' and table in ('3', '4') else None
 
@@ -149,7 +149,7 @@ def _reason(table: str, row: str, scale: str) -> str | None:
     if scale in ('smoke', 'tiny'):
         if table not in _TINY: return 'not testable on small models'
         if table == 'fig6_7' and row != 'lr_slope': return 'a number of large models, or measured by the slope\'s unit'
-        return 'other data or another model: nothing to vary here' if row in _OTHERS.get(table, ()) else None
+        return 'other data or another model: nothing to vary here' if row in _OTHERS.get(table, ()) else _UNMADE.get(row)
     if scale == 'small': return 'has no recipe at scale small'
     if table == '1' and (row.startswith('aim') or row in _OTHERS['1']): return 'AIM encoders and other training data have no recipe at scale paper'
     if table == 'fig5' and row in _OTHERS['fig5']: return 'the share of synthetic captions is a matter of data'
