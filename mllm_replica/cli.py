@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Paper', 'AsJson', 'Scale', 'Workers', 'known', 'papers', 'tables', 'show', 'plan', 'run', 'report', 'effects',
-           'ablate', 'search', 'doctor', 'ui']
+           'ablate', 'search', 'verify', 'doctor', 'ui']
 
 # %% ../nbs/foundations/72_cli.ipynb #f96b06b4
 import difflib, json, sys
@@ -225,6 +225,7 @@ def run(
     seeds: Annotated[Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')] = None,
     workers: Workers = None,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+    publish: Annotated[bool, typer.Option('--publish', help="write the numbers into papers/, the project's own results, too")] = False,
 ) -> None:
     "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search where the paper does."
     numbers, recipes = _seeds(seeds), recipes_of(paper)
@@ -234,7 +235,8 @@ def run(
     names = [table] if table else recipes.tables(scale)
     if not names: raise typer.BadParameter(f'no table of {PAPERS[paper]} has a row that can run at scale {scale}')
     from mllm_replica.runner import run_tables
-    summary = run_tables(paper, names, scale, rows=row or None, seeds=numbers, workers=workers, engine=engine, console=_console())
+    summary = run_tables(paper, names, scale, rows=row or None, seeds=numbers, workers=workers, engine=engine, publishing=publish,
+                         console=_console())
     typer.echo(str(summary))
     for name, reason in summary.plan.not_run.items(): typer.echo(f'  not run: {name}: {reason}')
     if not summary.plan.places: raise typer.BadParameter(f'none of these rows can run at scale {scale}')
@@ -375,6 +377,67 @@ def search(
     known('engine', engine, ('local', 'ray'))
     if not hasattr(recipes_of(paper), 'search'): raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
     raise typer.Exit(_searched(paper, scale, metric=metric, rounds=rounds, workers=workers, engine=engine, **numbers))
+
+# %% ../nbs/foundations/72_cli.ipynb #ae0c2cc0
+def _audited(count: int, papers: list[str]) -> int:
+    from mllm_replica.verify import audit
+
+    console, out = _console(), Table('unit', 'numbers equal', 'largest difference', 'published on')
+    with console.status('running') as status:
+        found = audit(count, papers, said=lambda done, total: status.update(f'{done} of {total} units'))
+    for a in found:
+        out.add_row('/'.join(map(str, a.unit)), escape(a.error) or f'{a.equal} of {a.total}', f'{a.largest:.3g}', escape(a.processor))
+    console.print(out)
+    return int(any(a.equal < a.total for a in found))
+
+
+def _checked(papers: list[str]) -> int:
+    from mllm_replica.verify import check
+
+    doubts = check(papers)
+    for name, reason in doubts.items():
+        typer.echo(f'{name}: {reason}')
+    typer.echo(f'{len(doubts)} rows are stale' if doubts else 'all published values are valid')
+    return int(bool(doubts))
+
+
+def _verified(papers: list[str], against: str | None, quick: bool) -> int:
+    from mllm_replica.journal import git_commit
+    from mllm_replica.verify import last_verified, verify
+
+    console, out = _console(), Table('paper', 'rows', 'changed functions', 'canaries', 'verdict', title_justify='left')
+    with console.status('comparing') as status:
+        found = verify(papers, against, quick, said=lambda done, total: status.update(f'{done} of {total} canary runs'))
+    for f in found:
+        told = [f'differs in {name}: {what}' for name, what in list(f.differs.items())[:3]]
+        told += [f'uncovered: {", ".join(f.uncovered[:8])}{" …" if len(f.uncovered) > 8 else ""}'] * bool(f.uncovered)
+        out.add_row(PAPERS[f.paper], str(len(f.rows)), str(len(f.changed)), str(f.canaries), escape('; '.join(told) or 'the same bits'))
+    if found:
+        console.print(out)
+    for f in found:
+        for row in f.rows if not f.valid else ():
+            typer.echo(f'stale: {f.paper}/{row}')
+    fresh = 'all rows have the same code' if not found else f'{sum(len(f.rows) for f in found if f.valid)} rows pass'
+    kept = '' if found and not git_commit().endswith('+') else '; the ledger is unchanged' + ', because the tree is no commit' * bool(found)
+    typer.echo(f'against {against or last_verified(papers)}: {fresh}{kept}')
+    return int(any(not f.valid for f in found))
+
+
+@app.command()
+def verify(
+    paper: Annotated[Optional[list[str]], typer.Argument(help='of ' + ', '.join(PAPERS) + '; all by default')] = None,
+    against: Annotated[Optional[str], typer.Option(help='a commit; by default the last one that was verified')] = None,
+    quick: Annotated[bool, typer.Option('--quick', help='only the canaries at scale smoke')] = False,
+    check: Annotated[bool, typer.Option('--check', help='run nothing: are all published values valid by the ledger?')] = False,
+    audit: Annotated[int, typer.Option(help='run so many published units again and compare their numbers', min=0)] = 0,
+) -> None:
+    "Whether a change of the code moves a number: this tree and a commit side by side, compared bit for bit."
+    papers = [known('paper', name, PAPERS) for name in paper or PAPERS]
+    try:
+        code = _checked(papers) if check else _audited(audit, papers) if audit else _verified(papers, against, quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(code)
 
 # %% ../nbs/foundations/72_cli.ipynb #23a9b7f7
 @app.command()

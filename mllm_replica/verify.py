@@ -6,7 +6,7 @@
 __all__ = ['Unit', 'Observed', 'canaries', 'checkout', 'Seen', 'observe_all', 'executed', 'difference', 'Finding', 'judge',
            'last_verified', 'verify', 'check', 'Audit', 'audit']
 
-# %% ../nbs/foundations/69_verify.ipynb #67157238
+# %% ../nbs/foundations/69_verify.ipynb #d449b885
 import json
 import os
 import random
@@ -21,17 +21,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from . import registry
 from .journal import git_commit, processor
 from .keys import Part, Tree, code_hash, meanings, reach, tree_of_paper
-from .published import tables_of
+from .published import paper_folder, tables_of
 from .recipe import Recipe
 from .results import LOST, Record, read_results
 from .settings import project_root, settings
 from .validity import Verification, append_ledger, read_ledger, stale
 from .worker import environment
 
-# %% ../nbs/foundations/69_verify.ipynb #f6a23608
+# %% ../nbs/foundations/69_verify.ipynb #b0db5259
 def _distinct(paper: str, scale: str) -> list[Recipe]:
     "The recipes of all rows that can run, each once."
     chapter, seed = registry.recipes_of(paper), settings().seeds[0]
@@ -53,13 +55,19 @@ def canaries(
     return _distinct(paper, 'smoke') + ([tiny[0], tiny[-1]] if len(tiny) > 1 else tiny)
 
 
-Unit = tuple[str, str, str, str, int]  # paper, table, row, scale, seed
+Unit = tuple[str, str, str, str, int]  # paper, table, row, scale, seed; or paper, 'call', name, arguments, 0
+
+
+def _calls(paper: str) -> list[Unit]:
+    path = paper_folder(paper) / 'canaries.yaml'
+    listed = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else []
+    return [(paper, 'call', name, json.dumps(arguments), 0) for name, arguments in listed]
 
 
 def _name(recipe: Recipe) -> Unit:
     return recipe.paper, recipe.table, recipe.row, recipe.scale, recipe.seed
 
-# %% ../nbs/foundations/69_verify.ipynb #0d82d44e
+# %% ../nbs/foundations/69_verify.ipynb #741b88b6
 def _git(*words: str) -> str:
     done = subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -138,7 +146,7 @@ def observe_all(
                 process.kill()
     return [Seen(lambda paper, root=root: tree_of_paper(paper, root), *what) for root, what in zip(roots, found)]
 
-# %% ../nbs/foundations/69_verify.ipynb #3b7d797d
+# %% ../nbs/foundations/69_verify.ipynb #95478622
 def executed(
     tree: Tree,
     ran: Collection[tuple[str, int]],  # file and first line of functions
@@ -159,7 +167,8 @@ def executed(
         found.add(part)
         todo += [p for use in part.uses for p in tree.meant(part, *use) if not p.is_function]
         todo += [p for p in tree.module(part.module).parts if p.name == part.owner and part.owner]
-    return found
+    entries = [p for name in {part.module for part in found} for p in tree.module(name).parts if p.key and p not in found]
+    return found | {p for p in entries if any(named in found for use in p.uses for named in tree.meant(p, *use))}
 
 
 def difference(
@@ -177,7 +186,7 @@ def difference(
     parts += [f'{kind} {n}' for kind in names for n in sorted(names[kind]) if then[kind].get(n) != now[kind].get(n)]
     return '; '.join(steps[:1] + parts[:3])
 
-# %% ../nbs/foundations/69_verify.ipynb #2a73b51e
+# %% ../nbs/foundations/69_verify.ipynb #1cdfcd4e
 @dataclass
 class Finding:
     "What a verification says of some rows of a paper."
@@ -208,12 +217,11 @@ def _grouped(paper: str, scale: str, trees: Sequence[Tree]) -> dict[tuple[str, s
     return found
 
 
-def _callable(name: str, parts: Collection[Part], hooks: dict[str, list[str]]) -> bool:
-    "Whether somebody may call it: ours by name, or a library in place of its own method."
-    owner, _, method = name.rpartition('.')
-    if not owner or (method.startswith('__') and method.endswith('__')) or method in hooks.get(owner, ()):
-        return True
-    return any(method in part.says or method in part.strings for part in parts if part.name != name)
+def _called_otherwise(part: Part, before: Collection[Part], hooks: dict[str, list[str]]) -> bool:
+    "Whether somebody may call a new method who has not changed: Python, a library, or who called a method of this name before."
+    _, _, name = part.name.rpartition('.')
+    special = name.startswith('__') and name.endswith('__')
+    return '.' in part.name and (special or name in hooks.get(part.owner, ()) or any(old.name.endswith(f'.{name}') for old in before))
 
 
 def _comparable(then: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
@@ -232,19 +240,20 @@ def judge(
     then, now = meanings(before), meanings(after)
     changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     finding = Finding(paper, code_hash(before), code_hash(after), [f'{r.table}/{r.row}' for r in recipes], changed)
-    used, covered = set(), set(then) - set(now)  # what is gone cannot run; those who called it have changed, too
+    used, covered = set(), set(then) - set(now)
     for part in (part for part in after if part.name in changed):
         found = [unit for unit, parts in ran.items() if part in parts]
         found = [unit for unit in found if unit[0] == paper] or found
         used.update(found)
-        covered.update([part.name] if found or not _callable(part.name, after, seen[1].hooks) else [])
+        new = part.name not in then and not _called_otherwise(part, before, seen[1].hooks)
+        covered.update([part.name] if found or new else [])
     finding.canaries = len(used)
     finding.uncovered = [name for name in changed if name not in covered]
     told = {unit: difference(*(s.units[unit] for s in seen)) for unit in sorted(used)}
     finding.differs = {'/'.join(map(str, unit)): what for unit, what in told.items() if what}
     return finding
 
-# %% ../nbs/foundations/69_verify.ipynb #491e9232
+# %% ../nbs/foundations/69_verify.ipynb #4460db3d
 def last_verified(
     papers: Collection[str],
 ) -> str:
@@ -267,7 +276,7 @@ def verify(
     with checkout(commit) as base:
         trees = {paper: [tree_of_paper(paper, base), tree_of_paper(paper, project_root())] for paper in papers}
         groups = {paper: {codes: rows for codes, rows in _grouped(paper, 'tiny', trees[paper]).items() if len(set(codes)) > 1} for paper in papers}
-        units = [_name(recipe) for paper in papers if groups[paper] for recipe in canaries(paper, quick)]
+        units = [unit for paper in papers if groups[paper] for unit in (*map(_name, canaries(paper, quick)), *_calls(paper))]
         units = [unit for unit in units if only is None or unit in only]
         if not any(groups.values()):
             return []
@@ -290,7 +299,7 @@ def _record(findings: Sequence[Finding]) -> None:
         line = Verification(before=f.before, after=f.after, canaries=f.canaries, uncovered=' '.join(f.uncovered), **same)
         append_ledger(f.paper, [line])
 
-# %% ../nbs/foundations/69_verify.ipynb #8bdf55d6
+# %% ../nbs/foundations/69_verify.ipynb #0573045d
 def check(
     papers: Sequence[str],
 ) -> dict[str, str]:
@@ -303,7 +312,7 @@ def check(
                 found |= {f'{paper}/{table}/{row} at {scale}': reason for row, reason in doubts.items()}
     return found
 
-# %% ../nbs/foundations/69_verify.ipynb #75a82edb
+# %% ../nbs/foundations/69_verify.ipynb #bf419580
 @dataclass
 class Audit:
     "One published unit beside the same unit run now."

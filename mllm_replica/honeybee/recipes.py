@@ -304,39 +304,48 @@ def _scratch(model: Any, seed: int) -> None:
     initialise(model.abstractor, 'scaled')
 
 
-def _pretrained(name: str, auto: Any) -> Any:
-    "A backbone by hub id, from a local folder if settings.ini names one."
-    return auto.from_pretrained(settings().backbones.get(name, name))
+def _from_backbones(made: dict[str, Any]) -> tuple[Any, Any]:
+    "Pretrained encoder and language model, from local folders if settings.ini names some; on the meta device only the shapes."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+    from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
+    if torch.get_default_device().type == 'meta' and 'size' in made:
+        return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
+    kinds = dict(vision=CLIPVisionModel, text=AutoModelForCausalLM)
+    places = {part: settings().backbones.get(name, name) for part, name in made['backbones'].items()}
+    parts = {part: kind.from_pretrained(places[part]) for part, kind in kinds.items()}
+    config = HoneybeeConfig(vision_config=parts['vision'].config, text_config=parts['text'].config, connector_config=made['connector'],
+                            feature_layer=made['feature_layer'])
+    model = HoneybeeModel(config)
+    model.vision_model, model.language_model = parts['vision'], parts['text']
+    return model, HoneybeeProcessor.from_config(config, AutoTokenizer.from_pretrained(places['text']))
+
+
+def _from_scratch(made: dict[str, Any]) -> tuple[Any, Any]:
+    "The small model, its weights drawn."
+    import torch
+    from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor
+    from mllm_replica.language import word_tokenizer
+    from mllm_replica.worlds import vocabulary
+    tokenizer = word_tokenizer(vocabulary())
+    config = HoneybeeConfig(vision_config=made['vision'], connector_config=made['connector'], feature_layer=made['feature_layer'],
+                            text_config=made['text'] | {'vocab_size': len(tokenizer)})
+    model = HoneybeeModel(config)
+    if torch.get_default_device().type != 'meta': _scratch(model, torch.initial_seed())
+    return model, HoneybeeProcessor.from_config(config, tokenizer, style='plain')
+
+
+_BUILDERS = {'backbones': _from_backbones, 'text': _from_scratch}  # by what a recipe says of its model
 
 
 def build(
     recipe: Recipe,
 ) -> tuple[Any, Any]:
-    "Model and processor; at scale paper on the meta device only the shapes."
+    "Model and processor."
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
-    from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
-    from mllm_replica.language import word_tokenizer
-    from mllm_replica.worlds import vocabulary
-    made = recipe.model
-    if torch.get_default_device().type == 'meta' and 'size' in made:
-        return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        if 'backbones' in made:
-            vision, text = _pretrained(made['backbones']['vision'], CLIPVisionModel), _pretrained(made['backbones']['text'], AutoModelForCausalLM)
-            tokenizer = _pretrained(made['backbones']['text'], AutoTokenizer)
-            config = HoneybeeConfig(vision_config=vision.config, text_config=text.config, connector_config=made['connector'],
-                                    feature_layer=made['feature_layer'])
-            model = HoneybeeModel(config)
-            model.vision_model, model.language_model = vision, text
-            return model, HoneybeeProcessor.from_config(config, tokenizer)
-        tokenizer = word_tokenizer(vocabulary())
-        config = HoneybeeConfig(vision_config=made['vision'], connector_config=made['connector'], feature_layer=made['feature_layer'],
-                                text_config=made['text'] | {'vocab_size': len(tokenizer)})
-        model = HoneybeeModel(config)
-        if torch.get_default_device().type != 'meta': _scratch(model, recipe.seed)
-    return model, HoneybeeProcessor.from_config(config, tokenizer, style='plain')
+        return next(_BUILDERS[part] for part in _BUILDERS if part in recipe.model)(recipe.model)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #7922f159
 def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
