@@ -259,19 +259,24 @@ def _frame(found, title: str) -> Table:
 
 def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
     from mllm_replica.published import load_table
-    from mllm_replica.report import table_frame, verdict_frame
+    from mllm_replica.report import own_frame, own_verdicts, table_frame, verdict_frame
     from mllm_replica.results import read_results
-    t, records, cells = load_table(paper, table), read_results(paper, table, scale), table_frame(paper, table, scale)
+    t, records = load_table(paper, table), read_results(paper, table, scale)
+    if own := not records: records = read_results(paper, table, scale, own)
+    cells = table_frame(paper, table, scale, own)
     beside = [('published', t.column(key).name) for key in t.measured(scale).stands_for]
     if beside and console.width < 20 * cells.shape[1]:  # `show` has the others
         cells = cells[beside + [c for c in cells.columns if c[0] != 'published']]
     console.print(_frame(cells, f'{PAPERS[paper]}, table {t.table}: {escape(t.title)} (scale {scale})'))
-    claims = verdict_frame(paper, table, scale)
+    claims = verdict_frame(paper, table, scale, own)
     claims.index = [v.id for v in t.claims]
     if len(claims): console.print(_frame(claims, ''))
+    if not own and scale != 'smoke' and len(yours := own_frame(paper, table, scale)):
+        console.print(_frame(yours, 'Your run beside ours'))
+        console.print(_frame(own_verdicts(paper, table, scale), ''))
     seeds, commits, units = (sorted({getattr(r, name) for r in records}) for name in ('seed', 'commit', 'unit'))
     dates, n = sorted(r.date[:10] for r in records), ' or '.join(map(str, sorted({r.n_eval for r in records if r.n_eval})))
-    console.print(f'scale {scale}; {len(units)} units, seeds {", ".join(map(str, seeds))}, {n or "no"} questions per value, '
+    console.print(f'scale {scale}{", your run" * own}; {len(units)} units, seeds {", ".join(map(str, seeds))}, {n or "no"} questions per value, '
                   f'{dates[0]} to {dates[-1]}, commit {", ".join(filter(None, commits)) or "none"}\n')
 
 # %% ../nbs/foundations/72_cli.ipynb #c1129aa2
@@ -297,7 +302,7 @@ def report(
     for key in [paper] if paper else PAPERS:
         empty = []
         for name in [table] if table else tables_of(key):
-            scales = [s for s in scales_run(key, name) if scale in (None, s)]
+            scales = [s for s in scales_run(key, name, own=True) if scale in (None, s)]
             for s in scales: _report_table(key, name, s, console)
             if not scales: empty.append(name)
         if empty: console.print(f'{PAPERS[key]}: not run{f" at scale {scale}" if scale else ""}: {", ".join(empty)}')
@@ -378,7 +383,7 @@ def search(
     if not hasattr(recipes_of(paper), 'search'): raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
     raise typer.Exit(_searched(paper, scale, metric=metric, rounds=rounds, workers=workers, engine=engine, **numbers))
 
-# %% ../nbs/foundations/72_cli.ipynb #ae0c2cc0
+# %% ../nbs/foundations/72_cli.ipynb #0eed3750
 def _audited(count: int, papers: list[str]) -> int:
     from mllm_replica.verify import audit
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STALE', 'MISSING', 'Panel', 'row_names', 'table_frame', 'escape', 'markdown', 'verdicts', 'readings', 'verdict_frame',
-           'figure', 'png', 'scales_run', 'matrix', 'as_json']
+           'own_frame', 'own_verdicts', 'figure', 'png', 'scales_run', 'matrix', 'as_json']
 
 # %% ../nbs/foundations/13_report.ipynb #895548d6
 import io, re, textwrap
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -95,10 +96,14 @@ def verdicts(
     own: bool = False,  # from this clone's own results
 ) -> list[Verdict]:
     "What the results say about each claim of the table."
+    return _judged(paper, table, scale, reading, lambda name: read_results(paper, name, scale, own))
+
+
+def _judged(paper: str, table: str, scale: Scale, reading: str | None, records_of: Callable[[str], list[Record]]) -> list[Verdict]:
     t = load_table(paper, table)
     tests = ' '.join(c.scope(scale).test or c.test or '' for c in t.claims)
-    elsewhere = {other: samples(read_results(paper, other, scale, own)) for other in tables_of(paper) if f'table_{other}.' in tests}
-    found = samples(read_results(paper, table, scale, own))
+    elsewhere = {other: samples(records_of(other)) for other in tables_of(paper) if f'table_{other}.' in tests}
+    found = samples(records_of(table))
     return [verdict(claim, t, scale, found, elsewhere, reading) for claim in t.claims]
 
 
@@ -135,6 +140,41 @@ def verdict_frame(
         lines.append((v.claim.statement, published, v.word, *again, _evidence(v, *others), v.note))
     heads = ['claim', 'published numbers', f'verdict at {scale}', *(f'verdict on {name}' for name in names), 'difference [95 % interval]', 'note']
     return pd.DataFrame(lines, columns=heads)
+
+# %% ../nbs/foundations/13_report.ipynb #6d26d52f
+def own_frame(
+    paper: str,
+    table: str,
+    scale: Scale,
+) -> pd.DataFrame:
+    "Committed and own results, one line per row that this clone has run; empty when it has run none."
+    t, both = load_table(paper, table), [read_results(paper, table, scale, own) for own in (False, True)]
+    measured, found = t.measured(scale), [summary(records) for records in both]
+    values = [{(r.row, r.metric, r.seed): r.value for r in records} for records in both]
+    lines = {}
+    for row, name in zip(t.rows, row_names(t.rows)):
+        shared = [key for key in values[1] if key[0] == row.key and key in values[0]]
+        if not any(key[0] == row.key for key in values[1]): continue
+        cells = {(c.name, who): _found(f.get((row.key, c.key))) for c in (measured.columns if measured else []) for who, f in zip(('ours', 'yours'), found)}
+        same = sum(values[0][key] == values[1][key] for key in shared)
+        lines[name] = cells | {('same digits', ''): f'{same} of {len(shared)}'}
+    return pd.DataFrame(lines.values(), index=pd.Index(lines, name='row'), columns=pd.MultiIndex.from_tuples(next(iter(lines.values()), ())) if lines else None)
+
+
+def own_verdicts(
+    paper: str,
+    table: str,
+    scale: Scale,
+) -> pd.DataFrame:
+    "Verdicts of the committed results, of those of them that this clone has run too, and of its own."
+    ours, yours = ({name: read_results(paper, name, scale, own) for name in tables_of(paper)} for own in (False, True))
+    run = {name: {(r.row, r.seed) for r in records} for name, records in yours.items()}
+    alike = {name: [r for r in records if (r.row, r.seed) in run[name]] for name, records in ours.items()}
+    words = [[v.word for v in _judged(paper, table, scale, None, records.__getitem__)] for records in (ours, alike, yours)]
+    agree = ['yes' if a == b else 'no' for a, b in zip(*words[1:])]
+    names = [claim.id for claim in load_table(paper, table).claims]
+    heads = ('ours', 'ours, your rows and seeds', 'yours', 'agree')
+    return pd.DataFrame(dict(zip(heads, [*words, agree])), index=pd.Index(names, name='claim'))
 
 # %% ../nbs/foundations/13_report.ipynb #f9ea9dc7
 Panel = list[Column] | Column  # published columns, or one of ours
@@ -269,9 +309,10 @@ def png(
 def scales_run(
     paper: str,
     table: str,
+    own: bool = False,  # this clone's own results count, too
 ) -> list[Scale]:
     "Scales with results, without `smoke` when there is another."
-    found = [s for s in SCALES if results_path(paper, table, s).is_file()]
+    found = [s for s in SCALES if any(results_path(paper, table, s, mine).is_file() for mine in {False, own})]
     return found if found in ([], ['smoke']) else [s for s in found if s != 'smoke']
 
 

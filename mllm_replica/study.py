@@ -17,7 +17,7 @@ import pandas as pd
 from .claims import Samples, interval
 from .effects import COLUMNS, Pair, differences, effects_figure, value_text
 from .engine import read_result, write_atomic
-from .keys import code_of
+from .keys import code_of_table
 from .recipe import Recipe
 from .registry import PAPERS, recipes_of
 from .runner import Summary, run_tables
@@ -89,7 +89,7 @@ def _keep(study: Study, recipe: Recipe, draw: Callable[[], 'Figure']) -> Study:
     draw().savefig(csv.with_suffix('.png'), dpi=110)
     try:
         with Tracker(settings().tracking_uri, settings().run_folder) as tracker:
-            run = tracker.start_table(recipe.paper, recipe.table, recipe.scale, code_of(recipe), study.name)
+            run = tracker.start_table(recipe.paper, recipe.table, recipe.scale, code_of_table(recipe.paper, recipe.table, recipe.scale), study.name)
             tracker.finish_table(run, {}, {}, [csv, csv.with_suffix('.png')], 'FAILED' if study.exit_code else 'FINISHED')
     except Exception as error: study.summaries[-1].problems.append(f'{study.name} is not tracked: {error!r}'[:2000])
     return study

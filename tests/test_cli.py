@@ -29,7 +29,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
     monkeypatch.setattr('mllm_replica.report.stale', lambda paper, records: {})
-    monkeypatch.setattr('mllm_replica.results.stale', lambda paper, records: {})
+    monkeypatch.setattr('mllm_replica.validity.stale', lambda paper, records: {})
     for cached in (project_root, settings): cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()

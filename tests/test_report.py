@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mllm_replica import results
+from mllm_replica import results, validity
 from mllm_replica.published import load_table, tables_of
 from mllm_replica.registry import PAPERS, recipes_of
 from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
-from mllm_replica.results import Record, read_results, results_path, stale, summarise, write_results
+from mllm_replica.results import Record, read_results, results_path, summarise, write_results
 from mllm_replica.settings import project_root, settings
 
 BASE = dict(table='3', scale='tiny', unit='key', digest='digest', code='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5, processor='p', threads='1', torch='2')
@@ -20,7 +20,7 @@ SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A copy of the published tables without results, and without recipes to be compared with."
-    shutil.copytree(project_root()/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results'))
+    shutil.copytree(project_root()/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results', 'verified.csv'))
     shutil.copy(project_root()/'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
@@ -67,9 +67,15 @@ def test_an_earlier_design_goes_when_its_row_is_run_again(project):
     write_results('honeybee', '5d', 'tiny', [old, kept, same])
     (project/'unit').mkdir()
     (project/'unit/result.json').touch()
+    (project/'unit/commit').write_text('abc123+')
     metrics = {name: SimpleNamespace(value=value, n=500) for name, value in (('open', 0.4), ('dots', 0.8))}
-    order = SimpleNamespace(key='new', folder=project/'unit', result=lambda: SimpleNamespace(digest='x', seconds=1.0, metrics=metrics))
-    write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)])
+    found = SimpleNamespace(digest='x', seconds=1.0, metrics=metrics, processor='p', threads=1, versions={'torch': '2'})
+    order = SimpleNamespace(key='new', folder=project/'unit', result=lambda: found)
+    with pytest.raises(ValueError, match='abc123[+], which nobody else can check out'):
+        write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)], own=False)
+    assert write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)]).is_relative_to(project/'runs')
+    (project/'unit/commit').write_text('abc123')
+    write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)], own=False)
     found = {(r.row, r.seed, r.metric): r.value for r in read_results('honeybee', '5d', 'tiny')}
     assert found == {('single_turn', 10, 'open'): 0.1, ('multi_turn', 11, 'open'): 0.2, ('multi_turn', 20, 'open'): 0.4, ('multi_turn', 20, 'dots'): 0.8,
                      ('multi_turn', 20, 'single_turn'): pytest.approx(0.6)}   # a column that is the mean of the two
@@ -166,17 +172,24 @@ def test_contradictions_inside_a_paper_are_shown():
 
 
 def test_stale_rows_are_marked(project, monkeypatch):
-    monkeypatch.setattr('mllm_replica.report.stale', stale)
-    digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest'}
+    monkeypatch.setattr('mllm_replica.report.stale', validity.stale)
+    digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest', 'resampler_256': 'digest'}
     recipe = lambda table, row, scale, seed: SimpleNamespace(digest=lambda: digests[row])
-    monkeypatch.setattr(results, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))
-    monkeypatch.setattr('mllm_replica.journal.source_hash', lambda paper: 'source')
-    write_results('honeybee', '3', 'tiny', [record('cabs_144'), record('resampler_144'), record('linear_256'), record('cabs_256', source='older')])
-    assert stale('honeybee', read_results('honeybee', '3', 'tiny')) == {
-        'cabs_144': 'its recipe has changed', 'resampler_144': 'it has no recipe any more', 'cabs_256': 'the code has changed'}
+    monkeypatch.setattr(validity, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))
+    monkeypatch.setattr(validity, 'code_of', lambda recipe: 'source')
+    others = [record('linear_256'), record('cabs_256', code='older'), record('resampler_256', code=results.LOST)]
+    write_results('honeybee', '3', 'tiny', [record('cabs_144'), record('resampler_144'), *others])
+    reasons = {'cabs_144': 'its recipe has changed', 'resampler_144': 'it has no recipe any more', 'cabs_256': 'the code has changed and is not verified',
+               'resampler_256': 'the code that gave it is lost'}
+    assert validity.stale('honeybee', read_results('honeybee', '3', 'tiny')) == reasons
     marked = [label for label in table_frame('honeybee', '3', 'tiny').index if label.endswith('†')]
-    assert len(marked) == 3 and 'tiny †' in matrix()
+    assert len(marked) == 4 and 'tiny †' in matrix()
     assert [u['stale'] for u in as_json('honeybee')['honeybee']['tables']['3']['replicated']['tiny']['provenance']].count(None) == 1
+    step = dict(commit='c', processor='p', torch='2', canaries=1, date='2026-01-01')
+    validity.append_ledger('honeybee', [validity.Verification(before='older', after='middle', **step)])
+    assert 'cabs_256' in validity.stale('honeybee', read_results('honeybee', '3', 'tiny'))
+    validity.append_ledger('honeybee', [validity.Verification(before='middle', after='source', **step)])
+    assert 'cabs_256' not in validity.stale('honeybee', read_results('honeybee', '3', 'tiny'))
 
 
 def test_matrix_has_a_line_per_table(project):

@@ -84,6 +84,7 @@ def test_equal_units_run_once_and_serve_both_tables(project):
 def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch):
     from toychapter import recipes
     monkeypatch.setattr(recipes, 'starts', lambda recipe: ['eye', 'ear'] if recipe.row == 'wide' else ['eye'], raising=False)
+    monkeypatch.setattr(recipes, 'teach', lambda recipe, start: None, raising=False)
     write_notebook(project.root/'nbs'/'pipelines'/'teach_start.ipynb', f"{PARAMETERS}\nstart: str = ''", FAULT, "if start == 'ear': 1/0", RESULT)
     assert run_tables('mm1', ['first'], rows=['wide', 'narrow'], seeds=[10], pipeline=project.pipeline, report=False).exit_code == 0
     told = [(e['event'], e['unit'].removeprefix('mm1/')) for e in Journal(project.runs).read()[0] if e['event'] != 'started']
@@ -97,8 +98,8 @@ def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch):
 def test_a_finished_table_starts_no_kernel_and_imports_little(project):
     assert run_tables('mm1', ['second'], seeds=[10], pipeline=project.pipeline).exit_code == 0
     log = project.events()
-    script = ('import sys, time; from mllm_replica import journal, registry\n'
-              'registry.CHAPTERS["mm1"] = "toychapter"; journal.executed_modules = lambda paper: {}\n'
+    script = ('import sys, time; from mllm_replica import registry\n'
+              'registry.CHAPTERS["mm1"] = "toychapter"\n'
               'from mllm_replica.runner import run_tables\n'
               f'summary = run_tables("mm1", ["second"], seeds=[10], pipeline={str(project.pipeline)!r})\n'
               'heavy = [m for m in ("torch", "mlflow", "papermill", "pandas", "transformers") if m in sys.modules]\n'

@@ -32,9 +32,8 @@ numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0, vers
 result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={k: Metric(value=v) for k, v in metrics.items()}, **numbers)
 write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 SEARCH = """import sys
-from mllm_replica import journal, registry
+from mllm_replica import registry
 registry.CHAPTERS['mm1'] = 'toychapter'
-journal.executed_modules = lambda paper: {}  # these units execute nothing of the package
 from mllm_replica.study import greedy_search
 from mllm_replica.variation import vary
 base = registry.recipes_of('mm1').recipe('second', 'wide', 'smoke', 10)

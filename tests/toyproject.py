@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_replica import journal, registry, settings as settings_module
+from mllm_replica import registry, settings as settings_module
 from mllm_replica.journal import Journal
 
 HERE = Path(__file__).resolve().parent
@@ -30,9 +30,8 @@ write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 LATE = "if row == 'late' and broken: 1/0"
 DRIVER = """import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
-from mllm_replica import journal, registry
+from mllm_replica import registry
 registry.CHAPTERS['mm1'] = 'toychapter'
-journal.executed_modules = lambda paper: {}  # these units execute nothing of the package
 from mllm_replica.runner import run_tables
 table, rows, pipeline = sys.argv[1], sys.argv[2].split(','), sys.argv[3]
 summary = run_tables('mm1', [table], 'smoke', rows=rows, workers=2, pipeline=pipeline, report=False)
@@ -109,7 +108,6 @@ def project(tmp_path, monkeypatch):
     for name, value in made.environment.items(): monkeypatch.setenv(name, value)
     monkeypatch.delenv('MLLM_REPLICA_RUNS', raising=False)
     monkeypatch.setitem(registry.CHAPTERS, 'mm1', 'toychapter')
-    monkeypatch.setattr(journal, 'executed_modules', lambda paper: {})  # these units execute nothing of the package
     clear = lambda: [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
     clear()
     yield made
