@@ -15,7 +15,7 @@ from mllm_replica.settings import project_root
 from mllm_replica.study import ablation, greedy_search, run_ablation
 from mllm_replica.variation import row_name, split_row, value_at, vary
 from test_runner import with_chapter
-from toyproject import PARAMETERS, project, write_notebook
+from toyproject import PARAMETERS, inline, project, write_notebook
 
 FINISHED = sorted((path.parts[-3], path.name.split('.')[0]) for path in (project_root()/'papers').glob('*/results/*.tiny.csv'))
 PARTS = """from pathlib import Path
@@ -57,22 +57,33 @@ def started(project): return [row for _, row in project.events('started')]
 
 
 # --- finished tables --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('paper, table', FINISHED, ids=['-'.join(names) for names in FINISHED])
-def test_effects_of_every_finished_table(paper, table):
-    path, params = results_path(paper, table, 'tiny'), {r.key: r.params for r in load_table(paper, table).rows}
-    with open(path, newline='') as file: lines = list(csv.DictReader(file))
-    values = {(line['row'], line['metric'], int(line['seed'])): float(line['value']) for line in lines}
-    for metric in dict.fromkeys(line['metric'] for line in lines):
-        frame = effects(paper, table, 'tiny', metric)
-        assert len(effects_table(frame)) == len(frame)
-        for line in frame[frame['before'] != ''].to_dict('records'):
-            a, b = line['before'], line['after']
-            differ = {k for k in params[a].keys() | params[b].keys() if params[a].get(k) != params[b].get(k)} - {'default'}
-            assert differ and all(setting in line['factor'] for setting in differ), line  # one factor, which may be several inseparable settings
-            assert len(differ) == 1 or '(with ' in line['factor'], line
-            by_seed = [values[b, metric, s] - values[a, metric, s] for r, m, s in values if (r, m) == (a, metric) and (b, metric, s) in values]
-            assert (line['seeds'], line['mean']) == (len(by_seed), pytest.approx(statistics.fmean(by_seed)))
-            assert line['low'] <= line['mean'] <= line['high']
+def values_of(paper, table):
+    "(row, metric, seed) -> value, as the file has them."
+    with open(results_path(paper, table, 'tiny'), newline='') as file:
+        return {(line['row'], line['metric'], int(line['seed'])): float(line['value']) for line in csv.DictReader(file)}
+
+
+def check_effect(line, params, values, metric):
+    "A line compares rows that differ in one factor, which may be several inseparable settings, by the differences of seeds."
+    a, b = line['before'], line['after']
+    differ = {k for k in params[a].keys() | params[b].keys() if params[a].get(k) != params[b].get(k)} - {'default'}
+    assert differ and all(setting in line['factor'] for setting in differ), line
+    assert len(differ) == 1 or '(with ' in line['factor'], line
+    pairs = [((a, metric, seed), (b, metric, seed)) for row, name, seed in values if (row, name) == (a, metric)]
+    by_seed = [values[after] - values[before] for before, after in pairs if after in values]
+    assert (line['seeds'], line['mean']) == (len(by_seed), pytest.approx(statistics.fmean(by_seed))), line
+    assert line['low'] <= line['mean'] <= line['high'], line
+
+
+@pytest.mark.parametrize('paper', dict.fromkeys(paper for paper, _ in FINISHED))
+def test_effects_of_every_finished_table(paper):
+    for table in [table for name, table in FINISHED if name == paper]:
+        params, values = {row.key: row.params for row in load_table(paper, table).rows}, values_of(paper, table)
+        for metric in dict.fromkeys(metric for _, metric, _ in values):
+            frame = effects(paper, table, 'tiny', metric)
+            assert len(effects_table(frame)) == len(frame)
+            for line in frame[frame['before'] != ''].to_dict('records'):
+                check_effect(line, params, values, metric)
 
 
 def test_pairs_of_known_tables():
@@ -123,7 +134,7 @@ def test_every_field_of_a_real_recipe_can_be_named_changed_and_made_again(paper)
     assert recipes.recipe(table, varied.row, 'tiny', 10) == varied and varied.stages[0].lr == 0.5
 
 
-def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base):
+def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base, inline):
     varied = vary(base, {'stages.0.lr': 0.01, 'stages.0.trainable': [r"(connector|isn't)\."]})
     summary = run_tables('mm1', ['second'], rows=[varied.row], seeds=[10], pipeline=with_chapter(project))
     assert summary.exit_code == 0, str(summary)
@@ -136,7 +147,7 @@ def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base):
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------------------------
-def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base):
+def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, inline):
     assert run_tables('mm1', ['second'], rows=['wide'], seeds=[10, 11], pipeline=unit, report=False).exit_code == 0
     project.faults.touch()
     run = lambda: run_ablation(base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit)
@@ -176,7 +187,7 @@ def test_an_ablation_refuses_what_it_cannot_run(project, unit, base):
     assert not started(project)
 
 
-def test_ablate_on_the_command_line(project, unit):
+def test_ablate_on_the_command_line(project, unit, inline):
     from mllm_replica.cli import app
     (project.root/'nbs'/'pipelines'/'replicate_row.ipynb').write_text(unit.read_text())
     call = lambda *more: CliRunner().invoke(app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more])
@@ -212,7 +223,7 @@ def test_a_search_killed_between_rounds_goes_on(project, unit):
     assert started(project) == [*done, last, last]  # only the one that was killed
 
 
-def test_an_undecided_round_ends_the_search(project, unit, base):
+def test_an_undecided_round_ends_the_search(project, unit, base, inline):
     project.faults.touch()
     search = lambda **how: greedy_search(['broken', 'good'], ['wide'], lambda parts: vary(base, {'model.row': '-'.join(parts)}), 'toy', seeds=[10],
                                          pipeline=unit, **how)
