@@ -25,7 +25,7 @@ replicate: env  ## Honeybee's Table 3 at scale tiny: train, evaluate, compare
 
 # Two processes of nbdev-test or of pytest; each of the latter has a run folder of its own.
 WORKERS ?= 2
-PYTEST  := $(BIN)/pytest -p no:cacheprovider --numprocesses $(WORKERS) --dist worksteal --durations 25
+PYTEST  := $(BIN)/pytest -p no:cacheprovider --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 test nightly: export MLLM_REPLICA_RUNS := $(CURDIR)/runs/test
 

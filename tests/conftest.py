@@ -1,4 +1,5 @@
 "What all tests share: a run folder of the worker's own, and where the timings stay."
+
 import atexit
 import gc
 import os

@@ -1,5 +1,6 @@
-"""At the sizes of the papers, without a clock: each shortcut equals its formula, executes the FLOPs of the formula, and keeps
-within its bytes. What a processor makes of that is timed by `make bench`."""
+"""At the sizes of the papers, without a clock: each shortcut equals its formula, executes no more FLOPs than it, and
+keeps within its bytes. What a processor makes of that is timed by `make bench`."""
+
 import json
 import os
 import subprocess
@@ -21,14 +22,16 @@ both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward',
 
 def program(text, *arguments):
     "What a program of its own prints last: its peak memory is its own."
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    environment = os.environ | dict(
+        OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    )
     command = [sys.executable, '-c', PEAK + text, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PEAK = '''
+PEAK = """
 import sys, psutil, torch
 torch.set_num_threads(1)
 def peak():
@@ -38,7 +41,7 @@ def forget():
     "The peak so far is forgotten; returns what is in use."
     open('/proc/self/clear_refs', 'w').write('5')
     return psutil.Process().memory_info().rss / 2**20
-'''
+"""
 
 
 # equal to the formula
@@ -116,10 +119,20 @@ def test_owl2_visual_ways_cost_no_further_product(backward):
 
 
 COUNTED = {  # forward, both passes; in matrix products of 2048³
-    'abstractor': (2.207, 6.620), 'linear': (0.281, 0.563), 'MLP': (1.406, 3.938), 'C-Abstractor': (0.882, 2.645),
-    'C-Abstractor 256': (0.646, 1.939), 'D-Abstractor': (0.954, 2.861), 'resampler': (2.820, 8.390), 'experts': (1.113, 3.339),
-    'channel': (4.000, 12.000), 'sequence': (6.000, 18.000), 'llava_hr': (7.503, 22.508), 'mini_gemini': (3.375, 10.126),
-    'deformable': (3.006, 9.018)}
+    'abstractor': (2.207, 6.620),
+    'linear': (0.281, 0.563),
+    'MLP': (1.406, 3.938),
+    'C-Abstractor': (0.882, 2.645),
+    'C-Abstractor 256': (0.646, 1.939),
+    'D-Abstractor': (0.954, 2.861),
+    'resampler': (2.820, 8.390),
+    'experts': (1.113, 3.339),
+    'channel': (4.000, 12.000),
+    'sequence': (6.000, 18.000),
+    'llava_hr': (7.503, 22.508),
+    'mini_gemini': (3.375, 10.126),
+    'deformable': (3.006, 9.018),
+}
 
 
 @both_passes

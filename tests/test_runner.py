@@ -1,5 +1,5 @@
 "Tables from plan to report: equal units run once, finished tables cost nothing, and the executed notebooks show what was done."
-import json, subprocess, sys, time
+import json, subprocess, sys, threading
 
 import pytest
 
@@ -123,12 +123,13 @@ def test_design_seeds_are_not_reported(project, inline):
 
 
 def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
-    active, most = [], []
+    active, most, pair = [], [], threading.Barrier(2)
 
     def pretend(order, stop=None):
         active.append(order.key)
+        pair.wait(60)   # two are at work, or it fails
         most.append(len(active))
-        time.sleep(0.1)
+        pair.wait(60)
         active.remove(order.key)
         return worker.Outcome(unit=order.recipe.unit, key=order.key, status='finished')
 

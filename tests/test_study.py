@@ -1,5 +1,5 @@
 "Effects of finished tables, ablations and searches: what differs, what runs, what is shared, and what a kill leaves."
-import csv, json, os, signal, statistics, subprocess, sys, time
+import csv, json, os, signal, statistics, subprocess, sys
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +15,7 @@ from mllm_replica.settings import project_root
 from mllm_replica.study import ablation, greedy_search, run_ablation
 from mllm_replica.variation import row_name, split_row, value_at, vary
 from test_runner import with_chapter
-from toyproject import PARAMETERS, inline, project, write_notebook
+from toyproject import PARAMETERS, inline, project, until, write_notebook
 
 FINISHED = sorted((path.parts[-3], path.name.split('.')[0]) for path in (project_root()/'papers').glob('*/results/*.tiny.csv'))
 PARTS = """from pathlib import Path
@@ -25,7 +25,7 @@ from mllm_replica.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 parts = recipe.model['row'].split('-')
 if 'broken' in parts and Path(os.environ['TOY_FAULTS']).exists(): 1/0
-time.sleep(float(os.environ.get('TOY_SECONDS', '0')))
+if recipe.model['row'] == os.environ.get('TOY_HANGS'): time.sleep(600)
 worth = dict(wide=0.5, good=0.1, bad=-0.1, broken=0.05)
 metrics = dict(toy=sum(worth[part] for part in parts) + recipe.stages[0].lr + seed / 100 * len(parts), size=float(len(parts)))
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0, versions={})
@@ -210,15 +210,14 @@ def test_a_search_killed_between_rounds_goes_on(project, unit):
     def run(**more):
         return subprocess.Popen([sys.executable, script, unit], env=os.environ | project.environment | more, cwd=project.root, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    process, end = run(TOY_SECONDS='1'), time.monotonic() + 120
-    last = 'wide+model.row=wide-good-bad'
-    while last not in started(project) and process.poll() is None and time.monotonic() < end: time.sleep(0.1)
+    process, last = run(TOY_HANGS='wide-good-bad'), 'wide+model.row=wide-good-bad'
+    until(lambda: last in started(project) or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     done = ['wide+model.row=wide', 'wide+model.row=wide-bad', 'wide+model.row=wide-good']
     assert started(project) == [*done, last], output
     again = run()
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate()
     assert again.returncode == 0 and "['wide', 'wide, good', 'wide, good, bad'] 0" in output, output
     assert started(project) == [*done, last, last]  # only the one that was killed
 

@@ -1,5 +1,5 @@
 "A project folder of its own with three small tables, and a pipeline whose units fail in every way that a notebook can."
-import io, json, os, shutil, subprocess, sys, traceback
+import io, json, os, shutil, subprocess, sys, time, traceback
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ if row == 'raises' and broken: 1/0
 if row == 'exits' and broken: sys.exit(0)
 if row == 'killed' and broken: os.kill(os.getpid(), signal.SIGKILL)
 if row == 'hangs' and broken: time.sleep(600)
-time.sleep(float(os.environ.get('TOY_SECONDS', '0')))"""
+while Path(os.environ.get('TOY_GATE', 'none')).exists(): time.sleep(0.1)"""
 RESULT = """from mllm_replica.engine import Metric, Result, write_atomic
 from mllm_replica.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
@@ -61,6 +61,11 @@ def published_table(name, rows):
                 replication=dict(tiny=own))
 
 
+def until(condition):
+    "Wait for something that another process does; the test's own limit bounds it."
+    while not condition(): time.sleep(0.1)
+
+
 class Project:
     "The folder and what a test asks of it."
 
@@ -74,6 +79,12 @@ class Project:
     def events(self, *kinds):
         "(event, row) of the journal in order."
         return [(e['event'], e['unit'].split('/')[2]) for e in Journal(self.runs).read()[0] if e['event'] in kinds or not kinds]
+
+    def close_gate(self):
+        "Units that are started with the returned setting wait until the file is gone."
+        gate = self.root/'gate'
+        gate.touch()
+        return gate, dict(TOY_GATE=str(gate))
 
     def start(self, *rows, table='faults', **environment):
         "The driver in a process of its own."

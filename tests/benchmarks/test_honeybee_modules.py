@@ -1,4 +1,5 @@
 "Honeybee's projectors at paper scale: as fast as the official code was and near their own FLOPs."
+
 from itertools import product
 
 import pytest
@@ -12,5 +13,12 @@ def test_projector(name, kernel, backward, use, ratio, judge, twice_as_fast):
     (projector, features), official, flops = build(name), MODULES[name][3 if backward else 2], work(name, backward)
     clearly_faster = kernel == 'oneDNN' and twice_as_fast and name in ('D-Abstractor', 'resampler')
     aim = min((0.7 if clearly_faster else 1.0) * official, 1.3 * flops) * SLACK
-    judge(name, lambda: ratio(lambda: step(projector, features, backward), 3 if backward else 5), aim, kernel, backward,
-          official, flops)
+    judge(
+        name,
+        lambda: ratio(lambda: step(projector, features, backward), 3 if backward else 5),
+        aim,
+        kernel,
+        backward,
+        official,
+        flops,
+    )

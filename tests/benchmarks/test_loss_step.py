@@ -1,4 +1,5 @@
 "The chunked loss beside full logits: 4,096 tokens, width 256, vocabulary 49,152."
+
 from fullsize.loss import Step, full
 from timing import seconds_of
 

@@ -1,4 +1,5 @@
 "MM1's experts beside a dense layer with the same active products: top-2 of 8, each half as wide, on the same BLAS."
+
 import pytest
 import torch
 from timing import seconds_of

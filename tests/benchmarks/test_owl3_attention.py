@@ -1,4 +1,5 @@
 "Hyper attention at the sizes of the 7B model, and what an image costs a small model."
+
 import pytest
 import torch
 from fullsize import MATMUL_FLOPS
@@ -21,15 +22,29 @@ both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward',
 def test_hyper_attention(images, backward, ratio, judge):
     given, official, flops = inputs(images), OFFICIAL[images][backward], work(images, images * PATCHES * TEXT, backward)
     aim = min(official, 1.15 * flops) if images == 50 else official
-    judge(f'hyper {images}', lambda: ratio(lambda: run(attention(), *given, backward), 2 if images == 50 else 3), aim * SLACK,
-          '', backward, official, flops)
+    judge(
+        f'hyper {images}',
+        lambda: ratio(lambda: run(attention(), *given, backward), 2 if images == 50 else 3),
+        aim * SLACK,
+        '',
+        backward,
+        official,
+        flops,
+    )
 
 
 def test_images_that_come_late_cost_less(ratio, judge):
     given = inputs(50, late=True)
     flops = work(50, int(given[2].counts.sum()) * PATCHES)
-    judge('hyper 50 late', lambda: ratio(lambda: run(attention(), *given), 2), 1.15 * flops * SLACK, '', False, OFFICIAL[50][0],
-          flops)
+    judge(
+        'hyper 50 late',
+        lambda: ratio(lambda: run(attention(), *given), 2),
+        1.15 * flops * SLACK,
+        '',
+        False,
+        OFFICIAL[50][0],
+        flops,
+    )
 
 
 @pytest.mark.parametrize('images', (1, 8, 50))
@@ -67,8 +82,15 @@ def test_concatenation(images, backward, ratio, judge):
 
     once = 2 * length * D * (2 * D + 2 * GROUPS * HEAD) + 2 * length * length * HEADS * HEAD
     official = OFFICIAL_CONCAT[images][backward]
-    judge(f'concat {images}', lambda: ratio(step, 1 if images == 8 else 2), official * 2, '', backward, official,
-          once * (3 if backward else 1) / MATMUL_FLOPS)
+    judge(
+        f'concat {images}',
+        lambda: ratio(step, 1 if images == 8 else 2),
+        official * 2,
+        '',
+        backward,
+        official,
+        once * (3 if backward else 1) / MATMUL_FLOPS,
+    )
 
 
 def times(row, counts=(8, 32)):

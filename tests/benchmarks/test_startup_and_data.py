@@ -1,4 +1,5 @@
 "What a user waits for: imports, a finished table, pictures of a world, answers. CPU time beside the matrix product."
+
 import json
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"A training step of the tiny model (Table 3's C-Abstractor, 144 tokens) beside the matrix product at the same number of FLOPs."
+"A training step of the tiny model (Table 3's C-Abstractor, 144 tokens) beside the product at the same number of FLOPs."
+
 import torch
 from fullsize import MATMUL_FLOPS
 
@@ -19,7 +20,9 @@ def test_share_of_the_matmul_rate(ratio, judge):
     samples = [processor.encode(sample) for source in sources for sample in load_source(source, 0)]
     batch = collate(samples, processor.tokenizer.pad_token_id, image_tensor=processor.image_tensor)
     batch.pop('ids')
-    batch['image_features'] = model.visual_features(batch.pop('pixel_values')).detach()  # frozen: computed once in a run
+    batch['image_features'] = model.visual_features(
+        batch.pop('pixel_values')
+    ).detach()  # frozen: computed once in a run
     names = trainable_names(model, stage.trainable)
     freeze_all_but(model.train(), names)
     optimizer = make_optimizer(model, names, stage)

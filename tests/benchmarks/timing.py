@@ -1,4 +1,5 @@
 "How a function is timed."
+
 import statistics
 import time
 
@@ -13,7 +14,7 @@ def seconds_of(function):
 
 
 def beside(function, other, rounds=9):
-    "Median ratio of the CPU times of two functions, run in turn, the first of a pair alternating; a pair scatters by 5 %."
+    "Median ratio of the CPU times of two functions, run in turn, each first in turn; a pair scatters by 5 %."
 
     def pair(turn):
         order = (function, other) if turn % 2 else (other, function)

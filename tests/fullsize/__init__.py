@@ -1,4 +1,5 @@
-"Modules at the sizes of the papers, for what is timed (`benchmarks/`) and for what is counted and compared (`test_fullsize.py`)."
+"Modules at the sizes of the papers: what `benchmarks/` times, and `test_fullsize.py` counts and compares."
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,5 @@
 "A thousand questions with answers of one word: prompts of 37 tokens, a model of two layers of width 64."
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm_replica.data import Encoded

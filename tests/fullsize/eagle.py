@@ -1,4 +1,5 @@
 "Eagle's five experts with tiny backbones at 1024 px, its fusions at the sizes of the paper and its splice."
+
 from functools import lru_cache
 
 import torch
@@ -13,17 +14,64 @@ from mllm_replica.eagle.towers import build_expert
 from mllm_replica.vision import CLIP_MEAN, CLIP_STD
 
 BACKBONES = dict(
-    clip=(dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14),
-          None),
+    clip=(
+        dict(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=336,
+            patch_size=14,
+        ),
+        None,
+    ),
     convnext=(dict(depths=[1, 1, 1, 1], dims=[4, 6, 8, 12]), 1024),
-    sam=(dict(hidden_size=8, output_channels=2, num_hidden_layers=2, num_attention_heads=2, image_size=1024, patch_size=16,
-              window_size=14, global_attn_indexes=[1], mlp_dim=16), None),
-    eva=(dict(patch_size=16, window_size=16, embed_dim=8, depth=3, num_heads=1, window_block_indexes=[0, 1],
-              pretrain_img_size=224), 1024),
-    pix2struct=(dict(hidden_size=8, patch_embed_hidden_size=768, d_ff=16, d_kv=4, num_hidden_layers=2, num_attention_heads=2,
-                     seq_len=64), 1024))
-X5 = [ExpertShape('clip', 1024, 24), ExpertShape('convnext', 3072, 32), ExpertShape('sam', 1024, 32),
-      ExpertShape('det', 1024, 64), ExpertShape('pix2struct', 1536, 45)]
+    sam=(
+        dict(
+            hidden_size=8,
+            output_channels=2,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=1024,
+            patch_size=16,
+            window_size=14,
+            global_attn_indexes=[1],
+            mlp_dim=16,
+        ),
+        None,
+    ),
+    eva=(
+        dict(
+            patch_size=16,
+            window_size=16,
+            embed_dim=8,
+            depth=3,
+            num_heads=1,
+            window_block_indexes=[0, 1],
+            pretrain_img_size=224,
+        ),
+        1024,
+    ),
+    pix2struct=(
+        dict(
+            hidden_size=8,
+            patch_embed_hidden_size=768,
+            d_ff=16,
+            d_kv=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            seq_len=64,
+        ),
+        1024,
+    ),
+)
+X5 = [
+    ExpertShape('clip', 1024, 24),
+    ExpertShape('convnext', 3072, 32),
+    ExpertShape('sam', 1024, 32),
+    ExpertShape('det', 1024, 64),
+    ExpertShape('pix2struct', 1536, 45),
+]
 
 
 def mixture(device='cpu'):
@@ -88,7 +136,7 @@ def fused(fusion, project, given):
 
 
 class Concatenation:
-    "The picture for CLIP, the maps of CLIP, EVA and Pix2Struct brought to the grid, SAM's unshuffled: as in the official figure."
+    "The picture for CLIP, the maps of CLIP, EVA and Pix2Struct brought to the grid, SAM's unshuffled, as officially."
 
     def __init__(self):
         self.picture, self.given, self.fusion = image(), maps(X5), build_fusion('channel', X5, 32, 1)[0]

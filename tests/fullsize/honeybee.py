@@ -1,4 +1,5 @@
 "Honeybee's projectors between CLIP-L/14 and a 7B model."
+
 from functools import lru_cache
 
 import torch

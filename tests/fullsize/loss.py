@@ -1,4 +1,5 @@
 "A loss over a large vocabulary."
+
 import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile

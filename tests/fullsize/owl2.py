@@ -1,4 +1,5 @@
 "mPLUG-Owl2's decoder layer and abstractor at the sizes of the 7B model."
+
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,14 @@ from fullsize import MATMUL_FLOPS
 from mllm_replica.owl2.components import ADAPTIVE, Route, adapt_layers
 from mllm_replica.owl2.encoder import VisualAbstractor, abstractor_fields, sine_grid, sine_positions
 
-CONFIG = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, rms_norm_eps=1e-6,
-                     max_position_embeddings=2048, attn_implementation='sdpa')
+CONFIG = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_attention_heads=32,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+    attn_implementation='sdpa',
+)
 D, HEADS, TEXT, VISUAL = 4096, 32, 64, 65
 LENGTH = TEXT + VISUAL
 STRETCHES = [TEXT // 2, VISUAL, TEXT // 2]  # text, an image, text
@@ -82,7 +89,9 @@ def layer_reference(layer, x, angles, visual):
         return y.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
     n = ways(layer.input_layernorm, x)
-    query, key = apply_rotary_pos_emb(heads(F.linear(n, attention.q_proj.weight)), heads(ways(attention.k_proj, n)), *angles)
+    query, key = apply_rotary_pos_emb(
+        heads(F.linear(n, attention.q_proj.weight)), heads(ways(attention.k_proj, n)), *angles
+    )
     future = ~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     scores = (query @ key.mT * 128**-0.5).masked_fill(future, float('-inf'))
     h = x + attention.o_proj((scores.softmax(-1) @ heads(ways(attention.v_proj, n))).transpose(1, 2).flatten(2))

@@ -1,4 +1,5 @@
 "Hyper attention at the sizes of the 7B model: hidden 3584, 28 / 4 heads, 729 patches, 256 text tokens."
+
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,14 @@ from fullsize import MATMUL_FLOPS
 from mllm_replica.owl3.components import HyperAttention
 from mllm_replica.owl3.media import Media, Sight, rotate
 
-CONFIG = Qwen2Config(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, attn_implementation='sdpa',
-                     max_position_embeddings=65536, rope_theta=1e6)
+CONFIG = Qwen2Config(
+    hidden_size=3584,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    attn_implementation='sdpa',
+    max_position_embeddings=65536,
+    rope_theta=1e6,
+)
 D, HEADS, GROUPS, HEAD, TEXT, PATCHES = 3584, 28, 4, 128, 256, 729
 
 

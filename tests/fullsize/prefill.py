@@ -1,4 +1,5 @@
 "A prompt with images read by the small models of mPLUG-Owl3's Figure 1."
+
 import torch
 
 from mllm_replica.cost import count
