@@ -40,7 +40,7 @@ nightly: env  ## further cases of the same rules, and what takes minutes
 bench: env  ## timings, compared with those of the same kind of processor; `make bench NEW=1` replaces them
 	$(BIN)/pytest -p no:cacheprovider tests/benchmarks $(if $(NEW),--new-baseline)
 
-quick: env  ## the tests of the package that take less than a minute each
+quick: env  ## the tests of the package without the slowest
 	$(PYTEST) -m 'not slow and not nightly'
 
 lint: env  ## unused and undefined names, broken syntax

@@ -6,7 +6,7 @@ the FLOPs) is held where the baseline held it: on some processors another kernel
 
 import json
 import re
-from math import inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import pytest
@@ -110,11 +110,11 @@ def baseline(request):
 def judge(baseline):
     "Measure a figure, note it, and compare it with this processor's baseline."
 
-    def compare(module, measure, aim=inf, kernel='', backward=False, official=nan, work=nan):
+    def compare(module, measure, aim=inf, kernel='', backward=False, official=nan, work=nan, least=LEAST):
         passes = 'both' if backward else 'forward'
         name = ' · '.join(part for part in (module, kernel, passes) if part)
         before = baseline.get(name, dict(measured=inf, held=False))
-        limit = SLACK * max(before['measured'], LEAST)
+        limit = SLACK * max(before['measured'], least)
         if before['held']:
             limit = min(limit, aim)
         measured = measure()
@@ -130,6 +130,10 @@ def judge(baseline):
     return compare
 
 
+def digits(number, places):
+    return f'{number:.{places}f}' if isfinite(number) else '–'
+
+
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
@@ -140,5 +144,6 @@ def pytest_terminal_summary(terminalreporter):
         f'{"module":28} {"kernel":7} {"pass":7} {"measured":>9} {"before":>8} {"aim":>8} {"official":>8} {"FLOPs":>7}'
     )
     for module, kernel, passes, measured, before, aim, official, work in ROWS:
-        shown = f'{measured:8.3f}{"*" if measured > aim else " "} {before:8.3f} {aim:8.3f} {official:8.2f} {work:7.2f}'
-        write(f'{module:28} {kernel:7} {passes:7} {shown}')
+        mark = '*' if measured > aim else ' '
+        known = f'{digits(before, 3):>8} {digits(aim, 3):>8} {digits(official, 2):>8} {digits(work, 2):>7}'
+        write(f'{module:28} {kernel:7} {passes:7} {measured:8.3f}{mark} {known}')

@@ -74,9 +74,9 @@ def test_resize_and_concatenate(backward, ratio, judge):
         'resize, concat',
         lambda: ratio(lambda: passes(run, [*run.given, run.sam], backward)),
         official * SLACK,
-        '',
-        backward,
-        official,
+        backward=backward,
+        official=official,
+        least=official,  # memory that is asked for anew is most of it
     )
 
 
@@ -105,4 +105,11 @@ def test_splice(rows, backward, ratio, judge):
     given, official = Splice(), OFFICIAL['splice'][backward]
     call, inputs = getattr(given, rows), [given.visual, given.words.weight]
     aim = SPLICE * (official / OFFICIAL['splice'][0]) * SLACK
-    judge(f'splice, {rows}', lambda: ratio(lambda: passes(call, inputs, backward)), aim, '', backward, official)
+    judge(
+        f'splice, {rows}',
+        lambda: ratio(lambda: passes(call, inputs, backward)),
+        aim,
+        backward=backward,
+        official=official,
+        least=aim / SLACK,  # memory that is asked for anew is most of it
+    )
