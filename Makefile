@@ -10,7 +10,7 @@ export IPYTHONDIR ?= $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR ?= $(CURDIR)/.venv/matplotlib
 export TIMEFORMAT ?= took %0R s
 
-.PHONY: env replicate test quick readme clean
+.PHONY: env replicate test bench nightly quick lint readme clean
 
 env: .venv/installed  ## .venv from pyproject.toml, at the releases of constraints.txt
 
@@ -23,19 +23,32 @@ replicate: env  ## Honeybee's Table 3 at scale tiny: train, evaluate, compare
 	$(BIN)/mllm-replica run honeybee 3 --scale tiny
 	$(BIN)/mllm-replica report honeybee 3
 
-test quick: export MLLM_REPLICA_RUNS := $(CURDIR)/runs/test
+# Two processes of nbdev-test or of pytest; each of the latter has a run folder of its own.
+WORKERS ?= 2
+PYTEST  := $(BIN)/pytest -p no:cacheprovider --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
+
+test nightly: export MLLM_REPLICA_RUNS := $(CURDIR)/runs/test
 
 test: env  ## every notebook (its cells are tests), then the tests of the exported package
 	rm -rf runs/test
-	time $(BIN)/nbdev-test --n-workers 2 --timing
-	time $(BIN)/pytest
+	time $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
+	time $(PYTEST) -m 'not nightly'
 
-quick: env  ## the tests of the package that take less than a minute each
-	$(BIN)/pytest -m 'not slow'
+nightly: env  ## further cases of the same rules, and what takes minutes
+	time $(PYTEST) -m nightly
+
+bench: env  ## timings, compared with those of the same kind of processor; `make bench NEW=1` replaces them
+	$(BIN)/pytest -p no:cacheprovider tests/benchmarks $(if $(NEW),--new-baseline)
+
+quick: env  ## the tests of the package without the slowest
+	$(PYTEST) -m 'not slow and not nightly'
+
+lint: env  ## unused and undefined names, broken syntax
+	$(BIN)/ruff check
 
 readme: env  ## run nbs/index.ipynb and write README.md from it
 	$(BIN)/python -c 'from mllm_replica.readme import write_readme; print(write_readme())'
 
 clean:  ## what tests and builds leave; keeps .venv and runs/
-	rm -rf runs/test build .pytest_cache .ruff_cache .benchmarks
+	rm -rf runs/test build .pytest_cache .ruff_cache
 	find mllm_replica tests nbs -name __pycache__ -prune -exec rm -rf {} +

@@ -80,9 +80,12 @@ def test_unknown_names_are_answered_with_near_ones(words, message):
     assert result.exit_code == 2 and message in said(result)
 
 
-def test_plain_text_off_a_terminal():
-    shown = subprocess.run([sys.executable, '-c', 'from mllm_replica.cli import app; app()', 'papers'], capture_output=True, cwd=ROOT, check=True)
-    assert b'\x1b' not in shown.stdout and not shown.stderr
+def test_a_process_prints_plain_text_off_a_terminal_and_reads_no_settings_for_it(project):
+    (project/'settings.ini').write_text('[replication]\nscale = tinny\n')
+    command = [sys.executable, '-c', 'from mllm_replica.cli import app; app()', 'papers']
+    shown = subprocess.run(command, capture_output=True, cwd=project, text=True, check=True)
+    assert '\x1b' not in shown.stdout and not shown.stderr and all(key in shown.stdout for key in PAPERS)
+    assert 'doctor' in subprocess.run([*command[:-1], '--help'], capture_output=True, cwd=project, text=True, check=True).stdout
 
 
 def found_sets(exit_code):
@@ -213,8 +216,6 @@ def test_wrong_settings_are_told_by_every_command_that_reads_them(project, line,
     ill = call('doctor')
     assert ill.exit_code == 1 and message in said(ill) and '1 failed' in ill.output
     assert call('run', '--help').exit_code == 0 and call('show', 'honeybee', '3').exit_code == 0
-    fresh = [sys.executable, '-c', 'from mllm_replica.cli import app; app()', '--help']   # the module reads no settings when it is imported
-    assert b'doctor' in subprocess.run(fresh, capture_output=True, cwd=project, check=True).stdout
 
 
 def test_doctor_names_a_missing_requirement(monkeypatch):

@@ -92,7 +92,7 @@ def test_pre_alignment_and_joint_stages_are_planned_at_the_scale_of_the_paper():
     assert (clip.stage, convnext.stage) == ('align clip-448', 'align convnext-1024') and unit.visual_tokens == 1024
     assert project.trained == (1024 + 3072) * 4096 + 4096 ** 2 + 2 * 4096 and project.steps == 2179 and tune.steps == clip.steps == 7296
     assert clip.trained == pytest.approx(303.5e6 + 21e6, rel=0.01) and tune.trained > 7.9e9 and clip.flops < convnext.flops < tune.flops
-    assert 'its schedule is not' in ' '.join(plan('eagle', '5', 'paper', rows=['cnx_frozen_pa']).assumptions)
+    assert 'its schedule is not' in ' '.join(recipe('5', 'cnx_frozen_pa', 'paper', 1).assumptions)   # which a plan passes on
 
 
 def test_rows_at_the_scale_of_the_paper_say_what_they_vary():

@@ -138,9 +138,10 @@ def examples(model):
     return encode_source(documents, 'interleaved', encode, 48) + encode_source([document('t', 'nothing to see')], 'text', encode, 48)
 
 
-@pytest.mark.parametrize('attention', ['sdpa', 'eager', 'flex_attention'])
+@pytest.mark.parametrize('attention, stance', [('sdpa', 'default'), ('eager', 'default'), ('flex_attention', 'force_eager'),
+                                               pytest.param('flex_attention', 'default', marks=pytest.mark.nightly)])   # compiled: half a minute
 @pytest.mark.parametrize('count', [5, 1])   # sequences with and without neighbours
-def test_packed_examples_are_predicted_as_if_alone(model, examples, attention, count):
+def test_packed_examples_are_predicted_as_if_alone(model, examples, attention, stance, count):
     model.set_attn_implementation({'vision_config': 'sdpa' if attention == 'flex_attention' else attention, 'text_config': attention})
     tensor = VisionLanguageProcessor.from_config(model.config, byte_tokenizer()).image_tensor
 
@@ -150,7 +151,7 @@ def test_packed_examples_are_predicted_as_if_alone(model, examples, attention, c
     sequences = make_sequences(examples[:count], 48, 3)
     assert len(sequences) < count or count == 1
     batch = collate_sequences(sequences, 0, image_tensor=tensor)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance(stance):
         packed = losses(batch)
         alone = {e.id: losses(collate([e], 0, image_tensor=tensor))[0] for e in examples[:count]}
         whole = model(**{k: v for k, v in batch.items() if k != 'ids'}).loss

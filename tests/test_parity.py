@@ -1,5 +1,5 @@
 """The parity command finds every recorded number again and notices a single altered one."""
-import json, subprocess, sys
+import json, runpy, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,10 +154,15 @@ def test_whose_file_it_is(toy, tmp_path, capsys):
     assert parity.main([str(tmp_path/'copies'/'a.safetensors'), '--paper', 'toy']) == 0
 
 
-def test_the_command():
-    done = subprocess.run([sys.executable, '-m', 'mllm_replica.parity', *map(str, PARTS[:1]), __file__], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1 and lines[0].startswith('ok') and lines[1].startswith('FAILED') and 'no safetensors file' in lines[2], done.stderr
+def test_the_command(monkeypatch, capsys):
+    "As `python -m` runs it, in this process."
+    monkeypatch.setattr(sys, 'argv', ['parity', str(PARTS[0]), __file__])
+    monkeypatch.delitem(sys.modules, 'mllm_replica.parity')
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module('mllm_replica.parity', run_name='__main__')
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and lines[0].startswith('ok')
+    assert lines[1].startswith('FAILED') and 'no safetensors file' in lines[2]
 
 
 def test_a_first_release_position_table(tmp_path):

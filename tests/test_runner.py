@@ -1,5 +1,5 @@
 "Tables from plan to report: equal units run once, finished tables cost nothing, and the executed notebooks show what was done."
-import json, subprocess, sys, time
+import json, subprocess, sys, threading
 
 import pytest
 
@@ -11,7 +11,7 @@ from mllm_replica.recipe import Recipe
 from mllm_replica.results import read_results, results_path
 from mllm_replica.runner import make_plan, run_tables
 from mllm_replica.settings import settings
-from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, project, write_notebook
+from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, inline, project, write_notebook
 
 
 def with_chapter(project):
@@ -64,7 +64,7 @@ def test_a_real_unit_is_shown_tracked_and_reported(project):
     assert {'replicated/wide/toy', 'published/wide/acc'} <= set(numbers) and 'difference/wide/acc' not in numbers
 
 
-def test_equal_units_run_once_and_serve_both_tables(project):
+def test_equal_units_run_once_and_serve_both_tables(project, inline):
     run = lambda: run_tables('mm1', ['first', 'second'], seeds=[10], pipeline=project.pipeline)
     summary = run()
     assert summary.exit_code == 0, str(summary)
@@ -81,7 +81,7 @@ def test_equal_units_run_once_and_serve_both_tables(project):
     assert [seal.stat().st_mtime_ns != old for seal, old in zip(seals, before)] == [False, True]  # only the changed table is reported again
 
 
-def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch):
+def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch, inline):
     from toychapter import recipes
     monkeypatch.setattr(recipes, 'starts', lambda recipe: ['eye', 'ear'] if recipe.row == 'wide' else ['eye'], raising=False)
     monkeypatch.setattr(recipes, 'teach', lambda recipe, start: None, raising=False)
@@ -95,29 +95,28 @@ def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch):
     assert project.events('started').count(('started', 'smoke')) == 2   # no start again
 
 
-def test_a_finished_table_starts_no_kernel_and_imports_little(project):
+def test_a_finished_table_starts_no_kernel_and_imports_little(project, inline):
     assert run_tables('mm1', ['second'], seeds=[10], pipeline=project.pipeline).exit_code == 0
     log = project.events()
-    script = ('import sys, time; from mllm_replica import registry\n'
+    script = ('import sys; from mllm_replica import registry\n'
               'registry.CHAPTERS["mm1"] = "toychapter"\n'
               'from mllm_replica.runner import run_tables\n'
               f'summary = run_tables("mm1", ["second"], seeds=[10], pipeline={str(project.pipeline)!r})\n'
               'heavy = [m for m in ("torch", "mlflow", "papermill", "pandas", "transformers") if m in sys.modules]\n'
-              'print(summary.skipped, summary.exit_code, heavy, time.process_time())')
+              'print(summary.skipped, summary.exit_code, heavy)')
     done = subprocess.run([sys.executable, '-c', script], cwd=project.root, capture_output=True, text=True, check=True)
-    skipped, code, heavy, seconds = done.stdout.rsplit('\n', 2)[-2].replace('[]', 'none').split()
-    assert (skipped, code, heavy) == ('2', '0', 'none') and float(seconds) < 3
+    assert done.stdout.splitlines()[-1] == '2 0 []'
     assert project.events() == log
 
 
-def test_a_failing_report_is_trouble_not_silence(project):
+def test_a_failing_report_is_trouble_not_silence(project, inline):
     write_notebook(project.root/'nbs'/'pipelines'/'report_table.ipynb', 'paper: str = ""\ntable: str = ""\nscale: str = ""\nout_dir: str = ""', '1/0')
     summary = run_tables('mm1', ['second'], rows=['deep'], pipeline=project.pipeline)
     assert summary.exit_code == 1 and not summary.failed and 'division by zero' in summary.problems[0]
     assert project.tracked()['table'][0] == 'FAILED'
 
 
-def test_design_seeds_are_not_reported(project):
+def test_design_seeds_are_not_reported(project, inline):
     summary = run_tables('mm1', ['second'], 'tiny', rows=['deep'], seeds=[3], pipeline=project.pipeline)
     assert summary.exit_code == 0, str(summary)
     assert not results_path('mm1', 'second', 'tiny').exists()
@@ -125,12 +124,13 @@ def test_design_seeds_are_not_reported(project):
 
 
 def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
-    active, most = [], []
+    active, most, pair = [], [], threading.Barrier(2)
 
     def pretend(order, stop=None):
         active.append(order.key)
+        pair.wait(60)   # two are at work, or it fails
         most.append(len(active))
-        time.sleep(0.1)
+        pair.wait(60)
         active.remove(order.key)
         return worker.Outcome(unit=order.recipe.unit, key=order.key, status='finished')
 
@@ -191,7 +191,7 @@ def test_the_key_names_the_folder_that_stands_for_a_backbone(project):
     assert keys[-1] == keys[-2]
 
 
-def test_a_journal_that_cannot_be_written_stops_no_unit(project, monkeypatch):
+def test_a_journal_that_cannot_be_written_stops_no_unit(project, monkeypatch, inline):
     append, start = Journal.append, runner.Tracker.start_unit
     def full(self, event, **fields):
         "A disk that is full when the tracker's trouble is to be noted."

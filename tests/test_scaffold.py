@@ -1,17 +1,34 @@
 "The house rules that a machine can check: notebooks and package agree, files are small, code keeps its style, nothing names this machine."
 import ast, configparser, difflib, json, os, re, shutil, subprocess, sys, tomllib
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'mllm_replica'
-NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 LEFT_OUT = ('.venv', '.git', 'runs', 'build', '__pycache__', '*.egg-info', '.pytest_cache', '.ruff_cache', '.benchmarks', '.ipynb_checkpoints',
             '_proc', 'mlruns', 'mlflow.db', 'results')
 
-names = lambda paths: [str(p.relative_to(ROOT)) for p in paths]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def notebooks():
+    "Path -> cells of every notebook, read once."
+    return {path: json.loads(path.read_text())['cells'] for path in sorted((ROOT / 'nbs').rglob('*.ipynb'))}
+
+
+@cache
+def modules():
+    "Path -> (source, syntax tree) of every module, read once."
+    paths = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__init__.py', '_modidx.py'))
+    sources = {path: path.read_text() for path in paths}
+    return {path: (source, ast.parse(source)) for path, source in sources.items()}
 
 
 def committed_files() -> list[Path]:
@@ -48,7 +65,7 @@ def test_parameters_tag_survives_cleaning():
     toml = tomllib.loads((ROOT/'pyproject.toml').read_text())
     assert 'tags' in toml['tool']['nbdev']['allowed_cell_metadata_keys']
     for name in ('replicate_row', 'report_table'):
-        cells = json.loads((ROOT/f'nbs/pipelines/{name}.ipynb').read_text())['cells']
+        cells = notebooks()[ROOT/f'nbs/pipelines/{name}.ipynb']
         tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
         assert len(tagged) == 1, f'{name}.ipynb has {len(tagged)} cells tagged `parameters`'
         assert not ''.join(tagged[0]['source']).startswith('#|'), f'{name}.ipynb: papermill does not know directives'
@@ -91,78 +108,117 @@ def test_notebooks_are_clean(exported_copy):
 
 def test_cell_ids_are_unique_and_exported():
     "`nbdev-update` finds its way back by cell id: each id in the package exists in the notebook that is named beside it."
-    for module in MODULES:
-        for notebook, cell in re.findall(r'^# %% (\S+\.ipynb) #(\w+)$', module.read_text(), re.M):
-            path = (module.parent/notebook).resolve()
-            ids = [c['id'] for c in json.loads(path.read_text())['cells']]
-            assert ids.count(cell) == 1, f'{module.name}: cell {cell} is in {path.name} {ids.count(cell)} times'
-
-
-# --- import -----------------------------------------------------------------------------------------------------------------------------
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ids = {path: Counter(cell['id'] for cell in cells) for path, cells in notebooks().items()}
+    lost = []
+    for path, (source, _) in modules().items():
+        for notebook, cell in re.findall(r'^# %% (\S+\.ipynb) #(\w+)$', source, re.M):
+            times = ids[(path.parent / notebook).resolve()][cell]
+            if times != 1:
+                lost.append(f'{name_of(path)}: cell {cell} is in {notebook} {times} times')
+    assert not lost, '\n'.join(lost)
 
 
 def test_notebooks_that_register_worlds_give_the_packages_own_back():
     "nbdev-test runs many notebooks in one process; a world of a notebook has no source file for those that come after it."
-    sources = {n.name: [''.join(c['source']) for c in json.loads(n.read_text())['cells'] if c['cell_type'] == 'code'] for n in NOTEBOOKS}
-    register = {name: cells for name, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)}
-    assert len(register) >= 4 and not [name for name, cells in register.items() if 'reload(import_module(' not in cells[-1]]
+    sources = {path: [''.join(c['source']) for c in cells if c['cell_type'] == 'code'] for path, cells in notebooks().items()}
+    registers = [path for path, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)]
+    assert len(registers) >= 4
+    assert not [name_of(path) for path in registers if 'reload(import_module(' not in sources[path][-1]]
 
 
-def test_import_is_quick_and_free_of_torch():
-    timed = 'import time, sys; t = time.process_time(); import mllm_replica; print(time.process_time() - t, "torch" in sys.modules)'
-    seconds, torch = min(python(timed).split() for _ in range(3))
-    assert torch == 'False' and float(seconds) <= 0.3
+# --- import ---------------------------------------------------------------------------------------------------------------
+IMPORTED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    before = set(sys.modules)
+    importlib.import_module(name)
+    print(name, *set(sys.modules) - before)
+"""
 
 
-@pytest.mark.parametrize('module', ['mllm_replica.cli', 'mllm_replica.settings', 'mllm_replica.recipe', 'mllm_replica.registry'])
-def test_light_modules_load_no_heavy_library(module):
-    loaded = python(f'import sys, {module}; print(*sys.modules)').split()
-    assert not {'torch', 'transformers', 'mlflow', 'papermill', 'datasets', 'matplotlib'} & set(loaded)
+def test_what_is_to_start_quickly_loads_no_heavy_library():
+    light = ['mllm_replica', 'mllm_replica.settings', 'mllm_replica.recipe', 'mllm_replica.registry', 'mllm_replica.cli']
+    heavy = {'torch', 'transformers', 'mlflow', 'papermill', 'datasets', 'matplotlib', 'pandas'}
+    command = [sys.executable, '-c', IMPORTED, *light]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = {name: found for name, *found in map(str.split, said.splitlines())}
+    assert list(loaded) == light
+    assert not {name: heavy & set(found) for name, found in loaded.items() if heavy & set(found)}
+    assert len(loaded['mllm_replica']) <= 5, 'the package itself imports nothing: ' + ' '.join(loaded['mllm_replica'])
 
 
-# --- size and style ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=names(NOTEBOOKS))
-def test_notebook_is_small(notebook):
-    assert notebook.stat().st_size <= 300 * 1024
+# --- size and style -------------------------------------------------------------------------------------------------------
+def test_notebooks_are_small():
+    assert not [name_of(path) for path in notebooks() if path.stat().st_size > 300 * 1024]
 
 
-@pytest.mark.parametrize('module', MODULES, ids=names(MODULES))
-def test_style(module):
-    source = module.read_text()
-    lines = source.splitlines()
-    assert len(lines) <= 400, f'{len(lines)} lines'
-    tree = ast.parse(source)
-    public = re.search(r'^__all__ = (\[.*?\])', source, re.M | re.S)
-    public = set(ast.literal_eval(public[1])) if public else set()
-    problems = [f'line {i} has {len(line)} columns' for i, line in enumerate(lines, 1) if len(line) > 150 and not line.startswith('__all__')]
-    for owner, node in [(None, n) for n in tree.body] + [(c, n) for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body]:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
-        name = f'{owner.name}.{node.name}' if owner else node.name
-        is_public = (owner.name if owner else node.name) in public and not node.name.startswith('_')
-        one_line_method = owner and node.end_lineno == node.lineno
-        if is_public and not ast.get_docstring(node) and not one_line_method: problems.append(f'{name} has no docstring')
-        if isinstance(node, ast.ClassDef): continue
-        if (length := node.end_lineno - node.lineno + 1) > 80: problems.append(f'{name} has {length} lines')
-        if is_public and node.returns is None: problems.append(f'{name} has no return type')
-        arguments = [a for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg not in ('self', 'cls', 'ctx')]
-        if is_public and not owner and (bare := [a.arg for a in arguments if a.annotation is None]): problems.append(f'{name}: no type for {bare}')
-    assert not problems
+def test_modules_are_short_and_narrow():
+    problems = []
+    for path, (source, _) in modules().items():
+        lines = source.splitlines()
+        if len(lines) > 400:
+            problems.append(f'{name_of(path)} has {len(lines)} lines')
+        wide = [number for number, line in enumerate(lines, 1) if len(line) > 150 and not line.startswith('__all__')]
+        problems += [f'{name_of(path)}:{number} has more than 150 columns' for number in wide]
+    assert not problems, '\n'.join(problems)
 
 
-@pytest.mark.parametrize('module', MODULES, ids=names(MODULES))
-def test_nothing_is_unpickled_evaluated_or_trusted(module):
-    "`eval(` as a call, pickles and remote code have no place in the package (`model.eval()` and `weights_only=True` have)."
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imported = [a.name for a in node.names] + [getattr(node, 'module', None) or '']
-            assert not {'pickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve'} & {i.split('.')[0] for i in imported}, ast.unparse(node)
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            options = {k.arg: k.value for k in node.keywords}
-            assert called not in ('eval', 'exec', 'compile') and 'trust_remote_code' not in options, ast.unparse(node)
-            if called == 'torch.load': assert ast.unparse(options.get('weights_only', ast.Constant(False))) == 'True', ast.unparse(node)
+def definitions(tree):
+    "(class or None, function or class) of a module and of its classes."
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield None, node
+        if isinstance(node, ast.ClassDef):
+            yield from ((node, inner) for inner in node.body if isinstance(inner, (ast.FunctionDef, ast.ClassDef)))
+
+
+def faults(owner, node, public):
+    "What a definition lacks: a length that fits a screen or two; documentation and types where it is public."
+    is_public = (owner or node).name in public and not node.name.startswith('_')
+    if is_public and not ast.get_docstring(node) and not (owner and node.end_lineno == node.lineno):
+        yield 'has no docstring'
+    if isinstance(node, ast.ClassDef):
+        return
+    if (length := node.end_lineno - node.lineno + 1) > 80:
+        yield f'has {length} lines'
+    if not is_public:
+        return
+    if node.returns is None:
+        yield 'has no return type'
+    arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ('self', 'cls', 'ctx')]
+    if bare and not owner:
+        yield f'no type for {bare}'
+
+
+def test_definitions_are_short_documented_and_typed():
+    problems = []
+    for path, (source, tree) in modules().items():
+        listed = re.search(r'^__all__ = (\[.*?\])', source, re.M | re.S)
+        public = set(ast.literal_eval(listed[1])) if listed else set()
+        for owner, node in definitions(tree):
+            name = f'{name_of(path)}: {owner.name + "." if owner else ""}{node.name}'
+            problems += [f'{name} {fault}' for fault in faults(owner, node, public)]
+    assert not problems, '\n'.join(problems)
+
+
+def distrusted(node):
+    "Whether a node unpickles, evaluates text or runs a stranger's code (`model.eval()` and `weights_only=True` do not)."
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        imported = [a.name for a in node.names] + [getattr(node, 'module', None) or '']
+        return {'pickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve'} & {name.split('.')[0] for name in imported}
+    if not isinstance(node, ast.Call):
+        return False
+    called, options = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+    if called == 'torch.load' and ast.unparse(options.get('weights_only', ast.Constant(False))) != 'True':
+        return True
+    return called in ('eval', 'exec', 'compile') or 'trust_remote_code' in options
+
+
+def test_nothing_is_unpickled_evaluated_or_trusted():
+    found = [f'{name_of(path)}:{node.lineno}: {ast.unparse(node)}'
+             for path, (_, tree) in modules().items() for node in ast.walk(tree) if distrusted(node)]
+    assert not found, '\n'.join(found)
 
 
 def test_committed_files_name_no_machine():

@@ -1,5 +1,5 @@
 "Effects of finished tables, ablations and searches: what differs, what runs, what is shared, and what a kill leaves."
-import csv, json, os, signal, statistics, subprocess, sys, time
+import csv, json, os, signal, statistics, subprocess, sys
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +15,7 @@ from mllm_replica.settings import project_root
 from mllm_replica.study import ablation, greedy_search, run_ablation
 from mllm_replica.variation import row_name, split_row, value_at, vary
 from test_runner import with_chapter
-from toyproject import PARAMETERS, project, write_notebook
+from toyproject import PARAMETERS, inline, project, until, write_notebook
 
 FINISHED = sorted((path.parts[-3], path.name.split('.')[0]) for path in (project_root()/'papers').glob('*/results/*.tiny.csv'))
 PARTS = """from pathlib import Path
@@ -25,7 +25,7 @@ from mllm_replica.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 parts = recipe.model['row'].split('-')
 if 'broken' in parts and Path(os.environ['TOY_FAULTS']).exists(): 1/0
-time.sleep(float(os.environ.get('TOY_SECONDS', '0')))
+if recipe.model['row'] == os.environ.get('TOY_HANGS'): time.sleep(600)
 worth = dict(wide=0.5, good=0.1, bad=-0.1, broken=0.05)
 metrics = dict(toy=sum(worth[part] for part in parts) + recipe.stages[0].lr + seed / 100 * len(parts), size=float(len(parts)))
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0, versions={})
@@ -56,22 +56,33 @@ def started(project): return [row for _, row in project.events('started')]
 
 
 # --- finished tables --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('paper, table', FINISHED, ids=['-'.join(names) for names in FINISHED])
-def test_effects_of_every_finished_table(paper, table):
-    path, params = results_path(paper, table, 'tiny'), {r.key: r.params for r in load_table(paper, table).rows}
-    with open(path, newline='') as file: lines = list(csv.DictReader(file))
-    values = {(line['row'], line['metric'], int(line['seed'])): float(line['value']) for line in lines}
-    for metric in dict.fromkeys(line['metric'] for line in lines):
-        frame = effects(paper, table, 'tiny', metric)
-        assert len(effects_table(frame)) == len(frame)
-        for line in frame[frame['before'] != ''].to_dict('records'):
-            a, b = line['before'], line['after']
-            differ = {k for k in params[a].keys() | params[b].keys() if params[a].get(k) != params[b].get(k)} - {'default'}
-            assert differ and all(setting in line['factor'] for setting in differ), line  # one factor, which may be several inseparable settings
-            assert len(differ) == 1 or '(with ' in line['factor'], line
-            by_seed = [values[b, metric, s] - values[a, metric, s] for r, m, s in values if (r, m) == (a, metric) and (b, metric, s) in values]
-            assert (line['seeds'], line['mean']) == (len(by_seed), pytest.approx(statistics.fmean(by_seed)))
-            assert line['low'] <= line['mean'] <= line['high']
+def values_of(paper, table):
+    "(row, metric, seed) -> value, as the file has them."
+    with open(results_path(paper, table, 'tiny'), newline='') as file:
+        return {(line['row'], line['metric'], int(line['seed'])): float(line['value']) for line in csv.DictReader(file)}
+
+
+def check_effect(line, params, values, metric):
+    "A line compares rows that differ in one factor, which may be several inseparable settings, by the differences of seeds."
+    a, b = line['before'], line['after']
+    differ = {k for k in params[a].keys() | params[b].keys() if params[a].get(k) != params[b].get(k)} - {'default'}
+    assert differ and all(setting in line['factor'] for setting in differ), line
+    assert len(differ) == 1 or '(with ' in line['factor'], line
+    pairs = [((a, metric, seed), (b, metric, seed)) for row, name, seed in values if (row, name) == (a, metric)]
+    by_seed = [values[after] - values[before] for before, after in pairs if after in values]
+    assert (line['seeds'], line['mean']) == (len(by_seed), pytest.approx(statistics.fmean(by_seed))), line
+    assert line['low'] <= line['mean'] <= line['high'], line
+
+
+@pytest.mark.parametrize('paper', dict.fromkeys(paper for paper, _ in FINISHED))
+def test_effects_of_every_finished_table(paper):
+    for table in [table for name, table in FINISHED if name == paper]:
+        params, values = {row.key: row.params for row in load_table(paper, table).rows}, values_of(paper, table)
+        for metric in dict.fromkeys(metric for _, metric, _ in values):
+            frame = effects(paper, table, 'tiny', metric)
+            assert len(effects_table(frame)) == len(frame)
+            for line in frame[frame['before'] != ''].to_dict('records'):
+                check_effect(line, params, values, metric)
 
 
 def test_pairs_of_known_tables():
@@ -122,7 +133,7 @@ def test_every_field_of_a_real_recipe_can_be_named_changed_and_made_again(paper)
     assert recipes.recipe(table, varied.row, 'tiny', 10) == varied and varied.stages[0].lr == 0.5
 
 
-def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base):
+def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base, inline):
     varied = vary(base, {'stages.0.lr': 0.01, 'stages.0.trainable': [r"(connector|isn't)\."]})
     summary = run_tables('mm1', ['second'], rows=[varied.row], seeds=[10], pipeline=with_chapter(project))
     assert summary.exit_code == 0, str(summary)
@@ -135,7 +146,7 @@ def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base):
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------------------------
-def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base):
+def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, inline):
     assert run_tables('mm1', ['second'], rows=['wide'], seeds=[10, 11], pipeline=unit, report=False).exit_code == 0
     project.faults.touch()
     run = lambda: run_ablation(base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit)
@@ -175,7 +186,7 @@ def test_an_ablation_refuses_what_it_cannot_run(project, unit, base):
     assert not started(project)
 
 
-def test_ablate_on_the_command_line(project, unit):
+def test_ablate_on_the_command_line(project, unit, inline):
     from mllm_replica.cli import app
     (project.root/'nbs'/'pipelines'/'replicate_row.ipynb').write_text(unit.read_text())
     call = lambda *more: CliRunner().invoke(app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more])
@@ -198,20 +209,19 @@ def test_a_search_killed_between_rounds_goes_on(project, unit):
     def run(**more):
         return subprocess.Popen([sys.executable, script, unit], env=os.environ | project.environment | more, cwd=project.root, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    process, end = run(TOY_SECONDS='1'), time.monotonic() + 120
-    last = 'wide+model.row=wide-good-bad'
-    while last not in started(project) and process.poll() is None and time.monotonic() < end: time.sleep(0.1)
+    process, last = run(TOY_HANGS='wide-good-bad'), 'wide+model.row=wide-good-bad'
+    until(lambda: last in started(project) or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     done = ['wide+model.row=wide', 'wide+model.row=wide-bad', 'wide+model.row=wide-good']
     assert started(project) == [*done, last], output
     again = run()
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate()
     assert again.returncode == 0 and "['wide', 'wide, good', 'wide, good, bad'] 0" in output, output
     assert started(project) == [*done, last, last]  # only the one that was killed
 
 
-def test_an_undecided_round_ends_the_search(project, unit, base):
+def test_an_undecided_round_ends_the_search(project, unit, base, inline):
     project.faults.touch()
     search = lambda **how: greedy_search(['broken', 'good'], ['wide'], lambda parts: vary(base, {'model.row': '-'.join(parts)}), 'toy', seeds=[10],
                                          pipeline=unit, **how)

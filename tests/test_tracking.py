@@ -1,5 +1,5 @@
 "The tracker under several processes, over resumed runs, and as a web page."
-import json, math, os, signal, subprocess, sys, time, urllib.request
+import json, math, os, signal, socket, subprocess, sys, time, urllib.request
 
 import pytest
 
@@ -7,17 +7,27 @@ from mllm_replica.recipe import Recipe
 from mllm_replica.tracking import Tracker
 
 RECIPE = Recipe(paper='mm1', table='3', row='wide', scale='smoke', seed=10, model={'width': 8}, sources={}, stages=(), benchmarks=())
-WRITER = """import sys
+WRITERS = """import os, sys
 from mllm_replica.recipe import Recipe
 from mllm_replica.tracking import Tracker
-uri, folder, number = sys.argv[1:]
-recipe = Recipe(paper='mm1', table='3', row='wide', scale='smoke', seed=int(number), model={'width': 8}, sources={}, stages=(), benchmarks=())
-with Tracker(uri, folder) as tracker:
-    parent = tracker.start_table('mm1', '3', 'smoke', 'code')
-    run = tracker.start_unit(parent, recipe, 'key' + number)
-    tracker.metrics(run, {'replicated/toy': 0.5}, [('loss', step, 1 / step) for step in range(1, 301)])
-    tracker.end(run, 'FINISHED')
-    tracker.end(parent, 'FINISHED')"""
+uri, folder = sys.argv[1:]
+
+def write(seed):
+    recipe = Recipe(paper='mm1', table='3', row='wide', scale='smoke', seed=seed, model={'width': 8}, sources={}, stages=(), benchmarks=())
+    with Tracker(uri, folder) as tracker:
+        parent = tracker.start_table('mm1', '3', 'smoke', 'code')
+        run = tracker.start_unit(parent, recipe, f'key{seed}')
+        tracker.metrics(run, {'replicated/toy': 0.5}, [('loss', step, 1 / step) for step in range(1, 301)])
+        tracker.end(run, 'FINISHED')
+        tracker.end(parent, 'FINISHED')
+
+children = []
+for seed in range(10, 14):   # what they import is imported once; each opens the database itself
+    if not (child := os.fork()):
+        write(seed)
+        os._exit(0)   # an exception ends it with 1
+    children.append(child)
+sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))"""
 
 
 @pytest.fixture(scope='module')
@@ -25,10 +35,8 @@ def store(tmp_path_factory):
     "A database that four processes created and wrote at once."
     folder = tmp_path_factory.mktemp('store')
     uri = f'sqlite:///{folder}/mlflow.db'
-    writers = [subprocess.Popen([sys.executable, '-c', WRITER, uri, str(folder), str(n)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-               for n in range(10, 14)]
-    output = [w.communicate(timeout=200)[0] for w in writers]
-    assert [w.returncode for w in writers] == [0] * 4, output
+    done = subprocess.run([sys.executable, '-c', WRITERS, uri, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return uri, folder
 
 
@@ -71,17 +79,21 @@ def test_the_page_shows_runs_and_artifacts(store, tmp_path):
         run = tracker.start_table('honeybee', '3', 'smoke', 'code')
         (tmp_path/'table.md').write_text('| published | replicated |')
         tracker.finish_table(run, {'replicated/wide/toy': 0.5}, {'order': 'inconclusive'}, [tmp_path/'table.md'])
-    server = subprocess.Popen([sys.executable, '-c', f'from mllm_replica.tracking import serve; serve({uri!r}, 5917)'], start_new_session=True)
+    with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, '-c', f'from mllm_replica.tracking import serve; serve({uri!r}, {port})'], start_new_session=True)
     try:
-        ask = lambda path: urllib.request.urlopen(f'http://127.0.0.1:5917{path}', timeout=10).read().decode()
-        for _ in range(90):
+        ask = lambda path: urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=60).read().decode()
+        page = None
+        while page is None:   # the test's own limit ends it
+            assert server.poll() is None
             try: page = ask('/')
-            except OSError: time.sleep(1)
-            else: break
+            except OSError: time.sleep(0.5)
         assert '<title>MLflow</title>' in page
         assert json.loads(ask(f'/api/2.0/mlflow/runs/get?run_id={run}'))['run']['info']['status'] == 'FINISHED'
         assert ask(f'/get-artifact?path=table.md&run_uuid={run}') == '| published | replicated |'
-    finally: os.killpg(server.pid, signal.SIGKILL)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_settings_named_by_regular_expressions_are_tracked():

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,9 +76,20 @@ def one_thread():
 
 
 @pytest.fixture(scope='module')
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('straight')
-    return (*run(folder), (folder/'curve.csv').read_bytes())
+def finished(tmp_path_factory):
+    "The folder of a run to the end; to be copied."
+    return tmp_path_factory.mktemp('finished')
+
+
+@pytest.fixture(scope='module')
+def straight(finished):
+    return (*run(finished), (finished/'curve.csv').read_bytes())
+
+
+@pytest.fixture
+def trained(tmp_path, finished, straight):
+    "A copy of the finished run."
+    return shutil.copytree(finished, tmp_path/'trained')
 
 
 def child(*arguments, launcher=()):
@@ -121,11 +133,10 @@ def test_interrupt_at_any_step_ends_bit_identical(tmp_path, straight, step):
     assert same_bits(resumed, straight[0]) and continued.points == straight[1].points
 
 
-def test_damaged_newest_checkpoint_costs_only_time(tmp_path, straight):
-    run(tmp_path)
-    newest = tmp_path/'checkpoints'/'step-00000020'/'tensors.safetensors'
+def test_damaged_newest_checkpoint_costs_only_time(trained, straight):
+    newest = trained/'checkpoints'/'step-00000020'/'tensors.safetensors'
     newest.write_bytes(newest.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match='step-00000020/tensors.safetensors is missing, altered or cut'): resumed, _ = run(tmp_path)
+    with pytest.warns(UserWarning, match='step-00000020/tensors.safetensors is missing, altered or cut'): resumed, _ = run(trained)
     assert same_bits(resumed, straight[0])
 
 
@@ -158,18 +169,17 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
     (dict(model=LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))),
      r'parameters\.model\.layers\.0\.mlp\.down_proj\.weight\[1\]: 24 → 32'),
 ])
-def test_changed_configuration_is_refused_by_name(tmp_path, change, message):
-    run(tmp_path)
-    with pytest.raises(CheckpointError, match=message): run(tmp_path, **change)
+def test_changed_configuration_is_refused_by_name(trained, change, message):
+    with pytest.raises(CheckpointError, match=message): run(trained, **change)
 
 
-def test_other_thread_count_is_allowed_and_noted(tmp_path):
+def test_other_thread_count_is_allowed_and_noted(tmp_path, monkeypatch):
     def interrupt(done, total, loss):
         if done == 5: signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt): run(tmp_path, progress=interrupt)
-    torch.set_num_threads(2)
-    try: _, history = run(tmp_path)
-    finally: torch.set_num_threads(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, 'get_num_threads', lambda: 2)   # not set: threads that wait for a busy core take seconds
+        _, history = run(tmp_path)
     assert history.steps == 20 and not history.bit_exact and 'resumed at step 6 with threads: 1 → 2' in history.notes[0]
     assert run(tmp_path)[1].notes[0] == history.notes[0]
 

@@ -3,7 +3,6 @@ import json
 import linecache
 import os
 import re
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -291,12 +290,6 @@ def test_vocabulary_is_sorted_unique_lower_case():
     words = vocabulary()
     assert words == sorted(set(words)) and all(words_of(word) == [word] for word in words)
     assert {'human', 'ai', ':', '?', 'yes', '16', 'assistant'} <= set(words) and len(words) < 400
-
-
-def test_four_thousand_tiles_take_seconds():
-    start = time.process_time()
-    data = read_world(build_world('tiles', 'train', 0, 4000, tasks=['cell', 'relation', 'existence', 'count', 'tint'], turns=5, style='textured'))
-    assert len(data) == 4000 and time.process_time() - start < 20
 
 
 def test_the_cells_of_a_notebook_decide_the_key_of_its_world():

@@ -1,11 +1,11 @@
 "A project folder of its own with three small tables, and a pipeline whose units fail in every way that a notebook can."
-import json, os, shutil, subprocess, sys
+import io, json, os, shutil, subprocess, sys, time, traceback
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mllm_replica import registry, settings as settings_module
+from mllm_replica import publish, registry, settings as settings_module, worker
 from mllm_replica.journal import Journal
 
 HERE = Path(__file__).resolve().parent
@@ -19,7 +19,7 @@ if row == 'raises' and broken: 1/0
 if row == 'exits' and broken: sys.exit(0)
 if row == 'killed' and broken: os.kill(os.getpid(), signal.SIGKILL)
 if row == 'hangs' and broken: time.sleep(600)
-time.sleep(float(os.environ.get('TOY_SECONDS', '0')))"""
+while Path(os.environ.get('TOY_GATE', 'none')).exists(): time.sleep(0.1)"""
 RESULT = """from mllm_replica.engine import Metric, Result, write_atomic
 from mllm_replica.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
@@ -60,6 +60,11 @@ def published_table(name, rows):
                 replication=dict(tiny=own))
 
 
+def until(condition):
+    "Wait for something that another process does; the test's own limit bounds it."
+    while not condition(): time.sleep(0.1)
+
+
 class Project:
     "The folder and what a test asks of it."
 
@@ -68,11 +73,17 @@ class Project:
         self.pipeline = write_notebook(root/'toy.ipynb', PARAMETERS, FAULT, RESULT, LATE)
         self.driver = root/'driver.py'
         self.driver.write_text(DRIVER)
-        self.environment = dict(MLLM_REPLICA_ROOT=str(root), TOY_FAULTS=str(self.faults), PYTHONPATH=str(HERE), OMP_NUM_THREADS='1')
+        self.environment = dict(MLLM_REPLICA_ROOT=str(root), TOY_FAULTS=str(self.faults), PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), OMP_NUM_THREADS='1')
 
     def events(self, *kinds):
         "(event, row) of the journal in order."
         return [(e['event'], e['unit'].split('/')[2]) for e in Journal(self.runs).read()[0] if e['event'] in kinds or not kinds]
+
+    def close_gate(self):
+        "Units that are started with the returned setting wait until the file is gone."
+        gate = self.root/'gate'
+        gate.touch()
+        return gate, dict(TOY_GATE=str(gate))
 
     def start(self, *rows, table='faults', **environment):
         "The driver in a process of its own."
@@ -112,3 +123,33 @@ def project(tmp_path, monkeypatch):
     clear()
     yield made
     clear()
+
+
+class Inline:
+    "What `start_job` returns, for a notebook whose cells are executed here and now instead of in a kernel."
+
+    def __init__(self, job, log, env, keep_open=()):
+        self.pid, self.stdin = os.getpid(), io.BytesIO()
+        with open(log, 'a') as self.log: self.returncode = self.execute(job)
+        shutil.copy(job.notebook, job.output)
+
+    def execute(self, job):
+        "0, or 1 where a cell raised; the log tells of it as the engine's own does."
+        names = {}
+        for number, cell in enumerate(json.loads(job.notebook.read_text())['cells'], 1):
+            if cell['cell_type'] != 'code': continue
+            print(f'Executing Cell {number}' + '-' * 40, file=self.log)
+            try: exec(''.join(cell['source']), names)
+            except Exception as error:
+                print(*traceback.format_exc().splitlines(), f'cell {number} raised {type(error).__name__}: {error}', sep='\n', file=self.log)
+                return 1
+            if 'parameters' in cell['metadata'].get('tags', ()): names |= job.parameters.model_dump()
+        return 0
+
+    def poll(self): return self.returncode
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    "Notebooks are executed in this process: for what is run and kept, not for how processes end."
+    for module in (worker, publish): monkeypatch.setattr(module, 'start_job', Inline)

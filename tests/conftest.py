@@ -1,0 +1,27 @@
+"What all tests share: a run folder of the worker's own, and where the timings stay."
+
+import atexit
+import gc
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Set before the package reads its settings. Workers share nothing, and an earlier session leaves nothing to be found.
+os.environ['MLLM_REPLICA_RUNS'] = tempfile.mkdtemp(prefix='mllm-replica-')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+atexit.register(shutil.rmtree, os.environ['MLLM_REPLICA_RUNS'], ignore_errors=True)
+
+
+def pytest_ignore_collect(collection_path, config):
+    "Timings run where they are asked for: `make bench`."
+    if collection_path.name == 'benchmarks' and not any('benchmarks' in given for given in config.args):
+        return True
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_objects():
+    "Training collects garbage after each stage; what was imported so far is left out of the search."
+    gc.collect()
+    gc.freeze()
