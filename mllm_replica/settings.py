@@ -32,7 +32,7 @@ def project_root() -> Path:
     "The folder with `settings.ini`; `MLLM_REPLICA_ROOT` wins, then the working directory and its parents, then the package's own clone."
     given = os.environ.get('MLLM_REPLICA_ROOT')
     here = Path.cwd()
-    places = [Path(given)] if given else [here, *here.parents, Path(__file__).resolve().parent.parent]
+    places = [Path(given)] if given else [here, *here.parents, *Path(__file__).resolve().parents]
     for place in places:
         if (place/'settings.ini').is_file() and (place/'papers').is_dir(): return place.resolve()
     raise FileNotFoundError(f'no project folder (settings.ini beside papers/) found in {places[0]} or above it; '
