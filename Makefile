@@ -47,7 +47,7 @@ lint: env  ## unused and undefined names, broken syntax
 	$(BIN)/ruff check
 
 readme: env  ## run nbs/index.ipynb and write README.md from it
-	$(BIN)/python -c 'from mllm_replica.readme import write_readme; print(write_readme())'
+	$(BIN)/python -c 'from mllm_replica.tables.readme import write_readme; print(write_readme())'
 
 clean:  ## what tests and builds leave; keeps .venv and runs/
 	rm -rf runs/test build .pytest_cache .ruff_cache

@@ -6,14 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mllm_replica.albums import ALBUMS, FRAMES
-from mllm_replica.data import check_images, load_source
-from mllm_replica.images import open_image
-from mllm_replica.recipe import Source
-from mllm_replica.records import check_sample
-from mllm_replica.settings import settings
-from mllm_replica.tiles import COLORS, TONES
-from mllm_replica.worlds import WORLDS, samples
+from mllm_replica.core.recipe import Source
+from mllm_replica.core.settings import settings
+from mllm_replica.data.images import open_image
+from mllm_replica.data.samples import check_sample
+from mllm_replica.data.sources import check_images, load_source
+from mllm_replica.data.worlds.albums import ALBUMS, FRAMES
+from mllm_replica.data.worlds.making import samples
+from mllm_replica.data.worlds.table import WORLDS
+from mllm_replica.data.worlds.world import COLORS, TONES
 
 
 def album(split='train', seed=0, size=200, **options):

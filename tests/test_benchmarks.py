@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_replica import benchmarks as b
+from mllm_replica.scoring import official_scorers as b
 
 GOLDEN = json.loads((Path(__file__).parent/'golden'/'honeybee'/'scorers.json').read_text())
 

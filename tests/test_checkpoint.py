@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_replica import checkpoint
-from mllm_replica.checkpoint import CheckpointError, load_checkpoint, load_latest, pack_state, save_checkpoint, unpack_state
+from mllm_replica.training import checkpoint
+from mllm_replica.training.checkpoint import CheckpointError, load_checkpoint, load_latest, pack_state, save_checkpoint, unpack_state
 
 
 def save(folder, step):

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from mllm_replica import claims
-from mllm_replica.claims import ClaimError, Interval, cell_verdict, comparisons, holds, interval, parse, verdict
-from mllm_replica.published import Claim, Column, Reading, Replication, Scope, Table, load_table, tables_of
-from mllm_replica.registry import PAPERS
+from mllm_replica.core.registry import PAPERS
+from mllm_replica.tables import claims
+from mllm_replica.tables.claims import ClaimError, Interval, cell_verdict, comparisons, holds, interval, parse, verdict
+from mllm_replica.tables.published import Claim, Column, Reading, Replication, Scope, Table, load_table, tables_of
 
 ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
 

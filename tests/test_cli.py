@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm_replica.cli import app
-from mllm_replica.published import load_table, tables_of
-from mllm_replica.registry import PAPERS
-from mllm_replica.settings import project_root, settings
+from mllm_replica.core.registry import PAPERS
+from mllm_replica.core.settings import project_root, settings
+from mllm_replica.tables.published import load_table, tables_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,8 +28,8 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
-    monkeypatch.setattr('mllm_replica.report.stale', lambda paper, records: {})
-    monkeypatch.setattr('mllm_replica.validity.stale', lambda paper, records: {})
+    monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
+    monkeypatch.setattr('mllm_replica.tables.validity.stale', lambda paper, records: {})
     for cached in (project_root, settings): cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
@@ -41,14 +41,14 @@ def recipes(monkeypatch):
     "A chapter of which two tables can run."
     rows = lambda table, scale: dict(cabs_144=None, linear_144='a linear projector keeps every token') if table in ('3', '8') else dict(cabs_144='no task yet')
     module = SimpleNamespace(tables=lambda scale: ['3', '8'] if scale != 'paper' else [], rows=rows)
-    for place in 'registry', 'cli': monkeypatch.setattr(f'mllm_replica.{place}.recipes_of', lambda paper: module)
+    for place in 'core.registry', 'cli': monkeypatch.setattr(f'mllm_replica.{place}.recipes_of', lambda paper: module)
     return module
 
 
 @pytest.fixture
 def imagined(project):
     "Results in which the C-Abstractor is far ahead on the spatial task."
-    from mllm_replica.results import Record, write_results
+    from mllm_replica.tables.results import Record, write_results
     base = dict(table='3', scale='tiny', unit='k', digest='d', code='s', commit='abc123', date='2025-01-01T00:00:00', seconds=60.0, processor='p', threads='1', torch='2')
     write_results('honeybee', '3', 'tiny', [Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
                                             for row, score in dict(resampler_144=0.35, cabs_144=0.62).items() for seed in (10, 11, 12)
@@ -90,7 +90,7 @@ def test_a_process_prints_plain_text_off_a_terminal_and_reads_no_settings_for_it
 
 def found_sets(exit_code):
     "A search that tried two sets."
-    from mllm_replica.study import ROUNDS, Study
+    from mllm_replica.running.study import ROUNDS, Study
     frame = pd.DataFrame([(0, '', 'clip', 'mean', 0.5, 0.4, 0.6, 2, True), (1, 'sam', 'clip, sam', 'mean', 0.7, 0.6, 0.8, 2, True)], columns=ROUNDS)
     return Study('search by mean', 'mean', frame, [SimpleNamespace(exit_code=exit_code)], Path('search.csv'))
 
@@ -114,8 +114,8 @@ def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch)
 @pytest.fixture
 def runs(monkeypatch, recipes):
     "Every call of the runner, which ends as `runs.outcomes` says."
-    from mllm_replica import runner
-    from mllm_replica.worker import Outcome
+    from mllm_replica.running import runner
+    from mllm_replica.running.worker import Outcome
     seen = SimpleNamespace(calls=[], outcomes=[Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='finished')])
 
     def run_tables(paper, tables, scale, **options):
@@ -153,7 +153,7 @@ def test_run_without_a_table_searches_where_the_paper_does(runs, recipes, monkey
 
 
 def test_a_failed_unit_is_told_and_ends_non_zero(runs):
-    from mllm_replica.worker import Outcome
+    from mllm_replica.running.worker import Outcome
     runs.outcomes = [Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='failed', reason='cell 3 raised ZeroDivisionError')]
     result = call('run', 'honeybee', '3')
     assert result.exit_code == 1 and 'honeybee/3/cabs_144/tiny/10: cell 3 raised ZeroDivisionError' in result.output
@@ -194,7 +194,7 @@ def test_report_as_json(imagined):
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------------
 def test_doctor_tells_what_is_wrong_and_ends_non_zero(project, monkeypatch):
-    monkeypatch.setattr('mllm_replica.doctor.versions', lambda: [])
+    monkeypatch.setattr('mllm_replica.planning.doctor.versions', lambda: [])
     well = call('doctor')
     assert well.exit_code == 0 and 'all well' in well.output, well.output
     (project/'runs').rmdir()
@@ -219,7 +219,7 @@ def test_wrong_settings_are_told_by_every_command_that_reads_them(project, line,
 
 
 def test_doctor_names_a_missing_requirement(monkeypatch):
-    from mllm_replica import doctor
+    from mllm_replica.planning import doctor
     monkeypatch.setattr(doctor.importlib.metadata, 'requires', lambda name: ['no-such-package>=1', 'typer>=99', 'pytest>=1; extra == "dev"'])
     found = {f.topic: f for f in doctor.versions()}
     assert (found['no-such-package'].state, found['typer'].state, found['pytest'].state) == ('fail', 'fail', 'ok')

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_replica.data import Encoded, Mixture, check_images, load_source, sampling_weights
-from mllm_replica.images import ImageError, encode_png, open_image
-from mllm_replica.packing import collate, encode_document, pack, segment_mask, truncate
-from mllm_replica.recipe import Source
-from mllm_replica.records import COLUMNS, as_sample, check_sample
+from mllm_replica.core.recipe import Source
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.images import ImageError, encode_png, open_image
+from mllm_replica.data.mixture import Mixture, sampling_weights
+from mllm_replica.data.packing import collate, encode_document, pack, segment_mask, truncate
+from mllm_replica.data.samples import COLUMNS, as_sample, check_sample
+from mllm_replica.data.sources import check_images, load_source
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -22,7 +24,7 @@ RED = encode_png(Image.new('RGB', (5, 4), 'red'))
 
 @pytest.fixture(autouse=True)
 def run_folder(tmp_path, monkeypatch):
-    from mllm_replica.settings import settings
+    from mllm_replica.core.settings import settings
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
     settings.cache_clear()
     yield tmp_path/'runs'

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mllm_replica.eagle.adapters import DeformableMining, PatchMining, StageAdapter, align, resize
-from mllm_replica.eagle.fusion import FUSIONS, ExpertShape, build_fusion, build_projector
-from mllm_replica.eagle.expert import map_of, tokens_of
+from mllm_replica.eagle.experts.expert import map_of, tokens_of
+from mllm_replica.eagle.experts.towers import build_expert
+from mllm_replica.eagle.fusing.adapters import DeformableMining, PatchMining, StageAdapter, align, resize
+from mllm_replica.eagle.fusing.fusion import FUSIONS, ExpertShape, build_fusion, build_projector
+from mllm_replica.eagle.fusing.mixture import SIGNS, Mixture, check_towers, shapes_of, tower_names
+from mllm_replica.eagle.fusing.splice import lay_out, splice, splice_layout
 from mllm_replica.eagle.golden import parity_cases
-from mllm_replica.eagle.mixture import SIGNS, Mixture, check_towers, shapes_of, tower_names
-from mllm_replica.eagle.splice import lay_out, splice, splice_layout
-from mllm_replica.eagle.towers import build_expert
-from mllm_replica.parity import check, read_golden
+from mllm_replica.models.parity import check, read_golden
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/eagle'

@@ -12,24 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 
-from mllm_replica import parity
-from mllm_replica.data import Encoded
-from mllm_replica.eagle.fusion import FUSIONS
+from mllm_replica.core.recipe import Recipe, Stage
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.packing import collate
+from mllm_replica.eagle.fusing.fusion import FUSIONS
 from mllm_replica.eagle.golden import parity_cases
 from mllm_replica.eagle.model import EagleConfig, EagleModel, EagleVisionConfig, EagleVisionModel
 from mllm_replica.eagle.prompts import EagleProcessor
 from mllm_replica.eagle.released import RELEASED, convert_official, load_official, official_config, our_name, paper_config
 from mllm_replica.eagle.stages import EXPERTS, JOINT, PROJECTOR, alignment, alignment_stages
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.official import OfficialWeightsError
-from mllm_replica.optimiser import freeze_all_but, trainable_names
-from mllm_replica.packing import collate
-from mllm_replica.plan import stage_cost
-from mllm_replica.recipe import Recipe, Stage
-from mllm_replica.training import train
-from mllm_replica.unit import encoder_is_frozen
-from mllm_replica.vision import FeatureCache, encoder_key
-from mllm_replica.vlm import visual_token_count
+from mllm_replica.models import parity
+from mllm_replica.models.official import OfficialWeightsError
+from mllm_replica.models.vision import FeatureCache, encoder_key
+from mllm_replica.models.vlm import visual_token_count
+from mllm_replica.planning.plan import stage_cost
+from mllm_replica.running.unit import encoder_is_frozen
+from mllm_replica.training.loop import train
+from mllm_replica.training.optimiser import freeze_all_but, trainable_names
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/eagle'

@@ -9,9 +9,9 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mllm_replica.data.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.packing import collate, truncate
 from mllm_replica.eagle.prompts import SYSTEM, TEMPLATES, EagleProcessor, part_ids, prompt_text, with_images
-from mllm_replica.language import byte_tokenizer, word_tokenizer
-from mllm_replica.packing import collate, truncate
 
 torch.set_num_threads(1)
 TEXT = json.loads((Path(__file__).parent/'golden/eagle/prompts_labels.json').read_text())

@@ -2,15 +2,15 @@
 import pytest
 import torch
 
-from mllm_replica import study
-from mllm_replica.data import load_source
-from mllm_replica.eagle.fusion import FUSIONS
+from mllm_replica.core.settings import settings
+from mllm_replica.data.sources import load_source
+from mllm_replica.eagle.fusing.fusion import FUSIONS
 from mllm_replica.eagle.recipes import _TINY, _TOWERS, _taught, build, recipe, rows, search, tables
-from mllm_replica.optimiser import trainable_names
-from mllm_replica.plan import plan
-from mllm_replica.published import load_table
-from mllm_replica.settings import settings
-from mllm_replica.unit import run_unit
+from mllm_replica.planning.plan import plan
+from mllm_replica.running import study
+from mllm_replica.running.unit import run_unit
+from mllm_replica.tables.published import load_table
+from mllm_replica.training.optimiser import trainable_names
 
 torch.set_num_threads(1)
 KINDS = [('2', 'clip336_frozen'), ('4', 'seq_append_3'), ('4', 'llava_hr_2'), ('4', 'mini_gemini_3'), ('4', 'deform_2'),

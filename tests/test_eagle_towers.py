@@ -9,14 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-from mllm_replica import parity
 from mllm_replica.eagle import golden_towers as golden
+from mllm_replica.eagle.experts.clip import resize_positions
+from mllm_replica.eagle.experts.eva import EvaAttention, rotate, rotation
+from mllm_replica.eagle.experts.expert import from_windows, project_heads, to_windows
+from mllm_replica.eagle.experts.towers import PUBLISHED, build_expert, official_weights
 from mllm_replica.eagle.golden import ORIGIN
-from mllm_replica.eagle.clip import resize_positions
-from mllm_replica.eagle.eva import EvaAttention, rotate, rotation
-from mllm_replica.eagle.expert import from_windows, project_heads, to_windows
-from mllm_replica.eagle.towers import PUBLISHED, build_expert, official_weights
-from mllm_replica.vision import CLIP_MEAN, CLIP_STD
+from mllm_replica.models import parity
+from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD
 
 torch.set_num_threads(1)
 FILES = sorted((Path(__file__).parent/'golden/eagle').glob('*_tower.safetensors'))

@@ -8,10 +8,10 @@ import torch
 from fullsize.answers import Thousand
 from PIL import Image
 
-from mllm_replica.evaluation import Predictions, collate_prompts, evaluate, greedy, left_padded, log_probabilities
-from mllm_replica.language import word_tokenizer
-from mllm_replica.recipe import Benchmark
-from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.core.recipe import Benchmark
+from mllm_replica.data.language import word_tokenizer
+from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.scoring.evaluation import Predictions, collate_prompts, evaluate, greedy, left_padded, log_probabilities
 
 COLORS = ['red', 'green', 'blue', 'dark red', 'dark blue']
 ASK = Benchmark(name='colors', source='x', batch_size=7, max_new_tokens=3)
@@ -136,7 +136,7 @@ def test_an_exception_between_batches_keeps_what_was_answered(world, tmp_path):
 def test_killed_in_the_middle(tmp_path):
     "SIGKILL while predictions are written: the file has whole lines and perhaps one torn one, and is continued."
     code = textwrap.dedent(f'''
-        from mllm_replica.evaluation import Predictions
+        from mllm_replica.scoring.evaluation import Predictions
         p = Predictions({str(tmp_path/"p")!r})
         i = len(p.rows)
         print("ready", flush=True)

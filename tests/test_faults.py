@@ -4,7 +4,7 @@ import os, signal
 import psutil
 import pytest
 
-from mllm_replica.runner import run_tables
+from mllm_replica.running.runner import run_tables
 from toyproject import PARAMETERS, RESULT, project, until, write_notebook
 
 ROWS = ['good', 'raises', 'exits', 'killed', 'hangs', 'late']

@@ -12,9 +12,9 @@ import torch
 from fullsize import MATMUL_FLOPS, close, eagle, flops, honeybee, loss, owl2, owl3
 from fullsize.prefill import prefill
 
-from mllm_replica.cost import count
-from mllm_replica.eagle.fusion import FUSIONS, build_fusion
-from mllm_replica.loss import chunked_cross_entropy
+from mllm_replica.eagle.fusing.fusion import FUSIONS, build_fusion
+from mllm_replica.models.cost import count
+from mllm_replica.models.loss import chunked_cross_entropy
 
 torch.set_num_threads(1)
 both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward', 'both'))

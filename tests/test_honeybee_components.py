@@ -8,10 +8,10 @@ from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_replica import layers
 from mllm_replica.honeybee import blocks
-from mllm_replica.honeybee.components import (CAbstractor, DAbstractor, MLPProjector, Resampler, attention_maps, build_projector, influence_maps,
-                                              initialise, locality, projector_fields, uniform_points)
+from mllm_replica.honeybee.components import (CAbstractor, DAbstractor, MLPProjector, Resampler, attention_maps, build_projector,
+                                              influence_maps, initialise, locality, projector_fields, uniform_points)
+from mllm_replica.models import layers
 
 GOLDEN = Path(__file__).parent / 'golden' / 'honeybee'
 CASES = ['linear', 'mlp2_prenorm_pos_eos', 'resampler', 'cabs_n16_m4', 'cabs_n16_m9_uneven_pool', 'dabs_n16_m4_query', 'dabs_n25_m9_none_inputproj']

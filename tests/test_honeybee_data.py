@@ -4,14 +4,15 @@ import json
 import pytest
 from PIL import Image
 
-from mllm_replica import unit
+from mllm_replica.core.settings import settings
+from mllm_replica.data.encoded import IGNORED
+from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.honeybee import recipes
 from mllm_replica.honeybee.data import examples_of, in_template
 from mllm_replica.honeybee.model import HoneybeeProcessor
 from mllm_replica.honeybee.prompts import SYSTEM, SYSTEM_DETAIL
 from mllm_replica.honeybee.recipes import load_source, recipe
-from mllm_replica.language import IGNORED, byte_tokenizer
-from mllm_replica.settings import settings
+from mllm_replica.running import unit
 
 SHORT = 'Answer the question using a single word or phrase. '
 LETTER = "Answer with the option's letter from the given choices directly. "
@@ -154,6 +155,6 @@ def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
     monkeypatch.setattr(recipes, 'recipe', lambda *_: changed)
     monkeypatch.setattr(unit, 'project_root', lambda: sources[0].parent)
-    monkeypatch.setattr('mllm_replica.settings.project_root', lambda: sources[0].parent)
+    monkeypatch.setattr('mllm_replica.core.settings.project_root', lambda: sources[0].parent)
     result = unit.run_unit(changed, tmp_path/'unit')
     assert result.steps == 4 and {'mme', 'pope', 'seed', 'mmbench', 'scienceqa'} <= set(result.metrics)

@@ -8,12 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.honeybee import prompts
-from mllm_replica.honeybee.model import (HoneybeeModel, HoneybeeProcessor, convert_official, load_official, official_config,
-                                         paper_config)
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.official import OfficialWeightsError, check_keys
-from mllm_replica.vision import hidden_states
+from mllm_replica.honeybee.model import HoneybeeModel, HoneybeeProcessor, convert_official, load_official, official_config, paper_config
+from mllm_replica.models.official import OfficialWeightsError, check_keys
+from mllm_replica.models.vision import hidden_states
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/honeybee'

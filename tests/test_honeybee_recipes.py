@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mllm_replica.honeybee import recipes
-from mllm_replica.published import load_table, tables_of
-from mllm_replica.unit import run_unit
+from mllm_replica.running.unit import run_unit
+from mllm_replica.tables.published import load_table, tables_of
 
 
 def test_equal_settings_are_one_experiment():
@@ -76,9 +76,9 @@ def test_the_small_models_start_alike():
 
 def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-    from mllm_replica.language import byte_tokenizer
-    from mllm_replica.settings import settings
-    from mllm_replica.unit import run_unit
+    from mllm_replica.core.settings import settings
+    from mllm_replica.data.language import byte_tokenizer
+    from mllm_replica.running.unit import run_unit
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
     settings.cache_clear()
     CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=224,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_replica.images import MAX_PIXELS, ImageError, encode_png, open_image, resolve_image
+from mllm_replica.data.images import MAX_PIXELS, ImageError, encode_png, open_image, resolve_image
 
 
 def encoded(image, kind='PNG', **options):

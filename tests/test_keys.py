@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import mllm_replica
-from mllm_replica import keys
-from mllm_replica.registry import PAPERS, recipes_of
+from mllm_replica.core import keys
+from mllm_replica.core.registry import PAPERS, recipes_of
 
 PACKAGE = Path(mllm_replica.__file__).parent
 

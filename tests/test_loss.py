@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mllm_replica.loss import IGNORED, chunked_cross_entropy
+from mllm_replica.data.encoded import IGNORED
+from mllm_replica.models.loss import chunked_cross_entropy
 
 
 def inputs(positions=37, width=8, vocabulary=50, dtype=torch.float32):

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from mllm_replica.metrics import METRICS, bootstrap, metric, token_f1, vqa_accuracy, yes_no
+from mllm_replica.core.metrics import METRICS, bootstrap, metric, token_f1, vqa_accuracy, yes_no
 
 WORDS = 'red blue yes no a b dog 7 ? .'.split()
 

@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from mllm_replica import parity
 from mllm_replica.mm1 import golden
 from mllm_replica.mm1.components import (CONNECTORS, AttentionPooling, SubImages, build_connector, few_shot_tokens, letterbox, letterboxed,
                                          pooling_cells, resize_positions)
 from mllm_replica.mm1.objectives import LOG_SCALE, contrastive_loss, normalised_patches, prefix_mask, reconstruction_loss
+from mllm_replica.models import parity
 
 GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
 read = lambda name: yaml.safe_load((GOLDEN / f'{name}.yaml').read_text())

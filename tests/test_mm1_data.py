@@ -11,12 +11,13 @@ from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from mllm_replica.data import Encoded, Mixture
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.mm1.data import (KINDS, WEIGHTS, Frozen, best_fit, check_example, collate_sequences, encode_source, fill, join, make_sequences, next_fit,
-                                   token_budget)
-from mllm_replica.packing import collate, encode_document, pack, segment_mask
-from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.mixture import Mixture
+from mllm_replica.data.packing import collate, encode_document, pack, segment_mask
+from mllm_replica.mm1.data import (KINDS, WEIGHTS, Frozen, best_fit, check_example, collate_sequences, encode_source, fill, join,
+                                   make_sequences, next_fit, token_budget)
+from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
 GOLDEN = yaml.safe_load((Path(__file__).parent/'golden'/'mm1'/'packing.yaml').read_text())

@@ -9,9 +9,9 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mllm_replica.cost import as_fake, count
-from mllm_replica.mm1.experts import (Experts, Router, SparseMLP, auxiliary_loss, expert_capacity, insert_experts, queue_positions, record_routing,
-                                      route)
+from mllm_replica.mm1.experts import (Experts, Router, SparseMLP, auxiliary_loss, expert_capacity, insert_experts, queue_positions,
+                                      record_routing, route)
+from mllm_replica.models.cost import as_fake, count
 
 CASE = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'moe_router.yaml').read_text())
 CONFIG = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64)

@@ -7,21 +7,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from mllm_replica.cost import count
-from mllm_replica.data import Encoded
-from mllm_replica.images import encode_png
-from mllm_replica.language import byte_tokenizer, word_tokenizer
+from mllm_replica.core.recipe import Recipe, Source, Stage
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.images import encode_png
+from mllm_replica.data.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.packing import collate, encode_document, truncate
 from mllm_replica.mm1.components import SubImages, letterboxed, resize_positions
 from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences, source_sequences
 from mllm_replica.mm1.experts import SparseMLP, auxiliary_loss, record_routing
-from mllm_replica.mm1.model import (ENCODERS, LANGUAGE_MODELS, PRESETS, MM1Config, MM1Model, MM1Processor, assumed, at_resolution, paper_config,
-                                    published_stages)
+from mllm_replica.mm1.model import (ENCODERS, LANGUAGE_MODELS, PRESETS, MM1Config, MM1Model, MM1Processor, assumed, at_resolution,
+                                    paper_config, published_stages)
 from mllm_replica.mm1.shots import VQA, Template, few_shot
-from mllm_replica.packing import collate, encode_document, truncate
-from mllm_replica.plan import gpu_node, plan_unit, stage_cost
-from mllm_replica.recipe import Recipe, Source, Stage
-from mllm_replica.training import train
-from mllm_replica.vision import clip_pixels
+from mllm_replica.models.cost import count
+from mllm_replica.models.vision import clip_pixels
+from mllm_replica.planning.plan import gpu_node, plan_unit, stage_cost
+from mllm_replica.training.loop import train
 
 torch.set_num_threads(1)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mllm_replica import documents
-from mllm_replica.data import Encoded
-from mllm_replica.mm1.recipes import _TINY, SHOTS, arrange, build, recipe, rows, tables
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.worlds import documents
+from mllm_replica.data.worlds.making import samples
+from mllm_replica.mm1.recipes import SHOTS, _TINY, arrange, build, recipe, rows, tables
 from mllm_replica.mm1.small import CellTags
-from mllm_replica.plan import plan
-from mllm_replica.published import load_table
-from mllm_replica.unit import run_unit
-from mllm_replica.worlds import samples
+from mllm_replica.planning.plan import plan
+from mllm_replica.running.unit import run_unit
+from mllm_replica.tables.published import load_table
 
 torch.set_num_threads(1)
 KINDS = [('1', 'aim_1b_224'), ('1', 'clip_h_336_vecap'), ('4', 'mm1_3b_chat'), ('4', 'mm1_7b_moe'), ('connectors', 'att_random_half'),

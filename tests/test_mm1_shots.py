@@ -7,12 +7,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_replica.images import encode_png
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.metrics import vqa_accuracy
+from mllm_replica.core.metrics import vqa_accuracy
+from mllm_replica.data.images import encode_png
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.samples import COLUMNS, IMAGE, check_sample
 from mllm_replica.mm1.shots import CAPTION, VQA, Template, cider_d, demonstrations, few_shot, resolutions
-from mllm_replica.records import COLUMNS, IMAGE, check_sample
-from mllm_replica.vlm import VisionLanguageProcessor
+from mllm_replica.models.vlm import VisionLanguageProcessor
 
 GOLDEN = Path(__file__).parent/'golden'/'mm1'
 METRICS = yaml.safe_load((GOLDEN/'metrics.yaml').read_text())

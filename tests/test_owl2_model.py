@@ -13,19 +13,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, Qwen2ForCausalLM
 
-from mllm_replica import parity
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.official import OfficialWeightsError
-from mllm_replica.optimiser import freeze_all_but, make_optimizer, trainable_names
+from mllm_replica.core.recipe import Stage
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.packing import collate, truncate
+from mllm_replica.models import parity
+from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
 from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions, sine_grid, sine_positions
 from mllm_replica.owl2.model import (Owl2Config, Owl2Model, both_ways, convert_official, encoder_from_clip, load_official, official_config,
                                      paper_config)
 from mllm_replica.owl2.processor import Owl2Processor
 from mllm_replica.owl2.recipes import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
-from mllm_replica.packing import collate, truncate
-from mllm_replica.recipe import Stage
-from mllm_replica.training import train
+from mllm_replica.training.loop import train
+from mllm_replica.training.optimiser import freeze_all_but, make_optimizer, trainable_names
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/owl2'

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mllm_replica.images import ImageError
-from mllm_replica.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.images import ImageError
+from mllm_replica.data.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.packing import collate, truncate
 from mllm_replica.owl2.processor import MODES, PROMPTS, SYSTEM, Owl2Processor, image_first, prompt_ids, prompt_text, to_square
-from mllm_replica.packing import collate, truncate
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden'/'owl2'

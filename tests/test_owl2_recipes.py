@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_replica.data import load_source
-from mllm_replica.mosaics import LETTERS, MOSAICS, leader, word_accuracy
-from mllm_replica.optimiser import trainable_names
+from mllm_replica.core.settings import settings
+from mllm_replica.data.sources import load_source
+from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader, word_accuracy
 from mllm_replica.owl2.recipes import _stage, build, layerwise_decay, linear_probe, mixture_of, published_stages, recipe, tables
-from mllm_replica.plan import plan
-from mllm_replica.published import load_table
-from mllm_replica.settings import settings
-from mllm_replica.unit import run_unit
+from mllm_replica.planning.plan import plan
+from mllm_replica.running.unit import run_unit
+from mllm_replica.tables.published import load_table
+from mllm_replica.training.optimiser import trainable_names
 
 torch.set_num_threads(1)
 ROWS = ['nomam_text', 'nomam_mm', 'nomam_both', 'mam_text', 'mam_mm', 'mam_both']

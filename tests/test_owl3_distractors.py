@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from mllm_replica.images import encode_png, open_image
+from mllm_replica.data.images import encode_png, open_image
+from mllm_replica.data.samples import check_sample
+from mllm_replica.data.worlds.making import samples
+from mllm_replica.data.worlds.vocabulary import vocabulary, words_of
 from mllm_replica.owl3.distractors import Question, album_questions, build, circular, mmbench_questions
-from mllm_replica.records import check_sample
-from mllm_replica.worlds import samples, vocabulary, words_of
 
 
 @pytest.fixture(scope='module')

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
 
-from mllm_replica import parity
+from mllm_replica.models import parity
+from mllm_replica.models.vlm import VisionLanguageConfig
 from mllm_replica.owl3.components import GATES, HyperAttention
 from mllm_replica.owl3.media import Media, Sight, image_attention
-from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config, paper_config
-from mllm_replica.vlm import VisionLanguageConfig
+from mllm_replica.owl3.model import (ConcatModel, Owl3Config, Owl3Model, convert_official, gate_of, load_official, official_config,
+                                     paper_config)
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/owl3'

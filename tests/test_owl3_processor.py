@@ -15,10 +15,10 @@ from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mllm_replica.images import ImageError
-from mllm_replica.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.images import ImageError
+from mllm_replica.data.language import byte_tokenizer, word_tokenizer
+from mllm_replica.data.packing import collate, truncate
 from mllm_replica.owl3.processor import GRIDS, Owl3Processor, VideoError, choose_grid, cut, cut_text, frame_indices, read_video
-from mllm_replica.packing import collate, truncate
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden'/'owl3'

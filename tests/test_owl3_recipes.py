@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from mllm_replica.optimiser import trainable_names
 from mllm_replica.owl3.recipes import build, layers_of, mixture_of, published_stages, recipe, tables
-from mllm_replica.plan import plan
-from mllm_replica.published import load_table
-from mllm_replica.unit import run_unit
+from mllm_replica.planning.plan import plan
+from mllm_replica.running.unit import run_unit
+from mllm_replica.tables.published import load_table
+from mllm_replica.training.optimiser import trainable_names
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_replica import parity
+from mllm_replica.models import parity
 
 GOLDEN = sorted((Path(__file__).parent/'golden'/'honeybee').glob('*.safetensors'))
 FULL = [path for path in GOLDEN if path.stem.startswith('full_')]
@@ -157,9 +157,9 @@ def test_whose_file_it_is(toy, tmp_path, capsys):
 def test_the_command(monkeypatch, capsys):
     "As `python -m` runs it, in this process."
     monkeypatch.setattr(sys, 'argv', ['parity', str(PARTS[0]), __file__])
-    monkeypatch.delitem(sys.modules, 'mllm_replica.parity')
+    monkeypatch.delitem(sys.modules, 'mllm_replica.models.parity')
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module('mllm_replica.parity', run_name='__main__')
+        runpy.run_module('mllm_replica.models.parity', run_name='__main__')
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 1 and lines[0].startswith('ok')
     assert lines[1].startswith('FAILED') and 'no safetensors file' in lines[2]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mllm_replica import plan as planning
 from mllm_replica.cli import app
-from mllm_replica.cost import count
+from mllm_replica.core.recipe import Benchmark, Recipe, Source, Stage
 from mllm_replica.mm1.experts import insert_experts
-from mllm_replica.recipe import Benchmark, Recipe, Source, Stage
-from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel
+from mllm_replica.models.cost import count
+from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from mllm_replica.planning import plan as planning
 
 SMALL = dict(vision_config=dict(model_type='clip_vision_model', hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                 image_size=32, patch_size=8),
@@ -143,8 +143,8 @@ def test_seven_billion_parameters_cost_no_memory():
 def test_published_step_times(row):
     """Honeybee prints the seconds of a pre-training step on eight A100. One number is fitted, and it is the same for all rows:
     180 text positions per sample, padding included. Then 40 % of the peak gives the published seconds."""
-    from mllm_replica.published import load_table
-    from mllm_replica.registry import recipes_of
+    from mllm_replica.core.registry import recipes_of
+    from mllm_replica.tables.published import load_table
     recipes, published, node = recipes_of('honeybee'), load_table('honeybee', '3'), planning.gpu_node()
     recipe = recipes.recipe('3', row, 'paper', 10)
     cost = planning.stage_cost(lambda: recipes.build(recipe)[0], recipe.stages[0], published.row(row).params['num_visual_tokens'] + 180, 1)[0]

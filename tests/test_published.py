@@ -4,10 +4,10 @@ import math
 import pytest
 import yaml
 
-from mllm_replica import published
-from mllm_replica.published import Table, load_paper, load_table, tables_of
-from mllm_replica.registry import PAPERS
-from mllm_replica.settings import project_root
+from mllm_replica.core.registry import PAPERS
+from mllm_replica.core.settings import project_root
+from mllm_replica.tables import published
+from mllm_replica.tables.published import Table, load_paper, load_table, tables_of
 
 ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
 GIVEN = project_root().parent/'shared'

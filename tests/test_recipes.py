@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 
-from mllm_replica.plan import plan
-from mllm_replica.published import PAPERS, tables_of
-from mllm_replica.registry import recipes_of
-from mllm_replica.settings import SCALES, settings
+from mllm_replica.core.registry import PAPERS, recipes_of
+from mllm_replica.core.settings import SCALES, settings
+from mllm_replica.planning.plan import plan
+from mllm_replica.tables.published import tables_of
 
 torch.set_num_threads(1)
 PLANNED = [('owl2', '5', 'mam_both'), ('mm1', 'fig5', 'c_ratios'), ('mm1', 'fig7', 'res_1344'), ('eagle', 'fig4', 'x5')]   # units that start from training

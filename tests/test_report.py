@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mllm_replica import results, validity
-from mllm_replica.published import load_table, tables_of
-from mllm_replica.registry import PAPERS, recipes_of
-from mllm_replica.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
-from mllm_replica.results import Record, read_results, results_path, summarise, write_results
-from mllm_replica.settings import project_root, settings
+from mllm_replica.core.registry import PAPERS, recipes_of
+from mllm_replica.core.settings import project_root, settings
+from mllm_replica.tables import results, validity
+from mllm_replica.tables.published import load_table, tables_of
+from mllm_replica.tables.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
+from mllm_replica.tables.results import Record, read_results, results_path, summarise, write_results
 
 BASE = dict(table='3', scale='tiny', unit='key', digest='digest', code='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5, processor='p', threads='1', torch='2')
 SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
@@ -24,7 +24,7 @@ def project(tmp_path, monkeypatch):
     shutil.copy(project_root()/'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
-    monkeypatch.setattr('mllm_replica.report.stale', lambda paper, records: {})
+    monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
     for cached in project_root, settings: cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
@@ -59,7 +59,7 @@ def test_writing_is_idempotent_and_ordered(project):
 
 
 def test_an_earlier_design_goes_when_its_row_is_run_again(project):
-    from mllm_replica.publish import write_records
+    from mllm_replica.running.publish import write_records
     now = lambda row, seed: recipes_of('honeybee').recipe('5d', row, 'tiny', seed)
     old, kept = (record(row, 10, 'open', 0.1, table='5d', digest=digest) for row, digest in
                  (('multi_turn', 'another recipe'), ('single_turn', 'another recipe')))
@@ -172,7 +172,7 @@ def test_contradictions_inside_a_paper_are_shown():
 
 
 def test_stale_rows_are_marked(project, monkeypatch):
-    monkeypatch.setattr('mllm_replica.report.stale', validity.stale)
+    monkeypatch.setattr('mllm_replica.tables.report.stale', validity.stale)
     digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest', 'resampler_256': 'digest'}
     recipe = lambda table, row, scale, seed: SimpleNamespace(digest=lambda: digests[row])
     monkeypatch.setattr(validity, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))

@@ -3,14 +3,14 @@ import json, subprocess, sys, threading
 
 import pytest
 
-from mllm_replica import journal, runner, worker
-from mllm_replica.engine import notebook_parameters, read_result
-from mllm_replica.journal import Journal, git_commit
-from mllm_replica.publish import report_folder
-from mllm_replica.recipe import Recipe
-from mllm_replica.results import read_results, results_path
-from mllm_replica.runner import make_plan, run_tables
-from mllm_replica.settings import settings
+from mllm_replica.core.recipe import Recipe
+from mllm_replica.core.settings import settings
+from mllm_replica.running import journal, runner, worker
+from mllm_replica.running.engine import notebook_parameters, read_result
+from mllm_replica.running.journal import Journal, git_commit
+from mllm_replica.running.publish import report_folder
+from mllm_replica.running.runner import make_plan, run_tables
+from mllm_replica.tables.results import read_results, results_path
 from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, inline, project, write_notebook
 
 
@@ -18,7 +18,7 @@ def with_chapter(project):
     "The real pipeline, with a cell before the others that makes the toy chapter known to the kernel."
     notebook = json.loads((PIPELINES/'replicate_row.ipynb').read_text())
     known = dict(cell_type='code', id='known', execution_count=None, metadata={}, outputs=[],
-                 source="from mllm_replica import registry\nregistry.CHAPTERS['mm1'] = 'toychapter'")
+                 source="from mllm_replica.core import registry\nregistry.CHAPTERS['mm1'] = 'toychapter'")
     notebook['cells'].insert(0, known)
     path = project.root/'with_chapter.ipynb'
     path.write_text(json.dumps(notebook))
@@ -98,9 +98,9 @@ def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch, in
 def test_a_finished_table_starts_no_kernel_and_imports_little(project, inline):
     assert run_tables('mm1', ['second'], seeds=[10], pipeline=project.pipeline).exit_code == 0
     log = project.events()
-    script = ('import sys; from mllm_replica import registry\n'
+    script = ('import sys; from mllm_replica.core import registry\n'
               'registry.CHAPTERS["mm1"] = "toychapter"\n'
-              'from mllm_replica.runner import run_tables\n'
+              'from mllm_replica.running.runner import run_tables\n'
               f'summary = run_tables("mm1", ["second"], seeds=[10], pipeline={str(project.pipeline)!r})\n'
               'heavy = [m for m in ("torch", "mlflow", "papermill", "pandas", "transformers") if m in sys.modules]\n'
               'print(summary.skipped, summary.exit_code, heavy)')
@@ -162,7 +162,7 @@ def test_results_alone_do_not_mark_a_commit_as_changed(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('before')
     for words in (['init'], ['add', '.'], ['commit', '-m', 'all']): git(*words)
-    monkeypatch.setattr('mllm_replica.journal.project_root', lambda: tmp_path)
+    monkeypatch.setattr('mllm_replica.running.journal.project_root', lambda: tmp_path)
     clean = git_commit()
     assert len(clean) == 12
     files[0].unlink()

@@ -137,7 +137,7 @@ for name in sys.argv[1:]:
 
 
 def test_what_is_to_start_quickly_loads_no_heavy_library():
-    light = ['mllm_replica', 'mllm_replica.settings', 'mllm_replica.recipe', 'mllm_replica.registry', 'mllm_replica.cli']
+    light = ['mllm_replica', 'mllm_replica.core.settings', 'mllm_replica.core.recipe', 'mllm_replica.core.registry', 'mllm_replica.cli']
     heavy = {'torch', 'transformers', 'mlflow', 'papermill', 'datasets', 'matplotlib', 'pandas'}
     command = [sys.executable, '-c', IMPORTED, *light]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -235,7 +235,7 @@ def test_committed_files_name_no_machine():
 
 # --- README -----------------------------------------------------------------------------------------------------------------------------
 def test_readme_is_generated_from_the_index():
-    from mllm_replica.readme import as_markdown
+    from mllm_replica.tables.readme import as_markdown
     text, pictures = as_markdown(ROOT/'nbs/index.ipynb')
     assert (ROOT/'README.md').read_text() == text, 'run `make readme`'
     for name, data in pictures.items(): assert (ROOT/name).read_bytes() == data, f'{name}: run `make readme`'
@@ -244,7 +244,7 @@ def test_readme_is_generated_from_the_index():
 def test_index_outputs_are_current():
     "The numbers in the index are those in the result files: its cells, run now, print what is stored."
     import nbformat
-    from mllm_replica.readme import executed
+    from mllm_replica.tables.readme import executed
     stored = nbformat.read(ROOT/'nbs/index.ipynb', 4)
     texts = lambda nb: [{kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
                         for c in nb.cells if c.cell_type == 'code' for o in c.outputs]

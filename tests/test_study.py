@@ -4,24 +4,24 @@ import csv, json, os, signal, statistics, subprocess, sys
 import pytest
 from typer.testing import CliRunner
 
-from mllm_replica.effects import differences, effects, effects_figure, effects_table, pairs
-from mllm_replica.engine import read_result
-from mllm_replica.published import load_table
-from mllm_replica.recipe import Recipe
-from mllm_replica.registry import CHAPTERS, recipes_of
-from mllm_replica.results import read_results, results_path
-from mllm_replica.runner import make_plan, run_tables
-from mllm_replica.settings import project_root
-from mllm_replica.study import ablation, greedy_search, run_ablation
-from mllm_replica.variation import row_name, split_row, value_at, vary
+from mllm_replica.core.recipe import Recipe
+from mllm_replica.core.registry import CHAPTERS, recipes_of
+from mllm_replica.core.settings import project_root
+from mllm_replica.core.variation import row_name, split_row, value_at, vary
+from mllm_replica.running.engine import read_result
+from mllm_replica.running.runner import make_plan, run_tables
+from mllm_replica.running.study import ablation, greedy_search, run_ablation
+from mllm_replica.tables.effects import differences, effects, effects_figure, effects_table, pairs
+from mllm_replica.tables.published import load_table
+from mllm_replica.tables.results import read_results, results_path
 from test_runner import with_chapter
 from toyproject import PARAMETERS, inline, project, until, write_notebook
 
 FINISHED = sorted((path.parts[-3], path.name.split('.')[0]) for path in (project_root()/'papers').glob('*/results/*.tiny.csv'))
 PARTS = """from pathlib import Path
 import os, time
-from mllm_replica.engine import Metric, Result, write_atomic
-from mllm_replica.recipe import Recipe
+from mllm_replica.core.recipe import Recipe
+from mllm_replica.running.engine import Metric, Result, write_atomic
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 parts = recipe.model['row'].split('-')
 if 'broken' in parts and Path(os.environ['TOY_FAULTS']).exists(): 1/0
@@ -32,10 +32,10 @@ numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0, vers
 result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={k: Metric(value=v) for k, v in metrics.items()}, **numbers)
 write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 SEARCH = """import sys
-from mllm_replica import registry
+from mllm_replica.core import registry
 registry.CHAPTERS['mm1'] = 'toychapter'
-from mllm_replica.study import greedy_search
-from mllm_replica.variation import vary
+from mllm_replica.core.variation import vary
+from mllm_replica.running.study import greedy_search
 base = registry.recipes_of('mm1').recipe('second', 'wide', 'smoke', 10)
 found = greedy_search(['bad', 'good'], ['wide'], lambda parts: vary(base, {'model.row': '-'.join(parts)}), 'toy', seeds=[10], workers=1,
                       pipeline=sys.argv[1])
@@ -164,7 +164,7 @@ def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, in
     assert [len(toy), len(done.frame)] == [2, 4] and done.file.with_suffix('.png').stat().st_size > 1000
     with open(done.file, newline='') as file: assert len(list(csv.DictReader(file))) == 4
 
-    from mllm_replica.tracking import Tracker
+    from mllm_replica.running.tracking import Tracker
     client = Tracker(f'sqlite:///{project.runs}/mlflow.db', project.runs).client
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     parent, = [r for r in runs if r.data.tags['kind'] == 'study']

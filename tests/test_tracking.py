@@ -3,13 +3,13 @@ import json, math, os, signal, socket, subprocess, sys, time, urllib.request
 
 import pytest
 
-from mllm_replica.recipe import Recipe
-from mllm_replica.tracking import Tracker
+from mllm_replica.core.recipe import Recipe
+from mllm_replica.running.tracking import Tracker
 
 RECIPE = Recipe(paper='mm1', table='3', row='wide', scale='smoke', seed=10, model={'width': 8}, sources={}, stages=(), benchmarks=())
 WRITERS = """import os, sys
-from mllm_replica.recipe import Recipe
-from mllm_replica.tracking import Tracker
+from mllm_replica.core.recipe import Recipe
+from mllm_replica.running.tracking import Tracker
 uri, folder = sys.argv[1:]
 
 def write(seed):
@@ -80,7 +80,7 @@ def test_the_page_shows_runs_and_artifacts(store, tmp_path):
         (tmp_path/'table.md').write_text('| published | replicated |')
         tracker.finish_table(run, {'replicated/wide/toy': 0.5}, {'order': 'inconclusive'}, [tmp_path/'table.md'])
     with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, '-c', f'from mllm_replica.tracking import serve; serve({uri!r}, {port})'], start_new_session=True)
+    server = subprocess.Popen([sys.executable, '-c', f'from mllm_replica.running.tracking import serve; serve({uri!r}, {port})'], start_new_session=True)
     try:
         ask = lambda path: urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=60).read().decode()
         page = None
@@ -98,7 +98,7 @@ def test_the_page_shows_runs_and_artifacts(store, tmp_path):
 
 def test_settings_named_by_regular_expressions_are_tracked():
     from mllm_replica.owl2.recipes import recipe
-    from mllm_replica.tracking import flat
+    from mllm_replica.running.tracking import flat
     found = flat(recipe('6', 'unfrozen_llrd', 'tiny', 10).model_dump(mode='json'))
     assert not [name for name in found if not all(c.isalnum() or c in '_-. :/' for c in name)]
     assert sum('lr_scale' in name and float(value) < 1 for name, value in found.items() if value not in ('{}',)) == 3   # none lost

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_replica import checkpoint
-from mllm_replica.checkpoint import CheckpointError, load_latest
-from mllm_replica.data import Encoded
-from mllm_replica.optimiser import lr_at
-from mllm_replica.recipe import Stage
-from mllm_replica.training import supervised, train
+from mllm_replica.core.recipe import Stage
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.training import checkpoint
+from mllm_replica.training.checkpoint import CheckpointError, load_latest
+from mllm_replica.training.loop import supervised, train
+from mllm_replica.training.optimiser import lr_at
 
 JOINT = Stage(name='joint', trainable=('.*',), mixture={'long': 1.0, 'short': 2.0}, steps=14, batch_size=6, lr=5e-3, warmup_steps=2, weight_decay=0.1,
               checkpoint_every=4)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import mllm_replica
-from mllm_replica import settings as settings_module
-from mllm_replica import verify as verification
-from mllm_replica.registry import PAPERS
-from mllm_replica.validity import read_ledger
+from mllm_replica.core import settings as settings_module
+from mllm_replica.core.registry import PAPERS
+from mllm_replica.running import verify as verification
+from mllm_replica.tables.validity import read_ledger
 
 PACKAGE = Path(mllm_replica.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from mllm_replica.vision import FeatureCache, clip_pixels, encoder_key, features, hidden_states, interpolate_positions
+from mllm_replica.models.vision import FeatureCache, clip_pixels, encoder_key, features, hidden_states, interpolate_positions
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent/'golden/honeybee'

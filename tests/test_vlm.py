@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
-from mllm_replica.language import byte_tokenizer
-from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, split_images
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, split_images
 
 torch.set_num_threads(1)
 VISION = dict(model_type='clip_vision_model', hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=4)

@@ -9,18 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mllm_replica.data import check_images, load_source
-from mllm_replica.images import open_image
-from mllm_replica.recipe import Source
-from mllm_replica.records import check_sample
-from mllm_replica.tiles import COLORS
-from mllm_replica import documents, mosaics, shelves, worlds  # noqa: F401  whose worlds are known once they are imported
-from mllm_replica.worlds import WORLDS, build_world, easy_vqa, read_world, samples, vocabulary, words_of
+from mllm_replica.core.recipe import Source
+from mllm_replica.data.images import open_image
+from mllm_replica.data.samples import check_sample
+from mllm_replica.data.sources import check_images, load_source
+from mllm_replica.data.worlds.world import COLORS
+from mllm_replica.data.worlds import documents, mosaics, shelves, making  # noqa: F401  whose worlds are known once they are imported
+from mllm_replica.data.worlds.easy_vqa import easy_vqa
+from mllm_replica.data.worlds.making import build_world, read_world, samples
+from mllm_replica.data.worlds.table import WORLDS
+from mllm_replica.data.worlds.vocabulary import vocabulary, words_of
 
 
 @pytest.fixture(autouse=True)
 def run_folder(tmp_path, monkeypatch):
-    from mllm_replica.settings import settings
+    from mllm_replica.core.settings import settings
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
     settings.cache_clear()
     yield tmp_path/'runs'
@@ -247,14 +250,14 @@ def test_a_world_is_written_once_and_atomically(run_folder, monkeypatch):
     assert len({path, *others}) == 4
 
     def fails(*args): raise RuntimeError('killed')
-    monkeypatch.setattr(worlds, 'conversation', fails)
+    monkeypatch.setattr(making, 'conversation', fails)
     with pytest.raises(RuntimeError): build_world('tiles', 'train', 0, 21)
     assert len(list((run_folder/'data').iterdir())) == 4
 
 
 def test_other_code_makes_another_file(monkeypatch):
     path = build_world('tiles', 'train', 0, 5)
-    monkeypatch.setattr(worlds, '_code', lambda world: 'edited')
+    monkeypatch.setattr(making, '_code', lambda world: 'edited')
     assert build_world('tiles', 'train', 0, 5) != path
 
 
@@ -282,7 +285,7 @@ def test_easy_vqa_is_complete_and_grouped():
 
 
 def test_missing_easy_vqa_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(worlds.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ModuleNotFoundError, match='pip install easy-vqa'): easy_vqa('test')
 
 
@@ -298,6 +301,6 @@ def test_the_cells_of_a_notebook_decide_the_key_of_its_world():
         linecache.cache['<cell>'] = len(source), None, source.splitlines(True), '<cell>'
         cell = {}
         exec(compile(source, '<cell>', 'exec'), cell)
-        return worlds._code(replace(WORLDS['boards'], draw=cell['draw']))
-    try: assert written('def draw(rng, options): return {}\n') != written('def draw(rng, options): return {1: 1}\n') != worlds._code(WORLDS['boards'])
+        return making._code(replace(WORLDS['boards'], draw=cell['draw']))
+    try: assert written('def draw(rng, options): return {}\n') != written('def draw(rng, options): return {1: 1}\n') != making._code(WORLDS['boards'])
     finally: del linecache.cache['<cell>']

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_replica import publish, registry, settings as settings_module, worker
-from mllm_replica.journal import Journal
+from mllm_replica.core import registry, settings as settings_module
+from mllm_replica.running import publish, worker
+from mllm_replica.running.journal import Journal
 
 HERE = Path(__file__).resolve().parent
 PIPELINES = HERE.parent/'nbs'/'pipelines'
@@ -20,8 +21,8 @@ if row == 'exits' and broken: sys.exit(0)
 if row == 'killed' and broken: os.kill(os.getpid(), signal.SIGKILL)
 if row == 'hangs' and broken: time.sleep(600)
 while Path(os.environ.get('TOY_GATE', 'none')).exists(): time.sleep(0.1)"""
-RESULT = """from mllm_replica.engine import Metric, Result, write_atomic
-from mllm_replica.recipe import Recipe
+RESULT = """from mllm_replica.running.engine import Metric, Result, write_atomic
+from mllm_replica.core.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0)
 result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={'toy': Metric(value=0.5 + seed/100, n=10)}, versions={}, **numbers)
@@ -30,9 +31,9 @@ write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 LATE = "if row == 'late' and broken: 1/0"
 DRIVER = """import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
-from mllm_replica import registry
+from mllm_replica.core import registry
 registry.CHAPTERS['mm1'] = 'toychapter'
-from mllm_replica.runner import run_tables
+from mllm_replica.running.runner import run_tables
 table, rows, pipeline = sys.argv[1], sys.argv[2].split(','), sys.argv[3]
 summary = run_tables('mm1', [table], 'smoke', rows=rows, workers=2, pipeline=pipeline, report=False)
 print(summary)
@@ -93,7 +94,7 @@ class Project:
 
     def tracked(self):
         "Row -> (status, metrics, tags) of the unit runs."
-        from mllm_replica.tracking import Tracker
+        from mllm_replica.running.tracking import Tracker
         client = Tracker(f'sqlite:///{self.runs}/mlflow.db', self.runs).client
         runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
         return {r.data.tags.get('row', 'table'): (r.info.status, r.data.metrics, r.data.tags) for r in runs}

@@ -1,0 +1,1 @@
+"""Eagle: a mixture of vision experts."""

@@ -12,20 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .eva import EvaExpert, check_rotations
-from .expert import map_of, tokens_of
-from .fusion import build_fusion, build_projector
+from .experts.eva import EvaExpert, check_rotations
+from .experts.expert import map_of, tokens_of
+from .experts.sam import SamExpert
+from .experts.towers import build_expert, official_weights
+from .fusing.fusion import build_fusion, build_projector
+from .fusing.mixture import Mixture, check_towers, shapes_of, tower_names
+from .fusing.splice import lay_out, splice_layout
 from .golden_towers import enlarged, gradients, scalar, tower_cases
-from .mixture import Mixture, check_towers, shapes_of, tower_names
 from .model import EagleModel
 from .released import convert_official, official_config, our_name
-from .sam import SamExpert
-from .splice import lay_out, splice_layout
-from .towers import build_expert, official_weights
-from ..official import check_keys
+from ..models.official import check_keys
+from ..models.parity import Given, Partial
+from ..models.vision import clip_pixels
 from ..owl2.processor import to_square
-from ..parity import Given, Partial
-from ..vision import clip_pixels
 
 # %% ../../nbs/papers/04_eagle.ipynb #daac7679
 def under(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .eva import check_rotations
-from .expert import Expert, tokens_of
-from .towers import build_expert, official_weights
-from ..parity import Given
+from .experts.eva import check_rotations
+from .experts.expert import Expert, tokens_of
+from .experts.towers import build_expert, official_weights
+from ..models.parity import Given
 
 # %% ../../nbs/papers/04_eagle.ipynb #8749afc4
 def scalar(

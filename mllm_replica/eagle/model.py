@@ -13,15 +13,15 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .adapters import resize
-from .expert import complete, tokens_of
-from .fusion import FUSIONS, Fusion, build_fusion, build_projector, check_names
-from .mixture import Towers, shapes_of
+from .experts.expert import complete, tokens_of
+from .experts.towers import build_expert
+from .fusing.adapters import resize
+from .fusing.fusion import FUSIONS, Fusion, build_fusion, build_projector, check_names
+from .fusing.mixture import Towers, shapes_of
+from .fusing.splice import check_places, lay_out, splice, splice_layout
 from .prompts import EagleProcessor
-from .splice import check_places, lay_out, splice, splice_layout
-from .towers import build_expert
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from ..owl2.encoder import WholeCheckpoint
-from ..vlm import VisionLanguageConfig, VisionLanguageModel, register
 
 # %% ../../nbs/papers/04_eagle.ipynb #679efb7b
 # Shapes: B samples, T places of a row, N images, c crops of an image, P pictures (all crops of all images), S side of a picture in pixels,

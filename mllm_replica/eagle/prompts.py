@@ -13,13 +13,13 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Encoded
-from ..images import open_image
-from ..language import IGNORED, text_ids
+from ..data.encoded import IGNORED, Encoded
+from ..data.images import open_image
+from ..data.language import text_ids
+from ..data.samples import IMAGE, ROLES
+from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
+from ..models.vlm import VisionLanguageConfig, VisionLanguageProcessor
 from ..owl2.processor import SYSTEM, image_first, to_square
-from ..records import IMAGE, ROLES
-from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
-from ..vlm import VisionLanguageConfig, VisionLanguageProcessor
 
 # %% ../../nbs/papers/04_eagle.ipynb #6786cc9b
 class Template(NamedTuple):

@@ -7,9 +7,9 @@ __all__ = ['rows', 'tables', 'recipe', 'build', 'starts', 'teach', 'measure', 's
 from collections.abc import Sequence
 from typing import Any
 
-from .. import mosaics, shelves  # noqa: F401  register the metric `word_accuracy` and a world
-from ..published import load_table, tables_of
-from ..recipe import Benchmark, Recipe, Source, Stage
+from ..data.worlds import mosaics, shelves  # noqa: F401  register the metric `word_accuracy` and a world
+from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/04_eagle.ipynb #321f98a7
 _VIT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=48)
@@ -172,9 +172,9 @@ def recipe(
 def _taught(recipe: Recipe, name: str, processor: Any) -> dict[str, Any]:
     "Weights of an expert after its own training."
     import torch
+    from mllm_replica.eagle.experts.towers import build_expert
     from mllm_replica.eagle.small import CellNames, HiddenPatches
-    from mllm_replica.eagle.towers import build_expert
-    from mllm_replica.pretraining import pretrained
+    from mllm_replica.training.starts import pretrained
     torch.manual_seed(recipe.seed)
     tower = dict(_TOWERS[name])
     expert = build_expert(tower['kind'], tower['config'], tower.get('image_size'), **tower.get('options', {}))
@@ -190,7 +190,7 @@ def _reader(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
     from mllm_replica.eagle.small import SymbolReader
-    from mllm_replica.pretraining import pretrained
+    from mllm_replica.training.starts import pretrained
     torch.manual_seed(recipe.seed)
     reader = SymbolReader(AutoModelForCausalLM.from_config(config.text_config), _CELLS, _GRID)
     stage = _stage('read', recipe.scale, (r'.',), 'asked', 1000, 3e-3)
@@ -202,11 +202,11 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor; at scale paper on the meta device only the shapes."
     import torch
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.eagle.model import EagleModel
     from mllm_replica.eagle.released import paper_config
     from mllm_replica.eagle.small import ShelfProcessor
-    from mllm_replica.language import word_tokenizer
-    from mllm_replica.worlds import vocabulary
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
         if not meta: raise NotImplementedError(f'{recipe.unit}: loading weights for training at scale paper is not wired; planned only')
@@ -252,10 +252,10 @@ def measure(
 ) -> dict[str, float]:
     "Further numbers of a unit: the mean of its tests, and what its mixture costs."
     import torch
-    from mllm_replica.cost import count
-    from mllm_replica.evaluation import collate_prompts
-    from mllm_replica.vlm import visual_token_count
-    from mllm_replica.worlds import samples
+    from mllm_replica.data.worlds.making import samples
+    from mllm_replica.models.cost import count
+    from mllm_replica.models.vlm import visual_token_count
+    from mllm_replica.scoring.evaluation import collate_prompts
     batch = collate_prompts([processor.encode(next(samples('shelves', 'test', recipe.seed, 1, tasks=['place'])), training=False)], processor)
     with torch.no_grad(): flops = count(lambda: model.eval()(**{k: v.to(model.device) for k, v in batch.items()}).logits).forward
     experts = sum(p.numel() for p in model.vision_model.vision_towers.parameters())
@@ -271,8 +271,8 @@ def search(
     **options: Any,                      # of `greedy_search`: rounds, workers, engine …
 ) -> Any:
     "Begin with CLIP and ConvNeXt, and add the best of the other experts again and again."
-    from mllm_replica.study import greedy_search
-    from mllm_replica.variation import vary
+    from mllm_replica.core.variation import vary
+    from mllm_replica.running.study import greedy_search
     start = ('clip', 'convnext')
     def mixture(made: tuple[str, ...]) -> Recipe:
         "The recipe of a set."

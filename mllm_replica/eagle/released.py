@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eva import EvaExpert, check_rotations
-from .mixture import check_towers, tower_names
+from .experts.eva import EvaExpert, check_rotations
+from .experts.towers import official_weights
+from .fusing.mixture import check_towers, tower_names
 from .model import MIXTURES, EagleConfig, EagleModel
-from .towers import official_weights
-from ..official import check_keys, read_weights
+from ..models.official import check_keys, read_weights
 
 # %% ../../nbs/papers/04_eagle.ipynb #f646189d
 _VICUNA = dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..data import Encoded
-from .adapters import resize
-from .expert import Expert, tokens_of
+from ..data.encoded import IGNORED, Encoded
+from .experts.expert import Expert, tokens_of
+from .fusing.adapters import resize
 from .prompts import EagleProcessor
-from ..loss import IGNORED
 
 # %% ../../nbs/papers/04_eagle.ipynb #6f53238a
 # Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in tokens, V words,

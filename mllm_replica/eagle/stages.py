@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.recipe import Stage
 from .model import EagleConfig
-from ..recipe import Stage
 
 # %% ../../nbs/papers/04_eagle.ipynb #29ec16d5
 EXPERTS = r'^vision_model\.vision_towers\.'

@@ -1,0 +1,1 @@
+"""Honeybee: projectors that keep places."""

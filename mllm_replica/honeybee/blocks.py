@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import Conv, LayerNorm, Linear, side_of, split_heads
+from ..models.layers import Conv, LayerNorm, Linear, side_of, split_heads
 
 # %% ../../nbs/papers/02_honeybee.ipynb #63929710
 class GatedMLP(nn.Module):

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .blocks import Bottleneck, ConvNeXtBlock, DeformableLayer, PlainBlock, ResamplerLayer, bilinear, uniform_points
-from ..layers import LayerNorm, Linear, grid_pool, side_of
+from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f873f51a
 # Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens, D width, H heads, K sampling points per head.

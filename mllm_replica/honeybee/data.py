@@ -7,9 +7,9 @@ __all__ = ['examples_of', 'in_template']
 import json, random
 from typing import Any
 
+from ..data.samples import IMAGE as PLACEHOLDER
 from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templatize, vsr_question
-from ..records import IMAGE as PLACEHOLDER
-from ..vision import image_key
+from ..models.vision import image_key
 
 _LISTED = dict(mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',   # how MMBench and SEED put their question
                seed='{question}\nThere are several options:\n{option}\n\n')
@@ -37,7 +37,7 @@ def examples_of(
 
 
 def in_template(
-    dataset: 'datasets.Dataset',   # from `mllm_replica.data.load_source`
+    dataset: 'datasets.Dataset',   # from `mllm_replica.data.sources.load_source`
     template: str,                 # key of `TEMPLATES`
     seed: int,
     turns: int = 1,                # questions per sample; -1: all of an image

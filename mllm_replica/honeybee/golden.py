@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .components import build_projector
 from .model import HoneybeeModel, convert_official, official_config
-from ..official import check_keys
-from ..parity import Given, Partial
-from ..vision import clip_pixels, hidden_states, interpolate_positions
+from ..models.official import check_keys
+from ..models.parity import Given, Partial
+from ..models.vision import clip_pixels, hidden_states, interpolate_positions
 
 # %% ../../nbs/papers/02_honeybee.ipynb #474bb593
 ORIGIN = 'khanrc/honeybee'   # official repository, named in the files

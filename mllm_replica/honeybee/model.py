@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.language import IMAGE, Piece
 from .components import build_projector, projector_fields
 from .prompts import SYSTEM_DETAIL, conversation_pieces, prompt_pieces
-from ..language import IMAGE, Piece
-from ..official import check_keys, read_weights
-from ..vision import CLIP_MEAN, CLIP_STD
-from ..vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
+from ..models.official import check_keys, read_weights
+from ..models.vision import CLIP_MEAN, CLIP_STD
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a16cde91
 class HoneybeeConfig(VisionLanguageConfig):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..language import IMAGE, IGNORED, Piece, tokenize
+from ..data.encoded import IGNORED
+from ..data.language import IMAGE, Piece, tokenize
 
 # %% ../../nbs/papers/02_honeybee.ipynb #8dbfe9cf
 SYSTEM = 'The following is a conversation between a curious human and AI assistant.'

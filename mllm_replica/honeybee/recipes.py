@@ -6,10 +6,10 @@ __all__ = ['projector_of', 'rows', 'tables', 'recipe', 'load_source', 'build', '
 # %% ../../nbs/papers/02_honeybee.ipynb #b10983e5
 from typing import Any
 
+from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..core.settings import settings
 from .mixtures import ASKED, PRETRAIN, instruction_mixture, options_of
-from ..published import load_table, tables_of
-from ..recipe import Benchmark, Recipe, Source, Stage
-from ..settings import settings
+from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ca34e62d
 _TINY_TOKENS = {64: 16, 144: 36, 256: 64, 400: 100, 576: 144}
@@ -72,7 +72,7 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
                   stages=_two_stages(projector['projector_type'], steps, (PRETRAIN, mixture)),
                   benchmarks=tuple(Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
                                    for name, (_, metric, new) in ASKED.items()),
-                  assumptions=('benchmarks count single questions; `mllm_replica.benchmarks` makes the official totals from the predictions',
+                  assumptions=('benchmarks count single questions; `scoring.official_scorers` makes the official totals from the predictions',
                                'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
                                'instruction samples are padded to 1,024 positions, as officially'))
 
@@ -284,7 +284,7 @@ def load_source(
     data_root: Any = None,  # folder of local data
 ) -> Any:
     "The samples of a source; stored data sets in the paper's templates."
-    from mllm_replica import data
+    from mllm_replica.data import sources as data
     from mllm_replica.honeybee.data import in_template
     if source.kind in ('world', 'easy_vqa'): return data.load_source(source, seed, data_root)   # whose options have other meanings
     how = {name: source.options[name] for name in ('template', 'turns', 'dedup') if name in source.options}
@@ -324,9 +324,9 @@ def _from_backbones(made: dict[str, Any]) -> tuple[Any, Any]:
 def _from_scratch(made: dict[str, Any]) -> tuple[Any, Any]:
     "The small model, its weights drawn."
     import torch
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor
-    from mllm_replica.language import word_tokenizer
-    from mllm_replica.worlds import vocabulary
     tokenizer = word_tokenizer(vocabulary())
     config = HoneybeeConfig(vision_config=made['vision'], connector_config=made['connector'], feature_layer=made['feature_layer'],
                             text_config=made['text'] | {'vocab_size': len(tokenizer)})
@@ -350,9 +350,9 @@ def build(
 # %% ../../nbs/papers/02_honeybee.ipynb #7922f159
 def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
     "GFLOP of one optimiser step without the frozen encoder, counted on four samples of each source."
-    from mllm_replica.cost import count
-    from mllm_replica.packing import collate
-    from mllm_replica.settings import project_root
+    from mllm_replica.core.settings import project_root
+    from mllm_replica.data.packing import collate
+    from mllm_replica.models.cost import count
     stage, total = recipe.stages[-1], 0.0
     for name, weight in stage.mixture.items():
         samples = load_source(recipe.sources[name], recipe.seed, project_root()/'data')
@@ -373,8 +373,8 @@ def measure(
     scores: dict[str, float],  # benchmark -> score
 ) -> dict[str, float]:
     "Further numbers of a unit."
+    from mllm_replica.core.settings import project_root
     from mllm_replica.honeybee.components import attention_maps, locality
-    from mllm_replica.settings import project_root
     found = {'gflop_step': _step_gflop(model, processor, recipe), 'visual_tokens': model.config.visual_token_count()}
     if set(_SPATIAL) <= set(scores): found['spatial'] = sum(scores[task] for task in _SPATIAL) / len(_SPATIAL)
     if {'name_color', 'name_row'} <= set(scores): found['rec'] = (scores['name_color'] + scores['name_row']) / 2

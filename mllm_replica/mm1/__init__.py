@@ -1,0 +1,1 @@
+"""MM1: what matters in multimodal pre-training."""

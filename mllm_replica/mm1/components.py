@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..honeybee.components import Projector, build_projector, initialise
-from ..layers import LayerNorm, Linear, grid_pool, side_of, split_heads
-from ..vision import CLIP_MEAN
+from ..models.layers import LayerNorm, Linear, grid_pool, side_of, split_heads
+from ..models.vision import CLIP_MEAN
 
 # %% ../../nbs/papers/03_mm1.ipynb #a809e01e
 # Shapes: B images, N patch features of an image (a square of side s), M visual tokens (the text's k), D encoder width, H heads, d head width.

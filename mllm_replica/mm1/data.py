@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import Encoded, Mixture
-from ..language import IGNORED
-from ..packing import collate, truncate
-from ..records import COLUMNS, IMAGE, check_sample
+from ..data.encoded import IGNORED, Encoded
+from ..data.mixture import Mixture
+from ..data.packing import collate, truncate
+from ..data.samples import COLUMNS, IMAGE, check_sample
 
 # %% ../../nbs/papers/03_mm1.ipynb #b36bac9a
 MAX_IMAGES = 16                                                                  # of a sequence

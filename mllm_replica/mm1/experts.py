@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ..layers import affine
+from ..models.layers import affine
 
 # %% ../../nbs/papers/03_mm1.ipynb #cef42c16
 # Shapes: B rows, T tokens of a row, n tokens of a batch, E experts, D width, I inner width of an expert.

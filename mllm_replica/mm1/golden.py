@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .components import AttentionPooling, AveragePooling
 from .experts import Experts, Router, SparseMLP, auxiliary_loss, queue_positions, route
-from ..parity import Given
+from ..models.parity import Given
 
 # %% ../../nbs/papers/03_mm1.ipynb #615ad250
 ORIGIN = 'MM1 has no official code'   # said in the file

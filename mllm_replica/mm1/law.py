@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from ..optimiser import lr_at
+from ..training.optimiser import lr_at
 
 # %% ../../nbs/papers/03_mm1.ipynb #ab37f0de
 class Law(NamedTuple):

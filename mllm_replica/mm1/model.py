@@ -14,19 +14,19 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Encoded
-from ..images import open_image
-from ..language import IGNORED, Piece
+from ..core.recipe import Stage
+from ..data.encoded import IGNORED, Encoded
+from ..data.images import open_image
+from ..data.language import Piece
+from ..data.samples import IMAGE
 from .components import SubImages, build_connector, letterboxed, resize_positions
 from .data import WEIGHTS
 from .experts import auxiliary_loss, insert_experts, record_routing
 from .law import PUBLISHED, weight_decay
 from .shots import Template
+from ..models.vision import CLIP_MEAN, CLIP_STD, features
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 from ..owl2.encoder import WholeCheckpoint
-from ..recipe import Stage
-from ..records import IMAGE
-from ..vision import CLIP_MEAN, CLIP_STD, features
-from ..vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 
 # %% ../../nbs/papers/03_mm1.ipynb #8254c03d
 _EXPERTS = dict(intermediate_size=None, capacity_factor=None, balance=0.01, z=0.001)   # besides `every` and `num_experts`

@@ -7,10 +7,10 @@ __all__ = ['SHOTS', 'rows', 'tables', 'recipe', 'arrange', 'build', 'measure']
 import json, math
 from typing import Any
 
-from .. import documents  # noqa: F401  registers worlds
-from ..published import load_table, tables_of
-from ..recipe import Benchmark, Recipe, Source, Stage
-from ..worlds import samples
+from ..data.worlds import documents  # noqa: F401  registers worlds
+from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..data.worlds.making import samples
+from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/03_mm1.ipynb #a384e64f
 _ALL = (r'.',)
@@ -207,7 +207,7 @@ def _encoder_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, A
     import torch
     from transformers import AutoModel
     from mllm_replica.mm1.small import CellTags, ContrastivePair, Reconstruction
-    from mllm_replica.pretraining import pretrained
+    from mllm_replica.training.starts import pretrained
     torch.manual_seed(recipe.seed)
     encoder = AutoModel.from_config(config.vision_config)
     words, kind = len(processor.tokenizer), recipe.model['encoder']
@@ -221,7 +221,7 @@ def _language_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, 
     "Weights of a language model, trained on text if the recipe says so."
     import torch
     from transformers import AutoModelForCausalLM
-    from mllm_replica.pretraining import pretrained
+    from mllm_replica.training.starts import pretrained
     torch.manual_seed(recipe.seed)
     language = AutoModelForCausalLM.from_config(config.text_config)
     if 'language' not in recipe.model: return language.state_dict()
@@ -236,7 +236,7 @@ def arrange(
 ) -> dict[str, Any]:
     "What `train` is given: sequences of one source each, in a frozen order, if the stages are packed."
     from functools import partial
-    from mllm_replica import packing
+    from mllm_replica.data import packing
     from mllm_replica.mm1.data import Frozen, collate_sequences, source_sequences
     if not all(stage.pack for stage in stages): return packing.arrange(stages, encoded, **how)
     lengths = {name: stage.max_length for stage in stages for name in stage.mixture}
@@ -248,11 +248,11 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor."
     import torch
-    from mllm_replica.language import word_tokenizer
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.mm1.model import MM1Config, MM1Model, at_resolution, paper_config
     from mllm_replica.mm1.small import PageProcessor
-    from mllm_replica.pretraining import pretrained
-    from mllm_replica.worlds import vocabulary
+    from mllm_replica.training.starts import pretrained
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
         if not meta: raise NotImplementedError(f'{recipe.unit}: MM1 has no weights to start from, and training at scale paper is planned only')
@@ -278,7 +278,7 @@ def build(
 def _among(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
     "How often the likeliest next word among a sample's options is the answer."
     import torch
-    from mllm_replica.evaluation import collate_prompts
+    from mllm_replica.scoring.evaluation import collate_prompts
     words = [[processor.tokenizer.convert_tokens_to_ids(option) for option in sample['options']] for sample in asked]
     hits = 0
     for start in range(0, len(asked), 100):
@@ -292,7 +292,7 @@ def _among(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
 def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Accuracy after demonstrations of the query's topic, of which three in ten tell any word."
     import numpy as np
-    from mllm_replica.documents import WORDS
+    from mllm_replica.data.worlds.documents import WORDS
     from mllm_replica.mm1.shots import Template, few_shot
     size, rng, pools = 300 if recipe.scale == 'tiny' else 8, np.random.default_rng(recipe.seed), {}
     drawn = lambda split, size: list(samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1]))
@@ -307,8 +307,8 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
 
 def _cider(model: Any, processor: Any, recipe: Recipe) -> float:
     "CIDEr-D of captions without demonstrations, times 100 as it is printed."
-    from mllm_replica.evaluation import collate_prompts, greedy
     from mllm_replica.mm1.shots import Template, cider_d, few_shot
+    from mllm_replica.scoring.evaluation import collate_prompts, greedy
     size, template, written = 300 if recipe.scale == 'tiny' else 8, Template('<image>'), []
     asked = [few_shot(sample | {'document': sample['answer'], 'task': 'caption'}, [], 0, recipe.seed, template)
              for sample in samples('pages', 'test', recipe.seed, size, tasks=['document'])]
@@ -325,8 +325,8 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
     from tempfile import TemporaryDirectory
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from mllm_replica.packing import collate
-    from mllm_replica.training import train
+    from mllm_replica.data.packing import collate
+    from mllm_replica.training.loop import train
     work, tokenizer = recipe.model['law'], processor.tokenizer
     torch.manual_seed(recipe.seed)
     fields = {name: value for name, value in recipe.model['text'].items() if name != 'model_type'}
@@ -342,10 +342,10 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
 
 def _law_numbers(processor: Any, recipe: Recipe) -> dict[str, float]:
     "Slope and intercept of the law, and how good its prediction is for the largest size."
-    from mllm_replica.data import load_source
+    from mllm_replica.core.settings import project_root
+    from mllm_replica.data.sources import load_source
     from mllm_replica.mm1.law import fit_law
     from mllm_replica.mm1.small import best_rate
-    from mllm_replica.settings import project_root
     work = recipe.model['law']
     encoded = [processor.encode(sample) for sample in load_source(recipe.sources['text'], recipe.seed, project_root()/'data')]
     sizes, best, floors = [], [], []
@@ -368,8 +368,8 @@ def _law_numbers(processor: Any, recipe: Recipe) -> dict[str, float]:
 def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Parameters of the language model in thousands: all, and those that one token uses; and how evenly experts are chosen first."
     import torch
-    from mllm_replica.evaluation import collate_prompts
     from mllm_replica.mm1.experts import Experts, record_routing
+    from mllm_replica.scoring.evaluation import collate_prompts
     language = model.language_model
     total, idle = sum(p.numel() for p in language.parameters()), 0
     for module in language.modules():

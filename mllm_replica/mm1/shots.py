@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..records import COLUMNS, IMAGE, check_sample
-from ..vision import image_keys
+from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..models.vision import image_keys
 
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
 class Template(NamedTuple):

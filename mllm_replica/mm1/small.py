@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..layers import grid_pool, side_of
-from ..loss import IGNORED
+from ..data.encoded import IGNORED
 from .objectives import LOG_SCALE, contrastive_loss, prefix_mask, reconstruction_loss
+from ..models.layers import grid_pool, side_of
 
 # %% ../../nbs/papers/03_mm1.ipynb #33a23102
 class ContrastivePair(nn.Module):
@@ -112,7 +112,7 @@ class CellTags(nn.Module):
 import zlib
 from collections.abc import Callable, Sequence
 
-from ..data import Encoded
+from ..data.encoded import Encoded
 from .law import optimal_rate
 from .model import MM1Processor
 

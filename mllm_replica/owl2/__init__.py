@@ -1,0 +1,1 @@
+"""mPLUG-Owl2: one decoder, two ways."""

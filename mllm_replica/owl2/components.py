@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (ALL_ATTENTION_FUNCTIONS, L
                                                       eager_attention_forward)
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
 
-from ..layers import Linear
+from ..models.layers import Linear
 
 # %% ../../nbs/papers/01_owl2.ipynb #405fffe4
 # Shapes: B rows, T tokens, D width, n_text and n_visual tokens of a batch, H heads, d head width.

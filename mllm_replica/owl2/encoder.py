@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..layers import LayerNorm, Linear, side_of, split_heads
+from ..models.layers import LayerNorm, Linear, side_of, split_heads
 
 # %% ../../nbs/papers/01_owl2.ipynb #aa07e717
 # Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H heads, d head width, K queries,

@@ -13,12 +13,12 @@ from torch.func import functional_call
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from ..models.parity import Given, Partial
+from ..models.vision import clip_pixels
 from .components import ADAPTIVE, Route, WayLinear, adapt_layers
 from .encoder import Owl2VisionConfig, Owl2VisionModel, VisualAbstractor, abstractor_fields
 from .model import Owl2Model, convert_official, official_config
 from .processor import to_square
-from ..parity import Given, Partial
-from ..vision import clip_pixels
 
 # %% ../../nbs/papers/01_owl2.ipynb #3fc08eaa
 ORIGIN = 'mPLUG-Owl2'   # named in the files

@@ -14,12 +14,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..official import OfficialWeightsError, check_keys, read_weights
+from ..models.official import OfficialWeightsError, check_keys, read_weights
+from ..models.placing import pad_left
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import Owl2VisionConfig, VisualAbstractor, WholeCheckpoint, abstractor_fields, resize_positions, sine_grid, sine_positions
+from .encoder import (Owl2VisionConfig, VisualAbstractor, WholeCheckpoint, abstractor_fields, resize_positions, sine_grid,
+                                       sine_positions)
 from .processor import Owl2Processor
-from ..placing import pad_left
-from ..vlm import VisionLanguageConfig, VisionLanguageModel, register
 
 # %% ../../nbs/papers/01_owl2.ipynb #87ea7669
 class Owl2Config(VisionLanguageConfig):

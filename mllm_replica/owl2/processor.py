@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Encoded
-from ..images import MAX_PIXELS, ImageError, image_name, open_image
-from ..language import IGNORED, text_ids
-from ..records import IMAGE, ROLES
-from ..vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
-from ..vlm import VisionLanguageProcessor
+from ..data.encoded import IGNORED, Encoded
+from ..data.images import MAX_PIXELS, ImageError, image_name, open_image
+from ..data.language import text_ids
+from ..data.samples import IMAGE, ROLES
+from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
+from ..models.vlm import VisionLanguageProcessor
 
 # %% ../../nbs/papers/01_owl2.ipynb #bd645811
 MODES = ('resize', 'pad', 'crop')

@@ -6,9 +6,9 @@ __all__ = ['layerwise_decay', 'mixture_of', 'published_stages', 'rows', 'tables'
 # %% ../../nbs/papers/01_owl2.ipynb #ce4b184b
 from typing import Any
 
-from .. import mosaics  # noqa: F401  registers worlds and the metric `word_accuracy`
-from ..published import load_table, tables_of
-from ..recipe import Benchmark, Recipe, Source, Stage
+from ..data.worlds import mosaics  # noqa: F401  registers worlds and the metric `word_accuracy`
+from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/01_owl2.ipynb #8235875f
 _VISUAL = (r'^(vision_model|visual_abstractor)\.|\.multiway\.1\.',)   # stage 1: whatever a model has of them
@@ -191,7 +191,7 @@ def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[st
     "Weights of the small language model after its text."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from mllm_replica.pretraining import pretrained
+    from mllm_replica.training.starts import pretrained
     made = recipe.model['language']
     stage = _stage('language', recipe.scale, _ALL, {made['source']: 1.0}, made['steps'])
     torch.manual_seed(recipe.seed)
@@ -204,10 +204,10 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor; at scale paper on the meta device only the shapes."
     import torch
-    from mllm_replica.language import word_tokenizer
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.owl2.model import Owl2Config, Owl2Model, both_ways, paper_config
     from mllm_replica.owl2.processor import Owl2Processor
-    from mllm_replica.worlds import vocabulary
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
         if not meta:
@@ -241,8 +241,8 @@ def linear_probe(
 def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "How well the encoder's features, averaged over a picture, tell letters: of this model, and of one that was never trained."
     import torch
-    from mllm_replica.worlds import samples
-    from mllm_replica.mosaics import LETTERS
+    from mllm_replica.data.worlds.making import samples
+    from mllm_replica.data.worlds.mosaics import LETTERS
     asked = {split: list(samples('posters', split, recipe.seed + 1000, 1000 if recipe.scale == 'tiny' else 40, tasks=['sign']))
              for split in ('train', 'test')}
 
@@ -259,8 +259,8 @@ def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
 def _attention(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Share of the answering position's attention that visual tokens get, per layer, in questions about pictures."
     import torch
-    from mllm_replica.evaluation import collate_prompts
-    from mllm_replica.worlds import samples
+    from mllm_replica.data.worlds.making import samples
+    from mllm_replica.scoring.evaluation import collate_prompts
     asked = list(samples('mosaics', 'test', recipe.seed + 1000, 200 if recipe.scale == 'tiny' else 8, tasks=['item'], **_STRIPES))
     batch = collate_prompts([processor.encode(sample, training=False) for sample in asked], processor)
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,1 @@
+"""mPLUG-Owl3: hyper attention over many images."""

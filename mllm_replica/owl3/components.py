@@ -15,7 +15,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (ALL_ATTENTION_FUNCTIONS, Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm, apply_rotary_pos_emb,
                                                       eager_attention_forward)
 
-from ..layers import Linear, split_heads
+from ..models.layers import Linear, split_heads
 from .media import Sight, States, image_attention, image_states
 
 # %% ../../nbs/papers/05_owl3.ipynb #42dd7fff

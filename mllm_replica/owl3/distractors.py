@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-import mllm_replica.albums   # registers the world
-from ..benchmarks import infer
-from ..images import open_image
-from ..records import COLUMNS, IMAGE, check_sample
-from ..worlds import samples
+import mllm_replica.data.worlds.albums   # registers the world
+from ..data.images import open_image
+from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..data.worlds.making import samples
+from ..scoring.official_scorers import infer
 
 # %% ../../nbs/papers/05_owl3.ipynb #b515f914
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from ..models.parity import Given
+from ..models.vision import clip_pixels, hidden_states
 from .components import HyperAttention, HyperLayer
 from .media import Media, Sight, media_offset, rotate
 from .model import IMAGE_TOKENS, Owl3Model, convert_official, gate_of, official_config, placeholder_starts
 from .processor import GRIDS, choose_grid, cut
-from ..parity import Given
-from ..vision import clip_pixels, hidden_states
 
 # %% ../../nbs/papers/05_owl3.ipynb #169ce9a8
 ORIGIN = 'mPLUG-Owl3'   # named in the files

@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from ..official import check_keys, read_weights
+from ..models.official import check_keys, read_weights
+from ..models.placing import mask_and_positions, pad_left
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from .components import FUSIONS, GATES, insert_layers
 from .media import Media, Sight
 from .processor import Owl3Processor
-from ..placing import mask_and_positions, pad_left
-from ..vlm import VisionLanguageConfig, VisionLanguageModel, register
 
 # %% ../../nbs/papers/05_owl3.ipynb #ec34151f
 IMAGE_TOKENS = (27, 91, 1805, 91, 29)   # `<|image|>` in the tokens of Qwen2: < | image | >

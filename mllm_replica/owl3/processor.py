@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Encoded
-from ..images import MAX_PIXELS, ImageError, _content, image_name, open_image
-from ..language import IGNORED, Piece, text_ids
-from ..records import IMAGE
-from ..vision import image_keys
-from ..vlm import VisionLanguageProcessor
+from ..data.encoded import IGNORED, Encoded
+from ..data.images import MAX_PIXELS, ImageError, _content, image_name, open_image
+from ..data.language import Piece, text_ids
+from ..data.samples import IMAGE
+from ..models.vision import image_keys
+from ..models.vlm import VisionLanguageProcessor
 
 # %% ../../nbs/papers/05_owl3.ipynb #99332876
 GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))  # (rows, columns); no picture is cut in fewer than three

@@ -6,9 +6,9 @@ __all__ = ['mixture_of', 'published_stages', 'ablation_stages', 'layers_of', 'ro
 # %% ../../nbs/papers/05_owl3.ipynb #b8a17b0d
 from typing import Any
 
-from .. import albums  # noqa: F401  registers the world `albums`
-from ..published import load_table, tables_of
-from ..recipe import Benchmark, Recipe, Source, Stage
+from ..data.worlds import albums  # noqa: F401  registers the world `albums`
+from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/05_owl3.ipynb #17eea437
 _NEW = (r'^(vision2text_model|connector)\.|\.self_attn\.(v_kv_proj|gate)|\.visual_layernorm\.|\.cross_attn\.',)   # whatever a model has of them
@@ -202,8 +202,8 @@ def _scratch(model: Any, seed: int) -> None:
 
 def _model(made: dict[str, Any], backbones: dict[str, Any], **known: Any) -> Any:
     "The model of a way to read images, on these backbones."
+    from mllm_replica.models.vlm import VisionLanguageConfig
     from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
-    from mllm_replica.vlm import VisionLanguageConfig
     if made['fusion'] == 'concat': return ConcatModel(VisionLanguageConfig(**backbones))
     return Owl3Model(Owl3Config(**backbones, **made, **known))
 
@@ -213,10 +213,10 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor; at scale paper on the meta device only the shapes."
     import torch
-    from mllm_replica.language import word_tokenizer
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.owl3.model import SIGLIP, Owl3Model, paper_config
     from mllm_replica.owl3.processor import ConcatProcessor, Owl3Processor
-    from mllm_replica.worlds import vocabulary
     made, meta = {k: v for k, v in recipe.model.items() if k not in ('test', 'base')}, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
         if not meta:
@@ -236,8 +236,8 @@ def build(
 # %% ../../nbs/papers/05_owl3.ipynb #b359c5dc
 def _resistance(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Plain and circular accuracy for every number of pictures."
-    from mllm_replica.evaluation import collate_prompts, greedy
     from mllm_replica.owl3 import distractors
+    from mllm_replica.scoring.evaluation import collate_prompts, greedy
     few = recipe.scale != 'tiny'
     questions, found = distractors.album_questions(12 if few else _QUESTIONS, recipe.seed), {}
     for count in _COUNTS[:2] if few else _COUNTS:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from timing import SLACK, seconds_of
 
-from mllm_replica import layers
+from mllm_replica.models import layers
 
 BASELINES = Path(__file__).parent / 'baselines'
 LEAST = 0.1  # a product's share below which a figure is a few milliseconds, and scatters

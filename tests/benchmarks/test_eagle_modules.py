@@ -9,8 +9,8 @@ from fullsize import flops
 from fullsize.eagle import BACKBONES, X5, Concatenation, Splice, five, fused, image, maps, mixture, passes
 from timing import SLACK
 
-from mllm_replica.eagle.fusion import FUSIONS, build_fusion
-from mllm_replica.eagle.towers import build_expert
+from mllm_replica.eagle.experts.towers import build_expert
+from mllm_replica.eagle.fusing.fusion import FUSIONS, build_fusion
 
 OFFICIAL = {
     'clip': (0.03, 0.07),

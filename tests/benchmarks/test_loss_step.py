@@ -3,7 +3,7 @@
 from fullsize.loss import Step, full
 from timing import seconds_of
 
-from mllm_replica.loss import chunked_cross_entropy
+from mllm_replica.models.loss import chunked_cross_entropy
 
 
 def test_chunked_loss_is_no_slower(judge):

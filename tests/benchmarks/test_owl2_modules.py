@@ -7,7 +7,7 @@ from fullsize.owl2 import CONFIG, LENGTH, abstractor, adapted, inputs, layer_wor
 from timing import SLACK, beside
 from transformers import DynamicCache
 
-from mllm_replica import layers
+from mllm_replica.models import layers
 
 PAST = 200
 OFFICIAL = {

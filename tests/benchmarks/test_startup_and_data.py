@@ -9,14 +9,14 @@ from fullsize.answers import Thousand
 from timing import seconds_of
 from toyproject import inline, project  # noqa: F401  fixtures
 
-from mllm_replica.runner import run_tables
-from mllm_replica.worlds import build_world, read_world
+from mllm_replica.data.worlds.making import build_world, read_world
+from mllm_replica.running.runner import run_tables
 
 TASKS = ['cell', 'relation', 'existence', 'count', 'tint']
 FINISHED = """
-from mllm_replica import registry
+from mllm_replica.core import registry
 registry.CHAPTERS['mm1'] = 'toychapter'
-from mllm_replica.runner import run_tables
+from mllm_replica.running.runner import run_tables
 assert run_tables('mm1', ['second'], seeds=[10], pipeline={pipeline!r}).skipped == 2
 """
 

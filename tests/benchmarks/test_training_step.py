@@ -3,11 +3,11 @@
 import torch
 from fullsize import MATMUL_FLOPS
 
-from mllm_replica.cost import count
-from mllm_replica.data import load_source
+from mllm_replica.data.packing import collate
+from mllm_replica.data.sources import load_source
 from mllm_replica.honeybee import recipes
-from mllm_replica.optimiser import freeze_all_but, make_optimizer, trainable_names
-from mllm_replica.packing import collate
+from mllm_replica.models.cost import count
+from mllm_replica.training.optimiser import freeze_all_but, make_optimizer, trainable_names
 
 SHARE = 0.25  # of the product's rate, which a step must not fall below; 0.6 is aimed at
 

@@ -2,10 +2,10 @@
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_replica.data import Encoded
-from mllm_replica.evaluation import evaluate
-from mllm_replica.language import word_tokenizer
-from mllm_replica.recipe import Benchmark
+from mllm_replica.core.recipe import Benchmark
+from mllm_replica.data.encoded import Encoded
+from mllm_replica.data.language import word_tokenizer
+from mllm_replica.scoring.evaluation import evaluate
 
 
 class Words:

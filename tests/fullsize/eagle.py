@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mllm_replica.eagle.expert import tokens_of
-from mllm_replica.eagle.fusion import ExpertShape, build_fusion
-from mllm_replica.eagle.mixture import Mixture, shapes_of
-from mllm_replica.eagle.splice import lay_out, splice, splice_layout
-from mllm_replica.eagle.towers import build_expert
-from mllm_replica.vision import CLIP_MEAN, CLIP_STD
+from mllm_replica.eagle.experts.expert import tokens_of
+from mllm_replica.eagle.experts.towers import build_expert
+from mllm_replica.eagle.fusing.fusion import ExpertShape, build_fusion
+from mllm_replica.eagle.fusing.mixture import Mixture, shapes_of
+from mllm_replica.eagle.fusing.splice import lay_out, splice, splice_layout
+from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD
 
 BACKBONES = dict(
     clip=(

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllm_replica.cost import count
+from mllm_replica.models.cost import count
 from mllm_replica.owl3.recipes import build, recipe
 
 

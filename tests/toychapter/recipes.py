@@ -1,5 +1,5 @@
 "Recipes whose units fail on purpose (table `faults`) or share an experiment (tables `first` and `second`)."
-from mllm_replica.recipe import Benchmark, Recipe, Source, Stage
+from mllm_replica.core.recipe import Benchmark, Recipe, Source, Stage
 
 ROWS = {'faults': ['good', 'raises', 'exits', 'killed', 'hangs', 'late'], 'first': ['wide', 'narrow', 'other'], 'second': ['wide', 'deep']}
 
@@ -22,9 +22,9 @@ def recipe(table, row, scale, seed):
 
 def build(recipe):
     import torch
-    from mllm_replica.language import word_tokenizer
-    from mllm_replica.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
-    from mllm_replica.worlds import vocabulary
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
+    from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
     torch.manual_seed(recipe.seed)
     tokenizer = word_tokenizer(vocabulary())
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)

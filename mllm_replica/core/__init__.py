@@ -1,0 +1,1 @@
+"""What everything else stands on: settings, recipes, the registry of papers, metrics, keys."""

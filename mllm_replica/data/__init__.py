@@ -1,0 +1,1 @@
+"""From files and worlds to encoded samples, mixtures and packed rows."""

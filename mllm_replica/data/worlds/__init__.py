@@ -1,0 +1,1 @@
+"""Procedural pictures with exact questions and answers."""

@@ -1,0 +1,1 @@
+"""The vision experts of Eagle."""

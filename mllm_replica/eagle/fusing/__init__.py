@@ -1,0 +1,1 @@
+"""How the features of several experts become one sequence."""

@@ -1,0 +1,1 @@
+"""Units as processes: engine, journal, runner, tracker, reports."""

@@ -1,0 +1,1 @@
+"""Published tables, claims, our results and how both are shown."""

@@ -1,0 +1,1 @@
+"""Optimiser, checkpoints, the training loop, and what small models start from."""
