@@ -24,30 +24,42 @@ from .core.settings import SCALES, SettingsError, settings
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         "Run a command; where settings.ini is wrong, say so in a line."
-        try: return super().invoke(ctx)
-        except SettingsError as error: typer.echo(f'Error: {error}', err=True)
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            typer.echo(f'Error: {error}', err=True)
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='Five multimodal papers: their published tables, replicated, with a verdict per claim.')
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help='Five multimodal papers: their published tables, replicated, with a verdict per claim.',
+)
 
 
 def _console() -> Console:
-    return Console(highlight=False, force_jupyter=False, **({} if sys.stdout.isatty() else {'width': 400, 'color_system': None}))
+    return Console(
+        highlight=False, force_jupyter=False, **({} if sys.stdout.isatty() else {'width': 400, 'color_system': None})
+    )
 
 
-def _print_json(data: Any) -> None: typer.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
 # %% ../nbs/foundations/90_cli.ipynb #0848de44
 def known(
-    what: str,               # for the message
+    what: str,  # for the message
     given: str,
     names: Iterable[str],
 ) -> str:
     "The name itself, or an error that says which names there are."
     names = list(names)
-    if given in names: return given
+    if given in names:
+        return given
     near = difflib.get_close_matches(given.lower(), names, n=4, cutoff=0.4)
     guess = f'Did you mean {" or ".join(near)}? ' if near else ''
     raise typer.BadParameter(f'there is no {what} {given!r}. {guess}There are: {", ".join(names)}')
@@ -55,20 +67,31 @@ def known(
 
 def _table_of(paper: str, table: str) -> str:
     from mllm_replica.tables.published import tables_of
+
     return known(f'table of {PAPERS[paper]}', table.lower().removeprefix('table').strip(), tables_of(paper))
 
 
-Paper = Annotated[str, typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda name: name and known('paper', name, PAPERS))]
+Paper = Annotated[
+    str, typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda name: name and known('paper', name, PAPERS))
+]
 AsJson = Annotated[bool, typer.Option('--json', help='for programs')]
-Scale = Annotated[Optional[str], typer.Option(help=' or '.join(SCALES) + '; by default that of settings.ini',
-                                              callback=lambda name: known('scale', name or settings().scale, SCALES))]
-Workers = Annotated[Optional[int], typer.Option(help='units side by side; by default as many as settings.ini says', min=1)]
+Scale = Annotated[
+    Optional[str],
+    typer.Option(
+        help=' or '.join(SCALES) + '; by default that of settings.ini',
+        callback=lambda name: known('scale', name or settings().scale, SCALES),
+    ),
+]
+Workers = Annotated[
+    Optional[int], typer.Option(help='units side by side; by default as many as settings.ini says', min=1)
+]
 
 # %% ../nbs/foundations/90_cli.ipynb #14593d24
 @app.command()
 def papers() -> None:
     "The five papers."
     from mllm_replica.tables.published import load_paper, tables_of
+
     out = Table('key', 'paper', 'title', 'arXiv', 'published', 'tables', title='Papers', title_justify='left')
     for key, name in PAPERS.items():
         found = load_paper(key)
@@ -84,23 +107,36 @@ def _runnable(paper: str, table: str) -> dict[str, int]:
 # %% ../nbs/foundations/90_cli.ipynb #e570e279
 @app.command()
 def tables(
-    paper: Annotated[Optional[str], typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda n: n and known('paper', n, PAPERS))] = None,
+    paper: Annotated[
+        Optional[str],
+        typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda n: n and known('paper', n, PAPERS)),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     "The published tables of a paper, or of all."
     from mllm_replica.tables.published import load_table, tables_of
+
     found = {key: [load_table(key, name) for name in tables_of(key)] for key in ([paper] if paper else PAPERS)}
-    if as_json: return _print_json({key: [t.model_dump(mode='json') for t in these] for key, these in found.items()})
+    if as_json:
+        return _print_json({key: [t.model_dump(mode='json') for t in these] for key, these in found.items()})
     for key, these in found.items():
         heads = ('table', 'title', 'status', 'rows', 'claims', *(f'rows at {s}' for s in SCALES))
         out = Table(*heads, title=f'{PAPERS[key]} ({key})', title_justify='left')
         for t in these:
             runs = _runnable(key, t.key)
-            out.add_row(t.key, escape(t.title), t.status, str(len(t.rows)), str(len(t.claims)), *(str(runs.get(s) or '–') for s in SCALES))
+            out.add_row(
+                t.key,
+                escape(t.title),
+                t.status,
+                str(len(t.rows)),
+                str(len(t.claims)),
+                *(str(runs.get(s) or '–') for s in SCALES),
+            )
         _console().print(out)
 
 # %% ../nbs/foundations/90_cli.ipynb #8cc78d1f
-def _cell(value: Any) -> str: return '–' if value is None else escape(str(value))
+def _cell(value: Any) -> str:
+    return '–' if value is None else escape(str(value))
 
 
 @app.command()
@@ -110,31 +146,46 @@ def show(
 ) -> None:
     "One published table and its claims."
     from mllm_replica.tables.published import load_table
+
     t, console = load_table(paper, _table_of(paper, table)), _console()
     arrow = {'higher': ' ↑', 'lower': ' ↓'}
-    out = Table('key', 'row', *(escape(c.name) + arrow.get(c.better, '') for c in t.columns), title_justify='left',
-                title=f'{PAPERS[paper]}, table {t.table}: {escape(t.title)}',
-                caption=escape(f'{t.arxiv}, {t.status}. {t.default_setting}'), caption_justify='left')
-    for row in t.rows: out.add_row(row.key, escape(row.label), *(_cell(v) for v in row.values.values()))
+    out = Table(
+        'key',
+        'row',
+        *(escape(c.name) + arrow.get(c.better, '') for c in t.columns),
+        title_justify='left',
+        title=f'{PAPERS[paper]}, table {t.table}: {escape(t.title)}',
+        caption=escape(f'{t.arxiv}, {t.status}. {t.default_setting}'),
+        caption_justify='left',
+    )
+    for row in t.rows:
+        out.add_row(row.key, escape(row.label), *(_cell(v) for v in row.values.values()))
     console.print(out)
-    printed = {True: 'holds on the published numbers', False: 'the published numbers contradict it', None: 'cannot be checked on them'}
+    printed = {
+        True: 'holds on the published numbers',
+        False: 'the published numbers contradict it',
+        None: 'cannot be checked on them',
+    }
     for claim in t.claims:
         console.print(f'[bold]{claim.id}[/]: {escape(claim.statement)}')
         console.print(f'    {escape(claim.test or claim.reason)}\n    {printed[claim.holds_on_published_numbers]}')
-    for e in t.errata: console.print(f'erratum {e.cell}: {escape(e.note)}')
+    for e in t.errata:
+        console.print(f'erratum {e.cell}: {escape(e.note)}')
 
 # %% ../nbs/foundations/90_cli.ipynb #dae5af01
 def _amount(value: float) -> str:
     "1.5e12 as '1.50 T'."
     for unit, size in (('Z', 1e21), ('E', 1e18), ('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if abs(value) >= size: return f'{value / size:.3g} {unit}'
+        if abs(value) >= size:
+            return f'{value / size:.3g} {unit}'
     return f'{value:.3g}'
 
 
 def _time(seconds: float) -> str:
     "90 as '1.5 min'."
     for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
-        if seconds >= size: return f'{seconds / size:.1f} {unit}'
+        if seconds >= size:
+            return f'{seconds / size:.1f} {unit}'
     return f'{seconds:.0f} s'
 
 # %% ../nbs/foundations/90_cli.ipynb #c87d84fb
@@ -142,16 +193,39 @@ def _plan_table(found) -> Table:
     "A row per unit and stage."
     at_paper = found.machine.name != 'one CPU thread'
     hours = 'GPU-hours' if at_paper else 'time'
-    out = Table('table/row', 'parameters', 'visual tokens', 'stage', 'trained', 'steps', 'length', 'tokens', 'FLOPs', hours,
-                f'GB per device (of {found.machine.memory_gb:.0f})', 'weights + gradients + optimizer + activations',
-                title=f'{PAPERS[found.paper]} at scale {found.scale}', title_justify='left')
+    out = Table(
+        'table/row',
+        'parameters',
+        'visual tokens',
+        'stage',
+        'trained',
+        'steps',
+        'length',
+        'tokens',
+        'FLOPs',
+        hours,
+        f'GB per device (of {found.machine.memory_gb:.0f})',
+        'weights + gradients + optimizer + activations',
+        title=f'{PAPERS[found.paper]} at scale {found.scale}',
+        title_justify='left',
+    )
     for unit in found.units:
         first = ['/'.join(unit.unit.split('/')[1:3]), _amount(unit.parameters), str(unit.visual_tokens)]
         for s in unit.stages:
             parts, total = ' + '.join(f'{size:.3g}' for size in s.memory.values()), sum(s.memory.values())
             size = f'{total:.3g}' if total <= found.machine.memory_gb else f'[red]{total:.3g}, too much[/]'
-            out.add_row(*first, s.stage, _amount(s.trained), str(s.steps), str(s.length), _amount(s.tokens), _amount(s.flops),
-                        f'{s.device_hours:,.0f}' if at_paper else _time(s.seconds), size, parts)
+            out.add_row(
+                *first,
+                s.stage,
+                _amount(s.trained),
+                str(s.steps),
+                str(s.length),
+                _amount(s.tokens),
+                _amount(s.flops),
+                f'{s.device_hours:,.0f}' if at_paper else _time(s.seconds),
+                size,
+                parts,
+            )
             first = [''] * 3
     return out
 
@@ -159,12 +233,16 @@ def _plan_table(found) -> Table:
 @app.command()
 def plan(
     paper: Paper,
-    table: Annotated[Optional[str], typer.Argument(help='as in `tables PAPER`; without it every table that can run')] = None,
+    table: Annotated[
+        Optional[str], typer.Argument(help='as in `tables PAPER`; without it every table that can run')
+    ] = None,
     scale: Scale = None,
     row: Annotated[Optional[list[str]], typer.Option(help='only this row; can be repeated')] = None,
     gpu: Annotated[str, typer.Option(help='at scale paper: kind of GPU')] = 'A100-80GB',
     gpus: Annotated[int, typer.Option(help='at scale paper: how many', min=1)] = 8,
-    utilisation: Annotated[float, typer.Option(help='at scale paper: part of the peak that is reached', min=0.01, max=1)] = 0.4,
+    utilisation: Annotated[
+        float, typer.Option(help='at scale paper: part of the peak that is reached', min=0.01, max=1)
+    ] = 0.4,
     zero: Annotated[int, typer.Option(help='at scale paper: ZeRO stage', min=0, max=3)] = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -173,23 +251,32 @@ def plan(
     table = table and _table_of(paper, table)
     _check_rows(recipes, table, scale, row)
     from mllm_replica.planning import plan as planning
+
     known('GPU', gpu, planning.GPUS)
     machine = planning.gpu_node(gpu, gpus, utilisation, zero) if scale == 'paper' else planning.this_machine()
     console = _console()
-    with console.status('counting'): found = planning.plan(paper, table, scale, row or (), machine)
-    if as_json: return _print_json(found.model_dump(mode='json') | {'seconds': found.seconds})
-    if found.units: console.print(_plan_table(found))
+    with console.status('counting'):
+        found = planning.plan(paper, table, scale, row or (), machine)
+    if as_json:
+        return _print_json(found.model_dump(mode='json') | {'seconds': found.seconds})
+    if found.units:
+        console.print(_plan_table(found))
     flops, disk = (found.seeds * sum(getattr(u, name) for u in found.units) for name in ('flops', 'disk_gb'))
     source = ', '.join(sorted({u.seconds_from for u in found.units}))
-    console.print(f'{len(found.units)} recipes ({found.shared} further rows share one) × {found.seeds} seeds = '
-                  f'{len(found.units) * found.seeds} runs, {_amount(flops)}FLOP, {_time(found.seconds)} with {found.workers} at a time '
-                  f'(from {source or "nothing"}), {disk:.3g} GB of disk for checkpoints; data and features come on top')
-    for sentence in found.assumptions: console.print(f'  assumed: {escape(sentence)}')
-    for name, reason in found.skipped.items(): console.print(f'  not planned: {name}: {escape(reason)}')
+    console.print(
+        f'{len(found.units)} recipes ({found.shared} further rows share one) × {found.seeds} seeds = '
+        f'{len(found.units) * found.seeds} runs, {_amount(flops)}FLOP, {_time(found.seconds)} with {found.workers} at a time '
+        f'(from {source or "nothing"}), {disk:.3g} GB of disk for checkpoints; data and features come on top'
+    )
+    for sentence in found.assumptions:
+        console.print(f'  assumed: {escape(sentence)}')
+    for name, reason in found.skipped.items():
+        console.print(f'  not planned: {name}: {escape(reason)}')
 
 
 def _check_rows(recipes, table: str | None, scale: str, rows: list[str] | None) -> None:
-    if rows and not table: raise typer.BadParameter('--row needs a TABLE')
+    if rows and not table:
+        raise typer.BadParameter('--row needs a TABLE')
     for name in rows or ():
         reasons = recipes.rows(table, scale)
         if (reason := reasons[known(f'row of table {table}', name, reasons)]) is not None:
@@ -198,20 +285,31 @@ def _check_rows(recipes, table: str | None, scale: str, rows: list[str] | None) 
 # %% ../nbs/foundations/90_cli.ipynb #fecbdc50
 def _seeds(text: str | None) -> tuple[int, ...] | None:
     "'10,12' or '10-14' as numbers."
-    if not text: return None
+    if not text:
+        return None
     parts = [p.split('-') if '-' in p else (p, p) for p in text.replace(',', ' ').split()]
-    try: ranges = [range(int(low), int(high) + 1) for low, high in parts]
-    except ValueError: raise typer.BadParameter(f'seeds {text!r}: write numbers like 10,11,12 or 10-14') from None
-    if not all(ranges): raise typer.BadParameter(f'seeds {text!r}: a range is empty; write its lower end first, like 10-14')
+    try:
+        ranges = [range(int(low), int(high) + 1) for low, high in parts]
+    except ValueError:
+        raise typer.BadParameter(f'seeds {text!r}: write numbers like 10,11,12 or 10-14') from None
+    if not all(ranges):
+        raise typer.BadParameter(f'seeds {text!r}: a range is empty; write its lower end first, like 10-14')
     return tuple(seed for some in ranges for seed in some)
 
 # %% ../nbs/foundations/90_cli.ipynb #7b61adf9
 def _searched(paper: str, scale: str, **options) -> int:
     "Search, show the rounds; the exit code."
     console = _console()
-    try: study = recipes_of(paper).search(scale, console=console, **options)
-    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
-    console.print(_frame(study.frame.drop(columns='metric').round(3).set_index('round'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
+    try:
+        study = recipes_of(paper).search(scale, console=console, **options)
+    except (KeyError, ValueError) as error:
+        raise typer.BadParameter(error.args[0]) from error
+    console.print(
+        _frame(
+            study.frame.drop(columns='metric').round(3).set_index('round'),
+            f'{PAPERS[paper]}: {study.name} (scale {scale})',
+        )
+    )
     typer.echo(f'{study}\nSee {study.file}, the figure beside it, and `mllm-replica ui`.')
     return study.exit_code
 
@@ -219,13 +317,19 @@ def _searched(paper: str, scale: str, **options) -> int:
 @app.command()
 def run(
     paper: Paper,
-    table: Annotated[Optional[str], typer.Argument(help='as in `tables PAPER`; without it every table that can run')] = None,
+    table: Annotated[
+        Optional[str], typer.Argument(help='as in `tables PAPER`; without it every table that can run')
+    ] = None,
     scale: Scale = None,
     row: Annotated[Optional[list[str]], typer.Option(help='only this row; can be repeated')] = None,
-    seeds: Annotated[Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')
+    ] = None,
     workers: Workers = None,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
-    publish: Annotated[bool, typer.Option('--publish', help="write the numbers into papers/, the project's own results, too")] = False,
+    publish: Annotated[
+        bool, typer.Option('--publish', help="write the numbers into papers/, the project's own results, too")
+    ] = False,
 ) -> None:
     "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search where the paper does."
     numbers, recipes = _seeds(seeds), recipes_of(paper)
@@ -233,13 +337,26 @@ def run(
     _check_rows(recipes, table, scale, row)
     known('engine', engine, ('local', 'ray'))
     names = [table] if table else recipes.tables(scale)
-    if not names: raise typer.BadParameter(f'no table of {PAPERS[paper]} has a row that can run at scale {scale}')
+    if not names:
+        raise typer.BadParameter(f'no table of {PAPERS[paper]} has a row that can run at scale {scale}')
     from mllm_replica.running.runner import run_tables
-    summary = run_tables(paper, names, scale, rows=row or None, seeds=numbers, workers=workers, engine=engine, publishing=publish,
-                         console=_console())
+
+    summary = run_tables(
+        paper,
+        names,
+        scale,
+        rows=row or None,
+        seeds=numbers,
+        workers=workers,
+        engine=engine,
+        publishing=publish,
+        console=_console(),
+    )
     typer.echo(str(summary))
-    for name, reason in summary.plan.not_run.items(): typer.echo(f'  not run: {name}: {reason}')
-    if not summary.plan.places: raise typer.BadParameter(f'none of these rows can run at scale {scale}')
+    for name, reason in summary.plan.not_run.items():
+        typer.echo(f'  not run: {name}: {reason}')
+    if not summary.plan.places:
+        raise typer.BadParameter(f'none of these rows can run at scale {scale}')
     typer.echo(f'See `mllm-replica report {paper}' + (f' {table}`.' if table else '`.'))
     code = summary.exit_code
     if not table and hasattr(recipes, 'search'):
@@ -252,8 +369,10 @@ def _frame(found, title: str) -> Table:
     named = [(': '.join(c) if isinstance(c, tuple) else str(c), [str(x) for x in found[c]]) for c in found.columns]
     named = [(name, cells) for name, cells in named if any(cell.strip() for cell in cells)]
     out = Table(title=title, title_justify='left')
-    for name in (found.index.name or '', *(name for name, _ in named)): out.add_column(escape(name), max_width=48)
-    for label, *cells in zip(found.index, *(cells for _, cells in named)): out.add_row(escape(str(label)), *map(escape, cells))
+    for name in (found.index.name or '', *(name for name, _ in named)):
+        out.add_column(escape(name), max_width=48)
+    for label, *cells in zip(found.index, *(cells for _, cells in named)):
+        out.add_row(escape(str(label)), *map(escape, cells))
     return out
 
 
@@ -261,8 +380,10 @@ def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
     from mllm_replica.tables.published import load_table
     from mllm_replica.tables.report import own_frame, own_verdicts, table_frame, verdict_frame
     from mllm_replica.tables.results import read_results
+
     t, records = load_table(paper, table), read_results(paper, table, scale)
-    if own := not records: records = read_results(paper, table, scale, own)
+    if own := not records:
+        records = read_results(paper, table, scale, own)
     cells = table_frame(paper, table, scale, own)
     beside = [('published', t.column(key).name) for key in t.measured(scale).stands_for]
     if beside and console.width < 20 * cells.shape[1]:  # `show` has the others
@@ -270,69 +391,101 @@ def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
     console.print(_frame(cells, f'{PAPERS[paper]}, table {t.table}: {escape(t.title)} (scale {scale})'))
     claims = verdict_frame(paper, table, scale, own)
     claims.index = [v.id for v in t.claims]
-    if len(claims): console.print(_frame(claims, ''))
+    if len(claims):
+        console.print(_frame(claims, ''))
     if not own and scale != 'smoke' and len(yours := own_frame(paper, table, scale)):
         console.print(_frame(yours, 'Your run beside ours'))
         console.print(_frame(own_verdicts(paper, table, scale), ''))
     seeds, commits, units = (sorted({getattr(r, name) for r in records}) for name in ('seed', 'commit', 'unit'))
-    dates, n = sorted(r.date[:10] for r in records), ' or '.join(map(str, sorted({r.n_eval for r in records if r.n_eval})))
-    console.print(f'scale {scale}{", your run" * own}; {len(units)} units, seeds {", ".join(map(str, seeds))}, {n or "no"} questions per value, '
-                  f'{dates[0]} to {dates[-1]}, commit {", ".join(filter(None, commits)) or "none"}\n')
+    dates, n = (
+        sorted(r.date[:10] for r in records),
+        ' or '.join(map(str, sorted({r.n_eval for r in records if r.n_eval}))),
+    )
+    console.print(
+        f'scale {scale}{", your run" * own}; {len(units)} units, seeds {", ".join(map(str, seeds))}, {n or "no"} questions per value, '
+        f'{dates[0]} to {dates[-1]}, commit {", ".join(filter(None, commits)) or "none"}\n'
+    )
 
 # %% ../nbs/foundations/90_cli.ipynb #c1129aa2
 @app.command()
 def report(
-    paper: Annotated[Optional[str], typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda n: n and known('paper', n, PAPERS))] = None,
+    paper: Annotated[
+        Optional[str],
+        typer.Argument(help='one of ' + ', '.join(PAPERS), callback=lambda n: n and known('paper', n, PAPERS)),
+    ] = None,
     table: Annotated[Optional[str], typer.Argument(help='as in `tables PAPER`')] = None,
-    scale: Annotated[Optional[str], typer.Option(help='only this one', callback=lambda name: name and known('scale', name, SCALES))] = None,
+    scale: Annotated[
+        Optional[str], typer.Option(help='only this one', callback=lambda name: name and known('scale', name, SCALES))
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     "Published beside replicated, with a verdict per claim."
     from mllm_replica.tables.published import tables_of
     from mllm_replica.tables.report import as_json as everything, scales_run
+
     table = table and _table_of(paper, table)
     if as_json:
         found = everything(paper)
-        if table: found[paper]['tables'] = {table: found[paper]['tables'][table]}
+        if table:
+            found[paper]['tables'] = {table: found[paper]['tables'][table]}
         for t in [t for p in found.values() for t in p['tables'].values()] if scale else ():
             t['replicated'] = {s: x for s, x in t['replicated'].items() if s == scale}
-            for claim in t['claims']: claim['verdicts'] = {s: x for s, x in claim['verdicts'].items() if s == scale}
+            for claim in t['claims']:
+                claim['verdicts'] = {s: x for s, x in claim['verdicts'].items() if s == scale}
         return _print_json(found)
     console = _console()
     for key in [paper] if paper else PAPERS:
         empty = []
         for name in [table] if table else tables_of(key):
             scales = [s for s in scales_run(key, name, own=True) if scale in (None, s)]
-            for s in scales: _report_table(key, name, s, console)
-            if not scales: empty.append(name)
-        if empty: console.print(f'{PAPERS[key]}: not run{f" at scale {scale}" if scale else ""}: {", ".join(empty)}')
+            for s in scales:
+                _report_table(key, name, s, console)
+            if not scales:
+                empty.append(name)
+        if empty:
+            console.print(f'{PAPERS[key]}: not run{f" at scale {scale}" if scale else ""}: {", ".join(empty)}')
 
 # %% ../nbs/foundations/90_cli.ipynb #924a14c0
 @app.command()
 def effects(
     paper: Paper,
     table: Annotated[str, typer.Argument(help='as in `tables PAPER`')],
-    metric: Annotated[Optional[str], typer.Option(help='one of the results; without it those that stand for a published column')] = None,
+    metric: Annotated[
+        Optional[str], typer.Option(help='one of the results; without it those that stand for a published column')
+    ] = None,
     scale: Scale = None,
 ) -> None:
     "What each setting of a finished table does: rows that differ in nothing else, with intervals over seeds."
     table = _table_of(paper, table)
     from mllm_replica.tables import effects as found
-    try: frame = found.effects(paper, table, scale, metric)
-    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
-    if frame.empty: return typer.echo(f'{PAPERS[paper]}, table {table}: no two rows with results differ in just one setting')
-    _console().print(_frame(found.effects_table(frame).set_index('factor'), f'{PAPERS[paper]}, table {table}: one setting changed (scale {scale})'))
+
+    try:
+        frame = found.effects(paper, table, scale, metric)
+    except (KeyError, ValueError) as error:
+        raise typer.BadParameter(error.args[0]) from error
+    if frame.empty:
+        return typer.echo(f'{PAPERS[paper]}, table {table}: no two rows with results differ in just one setting')
+    _console().print(
+        _frame(
+            found.effects_table(frame).set_index('factor'),
+            f'{PAPERS[paper]}, table {table}: one setting changed (scale {scale})',
+        )
+    )
 
 
 def _changes(given: list[str]) -> dict[str, list]:
     "'stages.0.lr=1e-3,3e-3' as path and values."
     from mllm_replica.core.variation import parse_value
+
     found: dict[str, list] = {}
     for text in given:
         path, _, values = text.partition('=')
-        if not path or not values: raise typer.BadParameter(f'--vary {text!r}: write PATH=VALUE,VALUE, like stages.0.lr=1e-3,3e-3')
-        try: many = json.loads(f'[{values}]')
-        except ValueError: many = [parse_value(value) for value in values.split(',')]
+        if not path or not values:
+            raise typer.BadParameter(f'--vary {text!r}: write PATH=VALUE,VALUE, like stages.0.lr=1e-3,3e-3')
+        try:
+            many = json.loads(f'[{values}]')
+        except ValueError:
+            many = [parse_value(value) for value in values.split(',')]
         found.setdefault(path, []).extend(many)
     return found
 
@@ -345,7 +498,9 @@ def ablate(
     vary: Annotated[list[str], typer.Option(help='PATH=VALUE,VALUE like stages.0.lr=1e-3,3e-3; can be repeated')],
     metric: Annotated[str, typer.Option(help='a benchmark or measurement of the units')],
     scale: Scale = None,
-    seeds: Annotated[Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')
+    ] = None,
     workers: Workers = None,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
 ) -> None:
@@ -355,15 +510,22 @@ def ablate(
     known('engine', engine, ('local', 'ray'))
     from mllm_replica.running.study import ablation, run_ablation
     from mllm_replica.tables.effects import effects_table
+
     console, base = _console(), recipes.recipe(table, row, scale, (numbers or settings().seeds)[0])
-    try: ablation(base, factors)
-    except (KeyError, ValueError) as error: raise typer.BadParameter(error.args[0]) from error
-    try: study = run_ablation(base, factors, metric, numbers, workers=workers, engine=engine, console=console)
-    except KeyError as error: raise typer.BadParameter(error.args[0]) from error
+    try:
+        ablation(base, factors)
+    except (KeyError, ValueError) as error:
+        raise typer.BadParameter(error.args[0]) from error
+    try:
+        study = run_ablation(base, factors, metric, numbers, workers=workers, engine=engine, console=console)
+    except KeyError as error:
+        raise typer.BadParameter(error.args[0]) from error
     shown = effects_table(study.frame[study.frame['metric'] == metric])
-    if len(shown): console.print(_frame(shown.set_index('factor'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
+    if len(shown):
+        console.print(_frame(shown.set_index('factor'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
     typer.echo(str(study))
-    if len(shown): typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
+    if len(shown):
+        typer.echo(f'See {study.file}, the figure beside it, and `mllm-replica ui`.')
     raise typer.Exit(study.exit_code)
 
 # %% ../nbs/foundations/90_cli.ipynb #63aad116
@@ -380,7 +542,8 @@ def search(
     "Begin with a paper's base and add the best of what is left, round by round."
     numbers = {} if seeds is None else {'seeds': _seeds(seeds)}
     known('engine', engine, ('local', 'ray'))
-    if not hasattr(recipes_of(paper), 'search'): raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
+    if not hasattr(recipes_of(paper), 'search'):
+        raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
     raise typer.Exit(_searched(paper, scale, metric=metric, rounds=rounds, workers=workers, engine=engine, **numbers))
 
 # %% ../nbs/foundations/90_cli.ipynb #0eed3750
@@ -391,7 +554,12 @@ def _audited(count: int, papers: list[str]) -> int:
     with console.status('running') as status:
         found = audit(count, papers, said=lambda done, total: status.update(f'{done} of {total} units'))
     for a in found:
-        out.add_row('/'.join(map(str, a.unit)), escape(a.error) or f'{a.equal} of {a.total}', f'{a.largest:.3g}', escape(a.processor))
+        out.add_row(
+            '/'.join(map(str, a.unit)),
+            escape(a.error) or f'{a.equal} of {a.total}',
+            f'{a.largest:.3g}',
+            escape(a.processor),
+        )
     console.print(out)
     return int(any(a.equal < a.total for a in found))
 
@@ -416,14 +584,24 @@ def _verified(papers: list[str], against: str | None, quick: bool) -> int:
     for f in found:
         told = [f'differs in {name}: {what}' for name, what in list(f.differs.items())[:3]]
         told += [f'uncovered: {", ".join(f.uncovered[:8])}{" …" if len(f.uncovered) > 8 else ""}'] * bool(f.uncovered)
-        out.add_row(PAPERS[f.paper], str(len(f.rows)), str(len(f.changed)), str(f.canaries), escape('; '.join(told) or 'the same bits'))
+        out.add_row(
+            PAPERS[f.paper],
+            str(len(f.rows)),
+            str(len(f.changed)),
+            str(f.canaries),
+            escape('; '.join(told) or 'the same bits'),
+        )
     if found:
         console.print(out)
     for f in found:
         for row in f.rows if not f.valid else ():
             typer.echo(f'stale: {f.paper}/{row}')
     fresh = 'all rows have the same code' if not found else f'{sum(len(f.rows) for f in found if f.valid)} rows pass'
-    kept = '' if found and not git_commit().endswith('+') else '; the ledger is unchanged' + ', because the tree is no commit' * bool(found)
+    kept = (
+        ''
+        if found and not git_commit().endswith('+')
+        else '; the ledger is unchanged' + ', because the tree is no commit' * bool(found)
+    )
     typer.echo(f'against {against or last_verified(papers)}: {fresh}{kept}')
     return int(any(not f.valid for f in found))
 
@@ -433,7 +611,9 @@ def verify(
     paper: Annotated[Optional[list[str]], typer.Argument(help='of ' + ', '.join(PAPERS) + '; all by default')] = None,
     against: Annotated[Optional[str], typer.Option(help='a commit; by default the last one that was verified')] = None,
     quick: Annotated[bool, typer.Option('--quick', help='only the canaries at scale smoke')] = False,
-    check: Annotated[bool, typer.Option('--check', help='run nothing: are all published values valid by the ledger?')] = False,
+    check: Annotated[
+        bool, typer.Option('--check', help='run nothing: are all published values valid by the ledger?')
+    ] = False,
     audit: Annotated[int, typer.Option(help='run so many published units again and compare their numbers', min=0)] = 0,
 ) -> None:
     "Whether a change of the code moves a number: this tree and a commit side by side, compared bit for bit."
@@ -449,9 +629,15 @@ def verify(
 def doctor() -> None:
     "Versions, devices, attention kernels, write access, tracker."
     from mllm_replica.planning.doctor import examine
+
     out, failed = Table('what', 'state', 'found', 'what to do', title='mllm-replica doctor', title_justify='left'), 0
     for f in examine():
-        out.add_row(escape(f.topic), {'ok': 'ok', 'note': '[yellow]note[/]', 'fail': '[red]fail[/]'}[f.state], escape(f.found), escape(f.advice))
+        out.add_row(
+            escape(f.topic),
+            {'ok': 'ok', 'note': '[yellow]note[/]', 'fail': '[red]fail[/]'}[f.state],
+            escape(f.found),
+            escape(f.advice),
+        )
         failed += f.state == 'fail'
     _console().print(out)
     typer.echo(f'{failed} failed' if failed else 'all well')
@@ -464,5 +650,8 @@ def ui(
 ) -> None:
     "The tracker's web page, until Ctrl-C."
     from mllm_replica.running.tracking import serve
-    try: raise typer.Exit(serve(settings().tracking_uri, port))
-    except (ValueError, FileNotFoundError) as error: raise typer.BadParameter(str(error)) from error
+
+    try:
+        raise typer.Exit(serve(settings().tracking_uri, port))
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error

@@ -1,4 +1,5 @@
 """The official scorers give the recorded official results, and keep their quirks on random answers."""
+
 import json, random
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 
 from mllm_replica.scoring import official_scorers as b
 
-GOLDEN = json.loads((Path(__file__).parent/'golden'/'honeybee'/'scorers.json').read_text())
+GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'honeybee' / 'scorers.json').read_text())
 
 
 def test_mme():
@@ -14,7 +15,8 @@ def test_mme():
     found = b.mme(GOLDEN['mme']['input'])
     for half in ('Perception', 'Cognition'):
         assert list(found[half]) == list(expected[half])
-        for task, numbers in expected[half].items(): assert found[half][task] == pytest.approx(numbers, abs=1e-9), task
+        for task, numbers in expected[half].items():
+            assert found[half][task] == pytest.approx(numbers, abs=1e-9), task
     assert found['Total'] == pytest.approx(expected['Total'], abs=1e-9)
 
 
@@ -52,8 +54,10 @@ def test_mmmu_open(case):
 def test_the_mmbench_draw_depends_on_the_order_of_questions_only():
     "Unreadable answers use one random stream, seeded once: the same results give the same score, whatever was drawn before."
     unreadable = [row | {'pred': '?'} for row in GOLDEN['mmb']['input']]
-    random.seed(1); first = b.mmbench(unreadable)
-    random.seed(2); second = b.mmbench(unreadable)
+    random.seed(1)
+    first = b.mmbench(unreadable)
+    random.seed(2)
+    second = b.mmbench(unreadable)
     assert first == second and first['total_corrects'] < first['total_samples']
 
 
@@ -65,9 +69,11 @@ def test_scores_do_not_depend_on_the_order_of_rows():
 
 def test_scienceqa_reads_the_last_option_and_draws_the_rest():
     problems = {str(i): dict(choices=['north', 'south', 'east'], answer=2) for i in range(300)}
-    says = lambda text: b.scienceqa(problems, [dict(question_id=k, pred=text, image_path=None) for k in problems])['acc']
+    says = lambda text: b.scienceqa(problems, [dict(question_id=k, pred=text, image_path=None) for k in problems])[
+        'acc'
+    ]
     assert says('north, then east.') == 100 and says('(C).') == 100 and says('A') == 0
-    assert 20 < says('nothing of that') < 47 and 20 < says('E') < 47   # E is no option here
+    assert 20 < says('nothing of that') < 47 and 20 < says('E') < 47  # E is no option here
 
 
 def test_mmmu_numbers():
@@ -77,6 +83,6 @@ def test_mmmu_numbers():
 
 
 def test_mmmu_tails():
-    assert b.mmmu_parse('so it is \nthe answer is 7') == [7.0]               # an empty tail hides its line
-    assert b.mmmu_parse('x = 3\ny = 4') == [4.0]                             # '=' counts in the last line only
-    assert b.mmmu_parse('Red. Blue is right') == ['right']                   # after lower-casing no full stop ends a sentence
+    assert b.mmmu_parse('so it is \nthe answer is 7') == [7.0]  # an empty tail hides its line
+    assert b.mmmu_parse('x = 3\ny = 4') == [4.0]  # '=' counts in the last line only
+    assert b.mmmu_parse('Red. Blue is right') == ['right']  # after lower-casing no full stop ends a sentence

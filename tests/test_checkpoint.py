@@ -1,4 +1,5 @@
 "What may happen to a checkpoint on disk: cut, altered, half-written, no room."
+
 import errno
 import json
 import shutil
@@ -9,7 +10,14 @@ import torch
 from torch import nn
 
 from mllm_replica.training import checkpoint
-from mllm_replica.training.checkpoint import CheckpointError, load_checkpoint, load_latest, pack_state, save_checkpoint, unpack_state
+from mllm_replica.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_latest,
+    pack_state,
+    save_checkpoint,
+    unpack_state,
+)
 
 
 def save(folder, step):
@@ -18,7 +26,8 @@ def save(folder, step):
 
 @pytest.fixture
 def two(tmp_path):
-    for step in (10, 20): save(tmp_path, step)
+    for step in (10, 20):
+        save(tmp_path, step)
     return tmp_path
 
 
@@ -31,39 +40,48 @@ def flip(path, position):
 @pytest.mark.parametrize('file', ['tensors.safetensors', 'state.json'])
 @pytest.mark.parametrize('damage', ['flip', 'cut', 'empty', 'missing'])
 def test_damage_is_named_and_the_checkpoint_before_is_taken(two, file, damage):
-    path = two/'step-00000020'/file
-    if damage == 'flip': flip(path, path.stat().st_size//2)
-    elif damage == 'missing': path.unlink()
-    else: path.write_bytes(path.read_bytes()[:-1] if damage == 'cut' else b'')
-    with pytest.raises(CheckpointError, match=f'step-00000020/{file}'): load_checkpoint(path.parent)
-    with pytest.warns(UserWarning, match=f'{file}.*falling back'): found = load_latest(two)
+    path = two / 'step-00000020' / file
+    if damage == 'flip':
+        flip(path, path.stat().st_size // 2)
+    elif damage == 'missing':
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == 'cut' else b'')
+    with pytest.raises(CheckpointError, match=f'step-00000020/{file}'):
+        load_checkpoint(path.parent)
+    with pytest.warns(UserWarning, match=f'{file}.*falling back'):
+        found = load_latest(two)
     assert found.step == 10 and found.tensors['model.weight'][0] == 10
 
 
 def test_every_byte_of_the_record_counts(two):
-    path = two/'step-00000020'/'state.json'
+    path = two / 'step-00000020' / 'state.json'
     content = json.loads(path.read_text())
     content['body']['record']['note'] = 21
     path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match='state.json was altered'): load_checkpoint(path.parent)
+    with pytest.raises(CheckpointError, match='state.json was altered'):
+        load_checkpoint(path.parent)
 
 
 def test_nothing_intact_means_a_fresh_start_with_warnings(two):
-    for path in two.glob('*/state.json'): path.unlink()
-    with pytest.warns(UserWarning) as warned: assert load_latest(two) is None
+    for path in two.glob('*/state.json'):
+        path.unlink()
+    with pytest.warns(UserWarning) as warned:
+        assert load_latest(two) is None
     assert len(warned) == 2
-    assert load_latest(two/'absent') is None
+    assert load_latest(two / 'absent') is None
 
 
 def test_unfinished_checkpoint_is_ignored_and_swept(two):
-    shutil.copytree(two/'step-00000020', two/'.step-00000030.partial')
-    with pytest.warns(UserWarning, match=r'\.step-00000030\.partial was never finished'): assert load_latest(two).step == 20
+    shutil.copytree(two / 'step-00000020', two / '.step-00000030.partial')
+    with pytest.warns(UserWarning, match=r'\.step-00000030\.partial was never finished'):
+        assert load_latest(two).step == 20
     save(two, 30)
     assert sorted(path.name for path in two.iterdir()) == ['step-00000020', 'step-00000030']
 
 
 def test_saving_again_replaces_a_damaged_step(two):
-    flip(two/'step-00000020'/'tensors.safetensors', -1)
+    flip(two / 'step-00000020' / 'tensors.safetensors', -1)
     save(two, 20)
     assert load_latest(two).step == 20
     assert sorted(path.name for path in two.iterdir()) == ['step-00000010', 'step-00000020']
@@ -76,20 +94,26 @@ def test_full_disk_keeps_the_old_files(two, monkeypatch, moment):
         usage = namedtuple('usage', 'total used free')
         monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda folder: usage(1000, 993, 7))
     else:
+
         def write_half(tensors, file):
             file.write_bytes(b'half')
             raise OSError(errno.ENOSPC, 'No space left on device')
+
         monkeypatch.setattr(checkpoint, 'save_file', write_half)
-    with pytest.raises(OSError, match=r'step 30: [\d,]+ bytes are needed, [\d,]+ are free') as raised: save(two, 30)
+    with pytest.raises(OSError, match=r'step 30: [\d,]+ bytes are needed, [\d,]+ are free') as raised:
+        save(two, 30)
     assert raised.value.errno == errno.ENOSPC
     assert {path: path.read_bytes() for path in two.rglob('*') if path.is_file()} == before
     assert not list(two.glob('.*'))
 
 
 def test_another_error_while_writing_is_not_called_a_full_disk(two, monkeypatch):
-    def refuse(tensors, file): raise PermissionError(errno.EACCES, 'not allowed')
+    def refuse(tensors, file):
+        raise PermissionError(errno.EACCES, 'not allowed')
+
     monkeypatch.setattr(checkpoint, 'save_file', refuse)
-    with pytest.raises(PermissionError, match='not allowed'): save(two, 30)
+    with pytest.raises(PermissionError, match='not allowed'):
+        save(two, 30)
     assert load_latest(two).step == 20
 
 
@@ -101,7 +125,8 @@ def test_tied_and_strided_parameters_survive(tmp_path):
     save_checkpoint(tmp_path, 1, pack_state(model, names), {})
     expected = [parameter.detach().clone() for parameter in model.parameters()]
     with torch.no_grad():
-        for parameter in model.parameters(): parameter.zero_()
+        for parameter in model.parameters():
+            parameter.zero_()
     unpack_state(load_latest(tmp_path).tensors, model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)

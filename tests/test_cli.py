@@ -1,4 +1,5 @@
 "The command line: what it prints, what it refuses, and how it ends."
+
 import json, shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,33 +16,42 @@ from mllm_replica.tables.published import load_table, tables_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def call(*words: str): return CliRunner().invoke(app, [str(w) for w in words])
+def call(*words: str):
+    return CliRunner().invoke(app, [str(w) for w in words])
 
 
-def said(result) -> str: return ' '.join(result.output.replace('│', ' ').split())
+def said(result) -> str:
+    return ' '.join(result.output.replace('│', ' ').split())
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A copy of the published tables without results, as the project folder."
-    shutil.copytree(ROOT/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results'))
-    shutil.copy(ROOT/'settings.ini', tmp_path)
+    shutil.copytree(ROOT / 'papers', tmp_path / 'papers', ignore=shutil.ignore_patterns('results'))
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
-    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
     monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
     monkeypatch.setattr('mllm_replica.tables.validity.stale', lambda paper, records: {})
-    for cached in (project_root, settings): cached.cache_clear()
+    for cached in (project_root, settings):
+        cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for cached in (project_root, settings): cached.cache_clear()
+    for cached in (project_root, settings):
+        cached.cache_clear()
 
 
 @pytest.fixture
 def recipes(monkeypatch):
     "A chapter of which two tables can run."
-    rows = lambda table, scale: dict(cabs_144=None, linear_144='a linear projector keeps every token') if table in ('3', '8') else dict(cabs_144='no task yet')
+    rows = lambda table, scale: (
+        dict(cabs_144=None, linear_144='a linear projector keeps every token')
+        if table in ('3', '8')
+        else dict(cabs_144='no task yet')
+    )
     module = SimpleNamespace(tables=lambda scale: ['3', '8'] if scale != 'paper' else [], rows=rows)
-    for place in 'core.registry', 'cli': monkeypatch.setattr(f'mllm_replica.{place}.recipes_of', lambda paper: module)
+    for place in 'core.registry', 'cli':
+        monkeypatch.setattr(f'mllm_replica.{place}.recipes_of', lambda paper: module)
     return module
 
 
@@ -49,10 +59,31 @@ def recipes(monkeypatch):
 def imagined(project):
     "Results in which the C-Abstractor is far ahead on the spatial task."
     from mllm_replica.tables.results import Record, write_results
-    base = dict(table='3', scale='tiny', unit='k', digest='d', code='s', commit='abc123', date='2025-01-01T00:00:00', seconds=60.0, processor='p', threads='1', torch='2')
-    write_results('honeybee', '3', 'tiny', [Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
-                                            for row, score in dict(resampler_144=0.35, cabs_144=0.62).items() for seed in (10, 11, 12)
-                                            for metric, value in (('spatial', score), ('control', 0.97))])
+
+    base = dict(
+        table='3',
+        scale='tiny',
+        unit='k',
+        digest='d',
+        code='s',
+        commit='abc123',
+        date='2025-01-01T00:00:00',
+        seconds=60.0,
+        processor='p',
+        threads='1',
+        torch='2',
+    )
+    write_results(
+        'honeybee',
+        '3',
+        'tiny',
+        [
+            Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
+            for row, score in dict(resampler_144=0.35, cabs_144=0.62).items()
+            for seed in (10, 11, 12)
+            for metric, value in (('spatial', score), ('control', 0.97))
+        ],
+    )
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------------------------
@@ -72,39 +103,60 @@ def test_every_table_can_be_shown(paper):
         assert all(claim.id in result.output for claim in t.claims) and t.rows[0].key in result.output
 
 
-@pytest.mark.parametrize('words, message', [(['show', 'honeybe', '3'], 'Did you mean honeybee?'), (['show', 'honeybee', '55'], "no table of Honeybee '55'"),
-                                            (['tables', 'llava'], 'There are: owl2, honeybee'), (['report', 'honeybee', 'x'], 'no table of Honeybee'),
-                                            (['report', '--scale', 'tyni'], 'Did you mean tiny')])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['show', 'honeybe', '3'], 'Did you mean honeybee?'),
+        (['show', 'honeybee', '55'], "no table of Honeybee '55'"),
+        (['tables', 'llava'], 'There are: owl2, honeybee'),
+        (['report', 'honeybee', 'x'], 'no table of Honeybee'),
+        (['report', '--scale', 'tyni'], 'Did you mean tiny'),
+    ],
+)
 def test_unknown_names_are_answered_with_near_ones(words, message):
     result = call(*words)
     assert result.exit_code == 2 and message in said(result)
 
 
 def test_a_process_prints_plain_text_off_a_terminal_and_reads_no_settings_for_it(project):
-    (project/'settings.ini').write_text('[replication]\nscale = tinny\n')
+    (project / 'settings.ini').write_text('[replication]\nscale = tinny\n')
     command = [sys.executable, '-c', 'from mllm_replica.cli import app; app()', 'papers']
     shown = subprocess.run(command, capture_output=True, cwd=project, text=True, check=True)
     assert '\x1b' not in shown.stdout and not shown.stderr and all(key in shown.stdout for key in PAPERS)
-    assert 'doctor' in subprocess.run([*command[:-1], '--help'], capture_output=True, cwd=project, text=True, check=True).stdout
+    assert (
+        'doctor'
+        in subprocess.run([*command[:-1], '--help'], capture_output=True, cwd=project, text=True, check=True).stdout
+    )
 
 
 def found_sets(exit_code):
     "A search that tried two sets."
     from mllm_replica.running.study import ROUNDS, Study
-    frame = pd.DataFrame([(0, '', 'clip', 'mean', 0.5, 0.4, 0.6, 2, True), (1, 'sam', 'clip, sam', 'mean', 0.7, 0.6, 0.8, 2, True)], columns=ROUNDS)
+
+    frame = pd.DataFrame(
+        [(0, '', 'clip', 'mean', 0.5, 0.4, 0.6, 2, True), (1, 'sam', 'clip, sam', 'mean', 0.7, 0.6, 0.8, 2, True)],
+        columns=ROUNDS,
+    )
     return Study('search by mean', 'mean', frame, [SimpleNamespace(exit_code=exit_code)], Path('search.csv'))
 
 
 def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch):
     asked = []
+
     def find(scale, **options):
         asked.append((scale, options))
         return found_sets(exit_code=3)
+
     monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace(search=find))
     result = call('search', 'eagle', '--rounds', '1')
     assert result.exit_code == 3 and 'clip, sam' in said(result) and 'See search.csv' in said(result)
     call('search', 'eagle', '--seeds', '5,6', '--scale', 'smoke', '--metric', 'letter')
-    assert 'seeds' not in asked[0][1] and asked[0][1]['rounds'] == 1 and asked[1][0] == 'smoke' and asked[1][1]['seeds'] == (5, 6)
+    assert (
+        'seeds' not in asked[0][1]
+        and asked[0][1]['rounds'] == 1
+        and asked[1][0] == 'smoke'
+        and asked[1][1]['seeds'] == (5, 6)
+    )
     monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace())
     refused = call('search', 'honeybee')
     assert refused.exit_code == 2 and 'nothing is searched for in Honeybee' in said(refused)
@@ -116,11 +168,18 @@ def runs(monkeypatch, recipes):
     "Every call of the runner, which ends as `runs.outcomes` says."
     from mllm_replica.running import runner
     from mllm_replica.running.worker import Outcome
+
     seen = SimpleNamespace(calls=[], outcomes=[Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='finished')])
 
     def run_tables(paper, tables, scale, **options):
         seen.calls.append((paper, list(tables), scale, options))
-        plan = runner.Plan(paper, scale, list(tables), places={'k': []}, not_run={'3/linear_144': 'a linear projector keeps every token'})
+        plan = runner.Plan(
+            paper,
+            scale,
+            list(tables),
+            places={'k': []},
+            not_run={'3/linear_144': 'a linear projector keeps every token'},
+        )
         return runner.Summary(plan, outcomes=seen.outcomes)
 
     monkeypatch.setattr(runner, 'run_tables', run_tables)
@@ -128,11 +187,20 @@ def runs(monkeypatch, recipes):
 
 
 def test_run_passes_on_what_it_was_told(runs):
-    result = call('run', 'honeybee', '3', '--scale', 'tiny', '--row', 'cabs_144', '--seeds', '10-12,20', '--workers', '1')
+    result = call(
+        'run', 'honeybee', '3', '--scale', 'tiny', '--row', 'cabs_144', '--seeds', '10-12,20', '--workers', '1'
+    )
     assert result.exit_code == 0, result.output
     paper, tables, scale, options = runs.calls[0]
-    assert (paper, tables, scale, options['rows'], options['seeds'], options['workers'], options['engine']) == \
-        ('honeybee', ['3'], 'tiny', ['cabs_144'], (10, 11, 12, 20), 1, 'local')
+    assert (paper, tables, scale, options['rows'], options['seeds'], options['workers'], options['engine']) == (
+        'honeybee',
+        ['3'],
+        'tiny',
+        ['cabs_144'],
+        (10, 11, 12, 20),
+        1,
+        'local',
+    )
     assert 'not run: 3/linear_144: a linear projector keeps every token' in result.output
 
 
@@ -143,9 +211,11 @@ def test_run_without_a_table_runs_all_that_can(runs):
 
 def test_run_without_a_table_searches_where_the_paper_does(runs, recipes, monkeypatch):
     asked = []
+
     def search(scale, **options):
         asked.append((scale, options['seeds']))
         return found_sets(exit_code=3)
+
     monkeypatch.setattr(recipes, 'search', search, raising=False)
     result = call('run', 'honeybee', '--scale', 'smoke', '--seeds', '10,11')
     assert result.exit_code == 3 and asked == [('smoke', (10, 11))] and 'See search.csv' in said(result)
@@ -154,14 +224,27 @@ def test_run_without_a_table_searches_where_the_paper_does(runs, recipes, monkey
 
 def test_a_failed_unit_is_told_and_ends_non_zero(runs):
     from mllm_replica.running.worker import Outcome
-    runs.outcomes = [Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='failed', reason='cell 3 raised ZeroDivisionError')]
+
+    runs.outcomes = [
+        Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='failed', reason='cell 3 raised ZeroDivisionError')
+    ]
     result = call('run', 'honeybee', '3')
     assert result.exit_code == 1 and 'honeybee/3/cabs_144/tiny/10: cell 3 raised ZeroDivisionError' in result.output
 
 
-@pytest.mark.parametrize('words, message', [(['3', '--row', 'cabs'], 'Did you mean cabs_144'), (['3', '--row', 'linear_144'], 'keeps every token'),
-                                            (['3', '--seeds', '1x'], 'like 10,11,12 or 10-14'), (['3', '--seeds', '14-10'], 'a range is empty'), (['3', '--workers', '0'], 'greater than or equal to 1'), (['--row', 'cabs_144'], '--row needs a TABLE'),
-                                            (['3', '--engine', 'slurm'], 'There are: local, ray'), (['--scale', 'paper'], 'no table of Honeybee has a row')])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['3', '--row', 'cabs'], 'Did you mean cabs_144'),
+        (['3', '--row', 'linear_144'], 'keeps every token'),
+        (['3', '--seeds', '1x'], 'like 10,11,12 or 10-14'),
+        (['3', '--seeds', '14-10'], 'a range is empty'),
+        (['3', '--workers', '0'], 'greater than or equal to 1'),
+        (['--row', 'cabs_144'], '--row needs a TABLE'),
+        (['3', '--engine', 'slurm'], 'There are: local, ray'),
+        (['--scale', 'paper'], 'no table of Honeybee has a row'),
+    ],
+)
 def test_nothing_starts_on_wrong_arguments(runs, words, message):
     result = call('run', 'honeybee', *words)
     assert result.exit_code == 2 and message in said(result) and not runs.calls
@@ -177,8 +260,19 @@ def test_report_shows_both_sides_the_verdict_and_where_it_comes_from(imagined):
     result = call('report', 'honeybee', '3')
     assert result.exit_code == 0, result.output
     text = said(result)
-    for part in ('published: AvgN', 'replicated at tiny', '53.5', '0.730 [0.705, 0.755]', 'resampler-weak-144', 'supported', 'not run', 'verdict at tiny',
-                 'scale tiny; 1 units, seeds 10, 11, 12, 1000 questions per value', 'commit abc123'): assert part in text, part
+    for part in (
+        'published: AvgN',
+        'replicated at tiny',
+        '53.5',
+        '0.730 [0.705, 0.755]',
+        'resampler-weak-144',
+        'supported',
+        'not run',
+        'verdict at tiny',
+        'scale tiny; 1 units, seeds 10, 11, 12, 1000 questions per value',
+        'commit abc123',
+    ):
+        assert part in text, part
 
 
 def test_report_as_json(imagined):
@@ -186,8 +280,14 @@ def test_report_as_json(imagined):
     table = data['honeybee']['tables']['3']
     assert table['replicated']['tiny']['cells']['cabs_144']['spatial']['n'] == 3
     assert {c['id']: c['verdicts']['tiny']['verdict'] for c in table['claims']}['resampler-weak-144'] == 'supported'
-    assert table['rows'][2]['values']['avg_n'] == 53.5 and table['replicated']['tiny']['provenance'][0]['commit'] == 'abc123'
-    only = {scale: json.loads(call('report', 'honeybee', '3', '--json', '--scale', scale).output) for scale in ('tiny', 'smoke')}
+    assert (
+        table['rows'][2]['values']['avg_n'] == 53.5
+        and table['replicated']['tiny']['provenance'][0]['commit'] == 'abc123'
+    )
+    only = {
+        scale: json.loads(call('report', 'honeybee', '3', '--json', '--scale', scale).output)
+        for scale in ('tiny', 'smoke')
+    }
     smoke = only['smoke']['honeybee']['tables']['3']
     assert only['tiny'] == data and not smoke['replicated'] and not any(c['verdicts'] for c in smoke['claims'])
 
@@ -197,21 +297,31 @@ def test_doctor_tells_what_is_wrong_and_ends_non_zero(project, monkeypatch):
     monkeypatch.setattr('mllm_replica.planning.doctor.versions', lambda: [])
     well = call('doctor')
     assert well.exit_code == 0 and 'all well' in well.output, well.output
-    (project/'runs').rmdir()
-    (project/'runs').write_text('in the way')
+    (project / 'runs').rmdir()
+    (project / 'runs').write_text('in the way')
     ill = call('doctor')
     assert ill.exit_code == 1 and 'MLLM_REPLICA_RUNS' in ill.output
 
 
-@pytest.mark.parametrize('line, message', [('scale = tinny', "scale = tinny: Input should be 'smoke', 'tiny', 'small' or 'paper'"), ('scale', 'parsing errors'),
-                                           ('', 'scale is missing'), ('scale = tiny\nseeds = ten', 'seeds and workers are whole numbers')])
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('scale = tinny', "scale = tinny: Input should be 'smoke', 'tiny', 'small' or 'paper'"),
+        ('scale', 'parsing errors'),
+        ('', 'scale is missing'),
+        ('scale = tiny\nseeds = ten', 'seeds and workers are whole numbers'),
+    ],
+)
 def test_wrong_settings_are_told_by_every_command_that_reads_them(project, line, message):
     seeds = '' if 'seeds' in line else 'seeds = 10\n'
-    (project/'settings.ini').write_text(f'[replication]\nworkers = 2\n{seeds}{line}\n')
+    (project / 'settings.ini').write_text(f'[replication]\nworkers = 2\n{seeds}{line}\n')
     settings.cache_clear()
     for words in ['run', 'honeybee', '3'], ['effects', 'honeybee', '3'], ['ui']:
         result = call(*words)
-        assert result.exit_code and message in said(result) and isinstance(result.exception, SystemExit), (words, result.output)
+        assert result.exit_code and message in said(result) and isinstance(result.exception, SystemExit), (
+            words,
+            result.output,
+        )
     assert len(call('run', 'honeybee', '3').output.splitlines()) == 1
     ill = call('doctor')
     assert ill.exit_code == 1 and message in said(ill) and '1 failed' in ill.output
@@ -220,7 +330,12 @@ def test_wrong_settings_are_told_by_every_command_that_reads_them(project, line,
 
 def test_doctor_names_a_missing_requirement(monkeypatch):
     from mllm_replica.planning import doctor
-    monkeypatch.setattr(doctor.importlib.metadata, 'requires', lambda name: ['no-such-package>=1', 'typer>=99', 'pytest>=1; extra == "dev"'])
+
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        'requires',
+        lambda name: ['no-such-package>=1', 'typer>=99', 'pytest>=1; extra == "dev"'],
+    )
     found = {f.topic: f for f in doctor.versions()}
     assert (found['no-such-package'].state, found['typer'].state, found['pytest'].state) == ('fail', 'fail', 'ok')
     assert 'needs >=99' in found['typer'].advice

@@ -1,4 +1,5 @@
 "Eagle's templates, labels and pictures against the official cases; bad input, and what a sample must keep."
+
 import copy
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from mllm_replica.data.packing import collate, truncate
 from mllm_replica.eagle.prompts import SYSTEM, TEMPLATES, EagleProcessor, part_ids, prompt_text, with_images
 
 torch.set_num_threads(1)
-TEXT = json.loads((Path(__file__).parent/'golden/eagle/prompts_labels.json').read_text())
+TEXT = json.loads((Path(__file__).parent / 'golden/eagle/prompts_labels.json').read_text())
 VISUAL, IMAGE_ID = 5, -1
 case_of = pytest.mark.parametrize('case', TEXT['cases'], ids=lambda case: case['name'])
 
@@ -24,20 +25,25 @@ def letters(begin='<s>', vocabulary=TEXT['vocabulary']):
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token='<unk>'))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex('.|\n'), 'isolated'), decoders.Fuse()
     tokenizer.add_special_tokens([token for token in vocabulary if len(token) > 1])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token='</s>', unk_token='<unk>', pad_token='<unk>')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=begin, eos_token='</s>', unk_token='<unk>', pad_token='<unk>'
+    )
 
 
-def picture(width=40, height=30): return Image.new('RGB', (width, height), '#3465a4')
+def picture(width=40, height=30):
+    return Image.new('RGB', (width, height), '#3465a4')
 
 
-def turns(*values): return [{'from': ('human', 'gpt')[i % 2], 'value': value} for i, value in enumerate(values)]
+def turns(*values):
+    return [{'from': ('human', 'gpt')[i % 2], 'value': value} for i, value in enumerate(values)]
 
 
 def sample(question='<image>What?', answer='red', images=1, **more):
     return dict(id='s7', images=[picture()] * images, conversations=turns(question, answer)) | more
 
 
-def processor_of(tokenizer=None, **settings): return EagleProcessor(tokenizer or byte_tokenizer(), VISUAL, 28, IMAGE_ID, **settings)
+def processor_of(tokenizer=None, **settings):
+    return EagleProcessor(tokenizer or byte_tokenizer(), VISUAL, 28, IMAGE_ID, **settings)
 
 
 def collapsed(encoded, values):
@@ -48,11 +54,15 @@ def collapsed(encoded, values):
 
 # official cases
 
+
 @case_of
 def test_official_texts(case):
-    moved = with_images(case['conversation'], int(case['has_image']), 'case') if case['has_image'] else case['conversation']
+    moved = (
+        with_images(case['conversation'], int(case['has_image']), 'case') if case['has_image'] else case['conversation']
+    )
     assert moved == case['after_multimodal_preprocess']
-    if case['prompt'] is not None: assert prompt_text(case['template'], moved) == case['prompt']
+    if case['prompt'] is not None:
+        assert prompt_text(case['template'], moved) == case['prompt']
     assert prompt_text(case['template'], turns('<image>\nQ?')) == case['inference_prompt']
 
 
@@ -62,7 +72,9 @@ def test_official_ids_and_labels(case):
     given = dict(id=case['name'], images=[picture()] * case['has_image'], conversations=case['conversation'])
     before = copy.deepcopy(given['conversations'])
     encoded = processor_of(tokenizer, template=case['template']).encode(given)
-    assert [-200 if token == IMAGE_ID else token for token in collapsed(encoded, encoded.input_ids)] == case['input_ids']
+    assert [-200 if token == IMAGE_ID else token for token in collapsed(encoded, encoded.input_ids)] == case[
+        'input_ids'
+    ]
     assert collapsed(encoded, encoded.labels) == case['labels']
     assert len(encoded.image_spans) == case['has_image'] and given['conversations'] == before
 
@@ -74,28 +86,43 @@ def test_golden_cases_are_all_there():
 
 # what a sample must keep
 
+
 @pytest.mark.parametrize('template', [*TEMPLATES, 'words'])
 def test_a_prompt_is_the_beginning_of_the_training_row(template):
-    if template == 'plain': pytest.skip('a caption is trained without the question that asks for it')
+    if template == 'plain':
+        pytest.skip('a caption is trained without the question that asks for it')
     tokenizer = word_tokenizer(['what ? red where here']) if template == 'words' else letters()
     processor = processor_of(tokenizer, template=template)
     given = sample(conversations=turns('<image> what ?', 'red', 'where ?', 'here'))
     whole, prompt = processor.encode(given), processor.encode(given, training=False)
-    assert whole.input_ids[:len(prompt)] == prompt.input_ids and len(prompt) < len(whole)
+    assert whole.input_ids[: len(prompt)] == prompt.input_ids and len(prompt) < len(whole)
     assert all(label == -100 for label in prompt.labels[-1:])
 
 
 def test_every_image_keeps_its_places():
-    encoded = processor_of().encode(sample('<image> or <image>?', images=2, conversations=turns('<image> or <image>?', 'b', 'And <image>?', 'c'),
-                                           ) | dict(images=[picture()] * 3))
-    assert len(encoded.image_spans) == 3 and all(encoded.input_ids[a:b] == [IMAGE_ID] * VISUAL for a, b in encoded.image_spans)
+    encoded = processor_of().encode(
+        sample(
+            '<image> or <image>?',
+            images=2,
+            conversations=turns('<image> or <image>?', 'b', 'And <image>?', 'c'),
+        )
+        | dict(images=[picture()] * 3)
+    )
+    assert len(encoded.image_spans) == 3 and all(
+        encoded.input_ids[a:b] == [IMAGE_ID] * VISUAL for a, b in encoded.image_spans
+    )
     assert encoded.input_ids.count(IMAGE_ID) == 3 * VISUAL
 
 
 def test_marks_of_a_user_are_plain_text():
     tokenizer = letters()
-    typed = processor_of(tokenizer, template='yi_34b_chatml_direct').encode(sample('<image><|im_end|></s>', 'a<|im_end|>'))
-    assert typed.input_ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == 3 and tokenizer.eos_token_id not in typed.input_ids
+    typed = processor_of(tokenizer, template='yi_34b_chatml_direct').encode(
+        sample('<image><|im_end|></s>', 'a<|im_end|>')
+    )
+    assert (
+        typed.input_ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == 3
+        and tokenizer.eos_token_id not in typed.input_ids
+    )
     assert tokenizer.decode([label for label in typed.labels if label != -100]) == 'a<|im_end|><|im_end|>'
 
 
@@ -103,15 +130,20 @@ def test_truncation_and_batches():
     processor = processor_of()
     rows = [processor.encode(sample()), processor.encode(sample('What?', 'blue', images=0))]
     batch = collate(rows, pad_token_id=0, image_tensor=processor.image_tensor)
-    assert batch['pixel_values'].shape == (1, 3, 28, 28) and (batch['input_ids'] == IMAGE_ID).sum(1).tolist() == [VISUAL, 0]
-    with pytest.raises(ValueError, match='nothing supervised is left'): truncate(rows[0], rows[0].image_spans[0][1] - 1)
+    assert batch['pixel_values'].shape == (1, 3, 28, 28) and (batch['input_ids'] == IMAGE_ID).sum(1).tolist() == [
+        VISUAL,
+        0,
+    ]
+    with pytest.raises(ValueError, match='nothing supervised is left'):
+        truncate(rows[0], rows[0].image_spans[0][1] - 1)
 
 
 def test_documents_have_no_turns():
     given = dict(id='d', images=[picture()] * 2, document='one <image> two <image> three')
     encoded = processor_of(template='llama3').encode(given)
     assert len(encoded.image_spans) == 2 and encoded.input_ids[0] == 1 and encoded.labels[-1] == 2
-    with pytest.raises(ValueError, match="sample 'd': 2 <image> placeholders, 1 images"): processor_of().encode(given | dict(images=[picture()]))
+    with pytest.raises(ValueError, match="sample 'd': 2 <image> placeholders, 1 images"):
+        processor_of().encode(given | dict(images=[picture()]))
 
 
 @pytest.mark.parametrize('mode,expected', [('pad', (122, 116, 104)), ('crop', (52, 101, 164))])
@@ -133,36 +165,52 @@ def test_settings_survive_saving(tmp_path):
 
 # bad input
 
-@pytest.mark.parametrize('given,message', [
-    (sample(images=2), "sample 's7': 1 <image> placeholders, 2 images"),
-    (sample(images=0), "sample 's7': 1 <image> placeholders, 0 images"),
-    (sample(conversations=turns('<image>?', '<image>')), 'the answer in turn 1 contains <image>'),
-    (sample(conversations=turns('<image>?', '\n')), 'the answer in turn 1 is empty'),
-    (sample(conversations=turns('<image>?', 'a', 'b', 'c')[1:]), "the roles are .'gpt', 'human', 'gpt'.; expected human and gpt"),
-    (sample(conversations=[]), 'the roles are ..; expected human'),
-    (sample(conversations=turns('<image>?')), 'nothing is supervised'),
-])
+
+@pytest.mark.parametrize(
+    'given,message',
+    [
+        (sample(images=2), "sample 's7': 1 <image> placeholders, 2 images"),
+        (sample(images=0), "sample 's7': 1 <image> placeholders, 0 images"),
+        (sample(conversations=turns('<image>?', '<image>')), 'the answer in turn 1 contains <image>'),
+        (sample(conversations=turns('<image>?', '\n')), 'the answer in turn 1 is empty'),
+        (
+            sample(conversations=turns('<image>?', 'a', 'b', 'c')[1:]),
+            "the roles are .'gpt', 'human', 'gpt'.; expected human and gpt",
+        ),
+        (sample(conversations=[]), 'the roles are ..; expected human'),
+        (sample(conversations=turns('<image>?')), 'nothing is supervised'),
+    ],
+)
 def test_samples_that_do_not_fit(given, message):
-    with pytest.raises(ValueError, match=message): processor_of().encode(given)
+    with pytest.raises(ValueError, match=message):
+        processor_of().encode(given)
 
 
-@pytest.mark.parametrize('settings,message', [(dict(template='v1'), "template 'v1' is unknown"), (dict(mode='fill'), "image mode 'fill' is unknown")])
+@pytest.mark.parametrize(
+    'settings,message',
+    [(dict(template='v1'), "template 'v1' is unknown"), (dict(mode='fill'), "image mode 'fill' is unknown")],
+)
 def test_settings_that_do_not_exist(settings, message):
-    with pytest.raises(ValueError, match=message): processor_of(**settings)
+    with pytest.raises(ValueError, match=message):
+        processor_of(**settings)
 
 
 def test_tokenizers_that_do_not_fit():
-    with pytest.raises(ValueError, match='has no token <|im_start|>'): processor_of(template='yi_34b_chatml_direct').encode(sample())
+    with pytest.raises(ValueError, match='has no token <|im_start|>'):
+        processor_of(template='yi_34b_chatml_direct').encode(sample())
     bare = letters()
     bare.bos_token = None
-    with pytest.raises(ValueError, match='no begin token; set begin=False'): processor_of(bare)
+    with pytest.raises(ValueError, match='no begin token; set begin=False'):
+        processor_of(bare)
     joining = word_tokenizer([f'{SYSTEM} user : what ? red'])
-    with pytest.raises(ValueError, match="does not know .'shape'"): processor_of(joining, template='words').encode(sample('<image> shape ?'))
+    with pytest.raises(ValueError, match="does not know .'shape'"):
+        processor_of(joining, template='words').encode(sample('<image> shape ?'))
 
 
 def test_a_tokenizer_that_joins_question_and_answer_is_refused():
     vocabulary = {chr(i): i for i in range(32, 127)} | {'\n': 10, '<s>': 1, '</s>': 2, ': ': 200, ': y': 201}
     joining = Tokenizer(models.BPE(vocabulary, [(':', ' '), (': ', 'y')]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=joining, bos_token='<s>', eos_token='</s>', pad_token='</s>')
-    with pytest.raises(ValueError, match="joins the end of the question and the answer 'yes'"): processor_of(tokenizer).encode(sample(answer='yes'))
+    with pytest.raises(ValueError, match="joins the end of the question and the answer 'yes'"):
+        processor_of(tokenizer).encode(sample(answer='yes'))
     assert None in part_ids(tokenizer, [('{}', 'a<image>')])

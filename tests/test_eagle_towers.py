@@ -1,4 +1,5 @@
 "Eagle's vision experts: parity, one contract for all, windows, relative positions, rotations, statistics, checkpoints, wrong input."
+
 import copy
 from pathlib import Path
 
@@ -19,16 +20,63 @@ from mllm_replica.models import parity
 from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD
 
 torch.set_num_threads(1)
-FILES = sorted((Path(__file__).parent/'golden/eagle').glob('*_tower.safetensors'))
+FILES = sorted((Path(__file__).parent / 'golden/eagle').glob('*_tower.safetensors'))
 SMALL = dict(
-    clip=(dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4), 24),
+    clip=(
+        dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+        ),
+        24,
+    ),
     convnext=(dict(depths=[1, 2], dims=[8, 12], ls_init_value=0.5), 32),
-    sam=(dict(hidden_size=16, output_channels=4, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, window_size=3,
-              global_attn_indexes=[1], mlp_dim=24), None),
-    eva=(dict(patch_size=4, window_size=3, embed_dim=16, depth=3, num_heads=2, window_block_indexes=[0, 1], pretrain_img_size=8), 32),
-    pix2struct=(dict(hidden_size=16, patch_embed_hidden_size=48, d_ff=24, d_kv=8, num_hidden_layers=2, num_attention_heads=2, seq_len=8), 32),
-    dinov2=(dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4), 24))
-UNREAD = dict(clip=['class_embedding', 'post_layernorm.weight', 'post_layernorm.bias'], dinov2=['mask_token'])   # weights without influence
+    sam=(
+        dict(
+            hidden_size=16,
+            output_channels=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
+            window_size=3,
+            global_attn_indexes=[1],
+            mlp_dim=24,
+        ),
+        None,
+    ),
+    eva=(
+        dict(
+            patch_size=4,
+            window_size=3,
+            embed_dim=16,
+            depth=3,
+            num_heads=2,
+            window_block_indexes=[0, 1],
+            pretrain_img_size=8,
+        ),
+        32,
+    ),
+    pix2struct=(
+        dict(
+            hidden_size=16,
+            patch_embed_hidden_size=48,
+            d_ff=24,
+            d_kv=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            seq_len=8,
+        ),
+        32,
+    ),
+    dinov2=(dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4), 24),
+)
+UNREAD = dict(
+    clip=['class_embedding', 'post_layernorm.weight', 'post_layernorm.bias'], dinov2=['mask_token']
+)  # weights without influence
 of_kind = pytest.mark.parametrize('kind', SMALL)
 
 
@@ -36,14 +84,17 @@ def build(kind, **kwargs):
     "A small expert with uneven weights."
     torch.manual_seed(0)
     config, size = SMALL[kind]
-    if kind == 'pix2struct': kwargs['max_patches'] = 27
+    if kind == 'pix2struct':
+        kwargs['max_patches'] = 27
     expert = build_expert(kind, config, size, **kwargs).eval()
     for name, parameter in expert.named_parameters():
-        if parameter.dim() == 1 or 'rel_pos' in name: torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.3)
+        if parameter.dim() == 1 or 'rel_pos' in name:
+            torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.3)
     return expert
 
 
-def picture(expert, number=2): return torch.randn(number, 3, expert.image_size, expert.image_size, generator=torch.Generator().manual_seed(1))
+def picture(expert, number=2):
+    return torch.randn(number, 3, expert.image_size, expert.image_size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
@@ -53,7 +104,7 @@ def test_every_recorded_tensor_is_found_again(path):
     assert ORIGIN in file.metadata
     assert not report.problems, report.problems
     assert len(report.compared) == sum(not name.startswith(('w.', 'in.')) for name in file.tensors)
-    assert max(c.error for c in report.compared) <= 1e-5   # gradients, too
+    assert max(c.error for c in report.compared) <= 1e-5  # gradients, too
 
 
 @of_kind
@@ -61,7 +112,8 @@ def test_the_contract(kind):
     "Shape as announced, samples independent, bf16, no new state, copies."
     expert = build(kind)
     images, names = picture(expert), list(expert.state_dict())
-    with torch.inference_mode(): features = expert(images)
+    with torch.inference_mode():
+        features = expert(images)
     assert features.shape == (2, expert.channels, expert.grid, expert.grid)
     assert list(expert.state_dict()) == names and all(name.startswith('vision_tower.') for name in names)
     with torch.no_grad():
@@ -76,20 +128,23 @@ def test_the_contract(kind):
 def test_every_weight_that_is_read_learns_also_after_inference(kind):
     expert = build(kind)
     images = picture(expert).requires_grad_()
-    with torch.inference_mode(): expert(images)
+    with torch.inference_mode():
+        expert(images)
     golden.scalar(expert(images)).backward()
     without = [name for name, p in expert.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert sorted(n for n in without if not n.endswith(tuple(UNREAD.get(kind, [' '])))) == []
-    assert (images.grad is None) == (kind == 'pix2struct')   # its preparation leaves the graph, officially, too
+    assert (images.grad is None) == (kind == 'pix2struct')  # its preparation leaves the graph, officially, too
 
 
 @of_kind
 def test_gradient_checkpointing_changes_nothing(kind):
     class Model(PreTrainedModel):
         config_class, supports_gradient_checkpointing = PreTrainedConfig, True
+
         def __init__(self, expert):
             super().__init__(PreTrainedConfig())
             self.expert = expert
+
     expert = build(kind)
     images = picture(expert)
     golden.scalar(expert(images)).backward()
@@ -101,18 +156,27 @@ def test_gradient_checkpointing_changes_nothing(kind):
     golden.scalar(expert(images)).backward()
     found = {name: p.grad for name, p in expert.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
-    for name in found: torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
 @of_kind
 def test_own_statistics_are_those_of_the_expert(kind):
     plain, own = build(kind), build(kind, own_statistics=True)
     raw = torch.rand(2, 3, plain.image_size, plain.image_size)
-    def normalised(mean, std): return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    def normalised(mean, std):
+        return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
     with torch.no_grad():
-        ours, theirs = own(normalised(CLIP_MEAN, CLIP_STD)), plain.features(normalised(own.MEAN, own.STD)) if kind != 'pix2struct' else None
-    if kind == 'pix2struct': torch.testing.assert_close(ours, plain(normalised(CLIP_MEAN, CLIP_STD)))
-    else: torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        ours, theirs = (
+            own(normalised(CLIP_MEAN, CLIP_STD)),
+            plain.features(normalised(own.MEAN, own.STD)) if kind != 'pix2struct' else None,
+        )
+    if kind == 'pix2struct':
+        torch.testing.assert_close(ours, plain(normalised(CLIP_MEAN, CLIP_STD)))
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_clip_without_its_class_token():
@@ -124,7 +188,8 @@ def test_clip_without_its_class_token():
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         states = reference.pre_layrnorm(reference.embeddings(images)[:, 1:])
-        for layer in reference.encoder.layers: states = layer(states, None)
+        for layer in reference.encoder.layers:
+            states = layer(states, None)
         torch.testing.assert_close(golden.tokens_of(expert(images)), states, rtol=1e-5, atol=1e-6)
 
 
@@ -151,8 +216,10 @@ def test_windows_with_padding(shape):
 
 def test_padding_with_the_bias_teaches_the_bias():
     x, weight, bias = torch.randn(1, 2, 2, 4), torch.randn(12, 4), torch.randn(12, requires_grad=True)
-    grads = [torch.autograd.grad(torch.stack(project_heads(image, weight, bias, 2, 3)).sin().sum(), bias)[0]
-             for image in (x, F.pad(x, (0, 0, 0, 1, 0, 1)))]
+    grads = [
+        torch.autograd.grad(torch.stack(project_heads(image, weight, bias, 2, 3)).sin().sum(), bias)[0]
+        for image in (x, F.pad(x, (0, 0, 0, 1, 0, 1)))
+    ]
     torch.testing.assert_close(*grads)
 
 
@@ -162,29 +229,46 @@ def test_sam_without_a_matrix_of_scores():
     expert = build('sam')
     reference = SamVisionEncoder(SamVisionConfig(**config, attn_implementation='eager')).eval()
     weights = expert.vision_tower.state_dict()
-    reference.load_state_dict({name: weights.get(name, tensor) if 'neck' not in name else tensor for name, tensor in reference.state_dict().items()})
+    reference.load_state_dict(
+        {
+            name: weights.get(name, tensor) if 'neck' not in name else tensor
+            for name, tensor in reference.state_dict().items()
+        }
+    )
     seen = golden.watch(expert, {str(i): f'vision_tower.layers.{i}' for i in range(2)})
     theirs = golden.watch(reference, {str(i): f'layers.{i}' for i in range(2)})
     images = picture(expert)
-    with torch.no_grad(): expert(images), reference(images)
-    for name in seen: torch.testing.assert_close(seen[name], theirs[name], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        expert(images), reference(images)
+    for name in seen:
+        torch.testing.assert_close(seen[name], theirs[name], rtol=1e-4, atol=1e-5)
     largest = []
+
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **kwargs or {})
-            largest.extend(t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, torch.Tensor))
+            largest.extend(
+                t.numel()
+                for t in (result if isinstance(result, (tuple, list)) else [result])
+                if isinstance(t, torch.Tensor)
+            )
             return result
+
     wide = build_expert('sam', config | dict(image_size=128, hidden_size=8, output_channels=2))
-    with torch.no_grad(), Sizes(): wide(picture(wide, 1))
-    assert max(largest) < 2 * (32 * 32) ** 2   # two heads, 32 × 32 cells
+    with torch.no_grad(), Sizes():
+        wide(picture(wide, 1))
+    assert max(largest) < 2 * (32 * 32) ** 2  # two heads, 32 × 32 cells
 
 
 def test_rotation_sees_distances_only():
     "The same shift of query and key leaves a score alone, and a map of any size spans the same 16 steps."
     q, k = torch.randn(2, 16)
     table = rotation(6, 6, 16)
-    def score(i, j): return (rotate(q.expand(1, 1, 36, 16), table)[0, 0, i] @ rotate(k.expand(1, 1, 36, 16), table)[0, 0, j]).item()
-    assert score(0, 8) == pytest.approx(score(14, 22), abs=1e-4)   # one row and two columns further
+
+    def score(i, j):
+        return (rotate(q.expand(1, 1, 36, 16), table)[0, 0, i] @ rotate(k.expand(1, 1, 36, 16), table)[0, 0, j]).item()
+
+    assert score(0, 8) == pytest.approx(score(14, 22), abs=1e-4)  # one row and two columns further
     assert abs(score(0, 8) - score(0, 7)) > 1e-3
     torch.testing.assert_close(rotation(8, 8, 16)[2 * 8 + 4], rotation(4, 4, 16)[1 * 4 + 2])
 
@@ -195,9 +279,15 @@ def test_eva_attention_is_plain_attention_with_rotation():
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         attention.q_bias.normal_(), attention.v_bias.normal_()
         table, flat = rotation(3, 3, 8), x.flatten(1, 2)
-        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in
-                   (attention.q_proj(flat) + attention.q_bias, attention.k_proj(flat), attention.v_proj(flat) + attention.v_bias))
-        weights = (rotate(q, table) @ rotate(k, table).mT * 8 ** -0.5).softmax(-1)
+        q, k, v = (
+            t.unflatten(-1, (2, 8)).transpose(1, 2)
+            for t in (
+                attention.q_proj(flat) + attention.q_bias,
+                attention.k_proj(flat),
+                attention.v_proj(flat) + attention.v_bias,
+            )
+        )
+        weights = (rotate(q, table) @ rotate(k, table).mT * 8**-0.5).softmax(-1)
         expected = attention.proj((weights @ v).transpose(1, 2).flatten(2))
         torch.testing.assert_close(attention(x, table).flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
 
@@ -209,9 +299,13 @@ def test_pix2struct_prepares_as_its_processor():
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     rows = expert.patches(expert.prepare((raw / 255 - mean) / std))
     for image, ours in zip(raw, rows):
-        image = torch.from_numpy((image.numpy() - image.numpy().mean()) / max(image.numpy().std(), image.numel() ** -0.5))
+        image = torch.from_numpy(
+            (image.numpy() - image.numpy().mean()) / max(image.numpy().std(), image.numel() ** -0.5)
+        )
         image = F.interpolate(image[None], (20, 20), mode='bilinear', antialias=True)[0]
-        theirs = [image[:, y:y + 4, x:x + 4].permute(1, 2, 0).flatten() for y in range(0, 20, 4) for x in range(0, 20, 4)]
+        theirs = [
+            image[:, y : y + 4, x : x + 4].permute(1, 2, 0).flatten() for y in range(0, 20, 4) for x in range(0, 20, 4)
+        ]
         torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-4, atol=1e-5)
 
 
@@ -223,33 +317,87 @@ def test_a_flat_image_is_no_division_by_zero():
 def test_published_experts_have_the_released_shapes():
     "Key patterns and sizes of released checkpoints; channels and cells of the maps. On the meta device, where a tensor made elsewhere is an error."
     expected = {
-        'clip-448': (1024, 24, {'vision_model.embeddings.position_embedding.weight': (577, 1024), 'vision_model.post_layernorm.bias': (1024,),
-                                'vision_model.encoder.layers.23.mlp.fc1.weight': (4096, 1024)}),
-        'convnext-1024': (3072, 32, {'stem.0.weight': (384, 3, 4, 4), 'stages.2.blocks.29.weight': (1536,),
-                                     'stages.0.blocks.0.conv_dw.weight': (384, 1, 7, 7),
-                                     'stages.3.downsample.1.weight': (3072, 1536, 2, 2), 'stages.3.blocks.2.mlp.fc2.weight': (3072, 12288)}),
-        'sam-1024': (1024, 32, {'pos_embed': (1, 64, 64, 1024), 'layers.4.attn.rel_pos_h': (27, 64), 'layers.5.attn.rel_pos_w': (127, 64),
-                                'layers.0.attn.qkv.weight': (3072, 1024), 'neck.conv1.weight': (256, 1024, 1, 1), 'neck.layer_norm1.bias': (256,)}),
-        'det-1024': (1024, 64, {'pos_embed': (1, 197, 1024), 'blocks.23.mlp.w3.weight': (1024, 2730), 'blocks.0.attn.q_bias': (1024,),
-                                'blocks.0.mlp.ffn_ln.weight': (2730,)}),
-        'pix2struct-1024': (1536, 45, {'embeddings.row_embedder.weight': (4096, 1536), 'encoder.layer.17.mlp.wi_1.weight': (3968, 1536),
-                                       'embeddings.patch_projection.weight': (1536, 768), 'layernorm.weight': (1536,)}),
-        'dinov2-448': (1024, 32, {})}
+        'clip-448': (
+            1024,
+            24,
+            {
+                'vision_model.embeddings.position_embedding.weight': (577, 1024),
+                'vision_model.post_layernorm.bias': (1024,),
+                'vision_model.encoder.layers.23.mlp.fc1.weight': (4096, 1024),
+            },
+        ),
+        'convnext-1024': (
+            3072,
+            32,
+            {
+                'stem.0.weight': (384, 3, 4, 4),
+                'stages.2.blocks.29.weight': (1536,),
+                'stages.0.blocks.0.conv_dw.weight': (384, 1, 7, 7),
+                'stages.3.downsample.1.weight': (3072, 1536, 2, 2),
+                'stages.3.blocks.2.mlp.fc2.weight': (3072, 12288),
+            },
+        ),
+        'sam-1024': (
+            1024,
+            32,
+            {
+                'pos_embed': (1, 64, 64, 1024),
+                'layers.4.attn.rel_pos_h': (27, 64),
+                'layers.5.attn.rel_pos_w': (127, 64),
+                'layers.0.attn.qkv.weight': (3072, 1024),
+                'neck.conv1.weight': (256, 1024, 1, 1),
+                'neck.layer_norm1.bias': (256,),
+            },
+        ),
+        'det-1024': (
+            1024,
+            64,
+            {
+                'pos_embed': (1, 197, 1024),
+                'blocks.23.mlp.w3.weight': (1024, 2730),
+                'blocks.0.attn.q_bias': (1024,),
+                'blocks.0.mlp.ffn_ln.weight': (2730,),
+            },
+        ),
+        'pix2struct-1024': (
+            1536,
+            45,
+            {
+                'embeddings.row_embedder.weight': (4096, 1536),
+                'encoder.layer.17.mlp.wi_1.weight': (3968, 1536),
+                'embeddings.patch_projection.weight': (1536, 768),
+                'layernorm.weight': (1536,),
+            },
+        ),
+        'dinov2-448': (1024, 32, {}),
+    }
     assert list(expected) == list(PUBLISHED)
     count = 0
     for name, (channels, grid, shapes) in expected.items():
-        with torch.device('meta'): expert = build_expert(name)
+        with torch.device('meta'):
+            expert = build_expert(name)
         found = {key.removeprefix('vision_tower.'): tuple(tensor.shape) for key, tensor in expert.state_dict().items()}
         features = expert(torch.empty(2, 3, expert.image_size, expert.image_size, device='meta'))
         assert (expert.channels, expert.grid) == (channels, grid) and features.shape == (2, channels, grid, grid), name
         assert {key: found[key] for key in shapes} == shapes
-        if name != 'dinov2-448': count += sum(p.numel() for p in expert.parameters())
-        if name == 'clip-448': assert sum(p.numel() for p in expert.parameters()) / 1e6 == pytest.approx(303.5, abs=0.05)
-        if name == 'pix2struct-1024': assert sum(p.numel() for p in expert.parameters()) / 1e6 == pytest.approx(512.8, abs=0.05)
-        if name == 'det-1024': assert {i for i, b in enumerate(expert.vision_tower['blocks']) if not b.attn.window} == set(range(2, 24, 3))
-        if name == 'sam-1024': assert [i for i, layer in enumerate(expert.vision_tower['layers']) if not layer.attn.window] == [5, 11, 17, 23]
+        if name != 'dinov2-448':
+            count += sum(p.numel() for p in expert.parameters())
+        if name == 'clip-448':
+            assert sum(p.numel() for p in expert.parameters()) / 1e6 == pytest.approx(303.5, abs=0.05)
+        if name == 'pix2struct-1024':
+            assert sum(p.numel() for p in expert.parameters()) / 1e6 == pytest.approx(512.8, abs=0.05)
+        if name == 'det-1024':
+            assert {i for i, b in enumerate(expert.vision_tower['blocks']) if not b.attn.window} == set(range(2, 24, 3))
+        if name == 'sam-1024':
+            assert [i for i, layer in enumerate(expert.vision_tower['layers']) if not layer.attn.window] == [
+                5,
+                11,
+                17,
+                23,
+            ]
     assert count / 1e6 == pytest.approx(2270.8, abs=0.05)
-    with torch.device('meta'): assert build_expert('clip-448', image_size=448).grid == 32
+    with torch.device('meta'):
+        assert build_expert('clip-448', image_size=448).grid == 32
 
 
 @of_kind
@@ -257,7 +405,8 @@ def test_missing_or_foreign_weights_are_refused(kind):
     expert = build(kind)
     weights = expert.state_dict()
     first = next(iter(weights))
-    with pytest.raises(RuntimeError, match='Missing key'): expert.load_state_dict({name: w for name, w in weights.items() if name != first})
+    with pytest.raises(RuntimeError, match='Missing key'):
+        expert.load_state_dict({name: w for name, w in weights.items() if name != first})
     extra = {'vision_tower.head.fc.weight': torch.zeros(1), 'vision_tower.blocks.0.attn.rope.freqs_sin': torch.zeros(1)}
     assert official_weights(weights | extra).keys() == weights.keys()
 
@@ -267,10 +416,17 @@ def test_wrong_input_is_named():
     for kind in ('clip', 'convnext', 'sam', 'eva', 'dinov2'):
         expert = build(kind)
         wide = torch.zeros(1, 3, expert.image_size, expert.image_size + 1)
-        with pytest.raises(ValueError, match=f'must be multiples of {expert.patch_size}'): expert(wide)
-    with pytest.raises(ValueError, match='positions are made for 32 × 32'): build('sam')(torch.zeros(1, 3, 40, 40))
-    with pytest.raises(ValueError, match='reads squares'): build('pix2struct')(torch.zeros(1, 3, 32, 24))
-    with pytest.raises(ValueError, match='no multiple of 14 pixels; take 448'): build_expert('clip-448', image_size=450)
-    with pytest.raises(ValueError, match="settings \\['width'\\] are unknown"): build_expert('eva', dict(width=3))
-    with pytest.raises(ValueError, match="unknown expert 'clip-1024'"): build_expert('clip-1024')
-    with pytest.raises(ValueError, match='set image_size in the config'): build_expert('sam', SMALL['sam'][0], 64)
+        with pytest.raises(ValueError, match=f'must be multiples of {expert.patch_size}'):
+            expert(wide)
+    with pytest.raises(ValueError, match='positions are made for 32 × 32'):
+        build('sam')(torch.zeros(1, 3, 40, 40))
+    with pytest.raises(ValueError, match='reads squares'):
+        build('pix2struct')(torch.zeros(1, 3, 32, 24))
+    with pytest.raises(ValueError, match='no multiple of 14 pixels; take 448'):
+        build_expert('clip-448', image_size=450)
+    with pytest.raises(ValueError, match="settings \\['width'\\] are unknown"):
+        build_expert('eva', dict(width=3))
+    with pytest.raises(ValueError, match="unknown expert 'clip-1024'"):
+        build_expert('clip-1024')
+    with pytest.raises(ValueError, match='set image_size in the config'):
+        build_expert('sam', SMALL['sam'][0], 64)

@@ -1,4 +1,5 @@
 """Answers do not depend on batches, padding, the cache of features or interruptions; wrong input says why."""
+
 import json, signal, subprocess, sys, textwrap
 from collections import Counter
 from types import SimpleNamespace
@@ -11,7 +12,14 @@ from PIL import Image
 from mllm_replica.core.recipe import Benchmark
 from mllm_replica.data.language import word_tokenizer
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
-from mllm_replica.scoring.evaluation import Predictions, collate_prompts, evaluate, greedy, left_padded, log_probabilities
+from mllm_replica.scoring.evaluation import (
+    Predictions,
+    collate_prompts,
+    evaluate,
+    greedy,
+    left_padded,
+    log_probabilities,
+)
 
 COLORS = ['red', 'green', 'blue', 'dark red', 'dark blue']
 ASK = Benchmark(name='colors', source='x', batch_size=7, max_new_tokens=3)
@@ -24,16 +32,39 @@ def world():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = word_tokenizer(['what color is it', 'tell me', 'and', '?', *COLORS])
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
-    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-                bos_token_id=1, eos_token_id=2, initializer_range=0.5)
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.5,
+    )
     model = VisionLanguageModel(VisionLanguageConfig(vision_config=vision, text_config=text)).eval()
-    torch.nn.init.normal_(model.connector.weight, std=3.)
+    torch.nn.init.normal_(model.connector.weight, std=3.0)
+
     def sample(i):
-        images = [Image.new('RGB', (16, 16), tuple((37*i + 90*j + 40*c) % 256 for c in range(3))) for j in range(i % 3)]
+        images = [
+            Image.new('RGB', (16, 16), tuple((37 * i + 90 * j + 40 * c) % 256 for c in range(3))) for j in range(i % 3)
+        ]
         question = 'tell me ' * (i % 4) + '<image> and ' * len(images) + 'what color is it ?'
-        return dict(id=f's{i}', images=images, task=['one', 'two'][i % 2], answer=COLORS[i % 5], options=COLORS, meta='{}', document='',
-                    conversations=[{'from': 'human', 'value': question}, {'from': 'gpt', 'value': COLORS[i % 5]}])
+        return dict(
+            id=f's{i}',
+            images=images,
+            task=['one', 'two'][i % 2],
+            answer=COLORS[i % 5],
+            options=COLORS,
+            meta='{}',
+            document='',
+            conversations=[{'from': 'human', 'value': question}, {'from': 'gpt', 'value': COLORS[i % 5]}],
+        )
+
     processor = VisionLanguageProcessor.from_config(model.config, tokenizer)
     return SimpleNamespace(model=model, processor=processor, samples=[sample(i) for i in range(23)])
 
@@ -45,32 +76,43 @@ def answers(world, path, bench=ASK, **kwargs):
 
 def right_padded(world):
     "A collate function that pads on the right, as in training."
+
     def collate(encoded):
         batch = collate_prompts(encoded, world.processor)
         order = (1 - batch['attention_mask']).argsort(dim=1, stable=True)
         return batch | {key: batch[key].gather(1, order) for key in ('input_ids', 'attention_mask')}
+
     return collate
 
 
 @pytest.mark.parametrize('bench', [ASK, PICK], ids=['generate', 'options'])
 def test_answers_do_not_depend_on_the_batch(world, tmp_path, bench):
-    expected = answers(world, tmp_path/'a.jsonl', bench)
+    expected = answers(world, tmp_path / 'a.jsonl', bench)
     assert len(set(expected.values())) > 1, 'the model always says the same; the test would show nothing'
-    for name, other in dict(one=bench.model_copy(update={'batch_size': 1}), all=bench.model_copy(update={'batch_size': 100})).items():
-        assert answers(world, tmp_path/f'{name}.jsonl', other) == expected
-    assert answers(world, tmp_path/'right.jsonl', bench, collate=right_padded(world)) == expected
+    for name, other in dict(
+        one=bench.model_copy(update={'batch_size': 1}), all=bench.model_copy(update={'batch_size': 100})
+    ).items():
+        assert answers(world, tmp_path / f'{name}.jsonl', other) == expected
+    assert answers(world, tmp_path / 'right.jsonl', bench, collate=right_padded(world)) == expected
 
 
 def test_features_of_a_frozen_encoder_give_the_same_answers(world, tmp_path):
     class Cache:
-        def __init__(self): self.table = {}
-        def __getitem__(self, names): return torch.stack([self.table[name] for name in names])
+        def __init__(self):
+            self.table = {}
+
+        def __getitem__(self, names):
+            return torch.stack([self.table[name] for name in names])
+
     cache = Cache()
     for sample in world.samples:
         for name, image in zip(world.processor.encode(sample).image_ids, sample['images']):
-            with torch.no_grad(): cache.table[name] = world.model.visual_features(world.processor.image_tensor([image]))[0]
+            with torch.no_grad():
+                cache.table[name] = world.model.visual_features(world.processor.image_tensor([image]))[0]
     for bench in (ASK, PICK):
-        assert answers(world, tmp_path/f'c{bench.method}', bench, features=cache) == answers(world, tmp_path/f'p{bench.method}', bench)
+        assert answers(world, tmp_path / f'c{bench.method}', bench, features=cache) == answers(
+            world, tmp_path / f'p{bench.method}', bench
+        )
 
 
 def test_greedy_equals_a_loop_without_cache(world):
@@ -79,8 +121,10 @@ def test_greedy_equals_a_loop_without_cache(world):
     for prompt, tokens in zip(prompts, found):
         batch, expected = collate_prompts([prompt], world.processor), []
         for _ in range(4):
-            with torch.no_grad(): token = int(world.model(**batch).logits[0, -1].argmax())
-            if token == 2: break
+            with torch.no_grad():
+                token = int(world.model(**batch).logits[0, -1].argmax())
+            if token == 2:
+                break
             expected.append(token)
             ids = torch.cat([batch['input_ids'], torch.tensor([[token]])], 1)
             batch |= dict(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -94,98 +138,120 @@ def test_option_scores_equal_plain_log_probabilities(world, tmp_path):
         turns = [sample['conversations'][0], {'from': 'gpt', 'value': option}]
         full = world.processor.encode(dict(sample, conversations=turns))
         batch, k = collate_prompts([full], world.processor), len(full.input_ids) - len(prompt.input_ids)
-        with torch.no_grad(): logp = world.model(**batch).logits[0].log_softmax(-1)
+        with torch.no_grad():
+            logp = world.model(**batch).logits[0].log_softmax(-1)
         parts = [float(logp[i - 1, full.input_ids[i]]) for i in range(len(full.input_ids) - k, len(full.input_ids))]
         assert float(log_probabilities(world.model, batch, torch.tensor([k]))[0]) == pytest.approx(sum(parts), abs=1e-4)
         best[option] = sum(parts), sum(parts) / k
     for i, mean in enumerate((False, True)):
-        assert answers(world, tmp_path/f'{mean}', PICK, mean=mean)['s5'] == max(best, key=lambda o: best[o][i])
+        assert answers(world, tmp_path / f'{mean}', PICK, mean=mean)['s5'] == max(best, key=lambda o: best[o][i])
 
 
 def test_sum_and_mean_differ_when_lengths_differ(world, tmp_path):
-    assert answers(world, tmp_path/'sum', PICK) != answers(world, tmp_path/'mean', PICK, mean=True)
+    assert answers(world, tmp_path / 'sum', PICK) != answers(world, tmp_path / 'mean', PICK, mean=True)
 
 
 @pytest.mark.parametrize('fraction', [0, 0.01, 0.3, 0.5, 0.77, 0.999])
 def test_a_file_cut_anywhere_is_completed(world, tmp_path, fraction):
-    answers(world, tmp_path/'whole', PICK)
-    whole = (tmp_path/'whole').read_bytes()
-    (tmp_path/'cut').write_bytes(whole[:int(len(whole) * fraction)])
-    answers(world, tmp_path/'cut', PICK)
-    assert sorted((tmp_path/'cut').read_bytes().splitlines()) == sorted(whole.splitlines())
+    answers(world, tmp_path / 'whole', PICK)
+    whole = (tmp_path / 'whole').read_bytes()
+    (tmp_path / 'cut').write_bytes(whole[: int(len(whole) * fraction)])
+    answers(world, tmp_path / 'cut', PICK)
+    assert sorted((tmp_path / 'cut').read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 def test_a_finished_evaluation_asks_nothing(world, tmp_path):
-    first = evaluate(world.model, world.processor, ASK, world.samples, tmp_path/'p')
-    broken = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None, device='cpu')   # has no generate
-    assert evaluate(broken, world.processor, ASK, world.samples, tmp_path/'p') == first
+    first = evaluate(world.model, world.processor, ASK, world.samples, tmp_path / 'p')
+    broken = SimpleNamespace(
+        training=False, eval=lambda: None, train=lambda mode: None, device='cpu'
+    )  # has no generate
+    assert evaluate(broken, world.processor, ASK, world.samples, tmp_path / 'p') == first
 
 
 def test_an_exception_between_batches_keeps_what_was_answered(world, tmp_path):
     def stop(done, total):
-        if done >= 14: raise KeyboardInterrupt
+        if done >= 14:
+            raise KeyboardInterrupt
+
     world.model.train()
-    with pytest.raises(KeyboardInterrupt): evaluate(world.model, world.processor, ASK, world.samples, tmp_path/'p', progress=stop)
-    assert world.model.training and len(Predictions(tmp_path/'p').rows) == 14
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(world.model, world.processor, ASK, world.samples, tmp_path / 'p', progress=stop)
+    assert world.model.training and len(Predictions(tmp_path / 'p').rows) == 14
     world.model.eval()
     seen = []
-    evaluate(world.model, world.processor, ASK, world.samples, tmp_path/'p', progress=lambda *n: seen.append(n))
+    evaluate(world.model, world.processor, ASK, world.samples, tmp_path / 'p', progress=lambda *n: seen.append(n))
     assert seen == [(21, 23), (23, 23)]
 
 
 def test_killed_in_the_middle(tmp_path):
     "SIGKILL while predictions are written: the file has whole lines and perhaps one torn one, and is continued."
-    code = textwrap.dedent(f'''
+    code = textwrap.dedent(f"""
         from mllm_replica.scoring.evaluation import Predictions
-        p = Predictions({str(tmp_path/"p")!r})
+        p = Predictions({str(tmp_path / 'p')!r})
         i = len(p.rows)
         print("ready", flush=True)
         while True:
             p.append([dict(id=str(i + j), prediction="x" * 500, answer="x", correct=1.0) for j in range(50)]); i += 50
-    ''')
+    """)
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
     process.stdout.readline()
-    while not (tmp_path/'p').exists() or (tmp_path/'p').stat().st_size < 60 * 500: assert process.poll() is None   # more than its first fifty rows
+    while not (tmp_path / 'p').exists() or (tmp_path / 'p').stat().st_size < 60 * 500:
+        assert process.poll() is None  # more than its first fifty rows
     process.send_signal(signal.SIGKILL)
     process.wait()
-    rows = Predictions(tmp_path/'p').rows
+    rows = Predictions(tmp_path / 'p').rows
     assert list(rows) == [str(i) for i in range(len(rows))] and len(rows) >= 50
-    assert (tmp_path/'p').read_bytes().endswith(b'\n')
-    Predictions(tmp_path/'p').append([dict(id='last', prediction='x', answer='x', correct=1.0)])
-    assert list(Predictions(tmp_path/'p').rows) == [*rows, 'last']
+    assert (tmp_path / 'p').read_bytes().endswith(b'\n')
+    Predictions(tmp_path / 'p').append([dict(id='last', prediction='x', answer='x', correct=1.0)])
+    assert list(Predictions(tmp_path / 'p').rows) == [*rows, 'last']
 
 
 def test_score_and_interval_come_from_the_file(world, tmp_path):
-    score = evaluate(world.model, world.processor, PICK, world.samples, tmp_path/'p')
-    rows = [json.loads(line) for line in (tmp_path/'p').read_text().splitlines()]
+    score = evaluate(world.model, world.processor, PICK, world.samples, tmp_path / 'p')
+    rows = [json.loads(line) for line in (tmp_path / 'p').read_text().splitlines()]
     assert set(rows[0]) == {'id', 'prediction', 'answer', 'correct'}
     assert score.n == 23 and score.value == pytest.approx(sum(r['prediction'] == r['answer'] for r in rows) / 23)
     assert score.low <= score.value <= score.high
 
 
 def test_tasks_choose_samples(world, tmp_path):
-    score = evaluate(world.model, world.processor, ASK.model_copy(update={'tasks': ('two',)}), world.samples, tmp_path/'p')
-    assert score.n == 11 and all(int(key[1:]) % 2 for key in Predictions(tmp_path/'p').rows)
+    score = evaluate(
+        world.model, world.processor, ASK.model_copy(update={'tasks': ('two',)}), world.samples, tmp_path / 'p'
+    )
+    assert score.n == 11 and all(int(key[1:]) % 2 for key in Predictions(tmp_path / 'p').rows)
 
 
 def test_several_peoples_answers_are_used(world, tmp_path):
     people = [dict(s, meta=json.dumps({'answers': ['nothing'] * 10})) for s in world.samples]
-    assert evaluate(world.model, world.processor, PICK.model_copy(update={'metric': 'vqa_accuracy'}), people, tmp_path/'p').value == 0
+    assert (
+        evaluate(
+            world.model, world.processor, PICK.model_copy(update={'metric': 'vqa_accuracy'}), people, tmp_path / 'p'
+        ).value
+        == 0
+    )
 
 
 def test_wrong_samples_and_files(world, tmp_path):
-    run = lambda samples, bench=ASK, name='bad': evaluate(world.model, world.processor, bench, samples, tmp_path/name)
+    run = lambda samples, bench=ASK, name='bad': evaluate(world.model, world.processor, bench, samples, tmp_path / name)
     first = world.samples[0]
-    with pytest.raises(ValueError, match="two samples have the id 's0'"): run([first, first])
-    with pytest.raises(ValueError, match="sample 's0' has no answer"): run([dict(first, answer='')])
-    with pytest.raises(ValueError, match="'s0' does not suit its metric"): run([first], ASK.model_copy(update={'metric': 'letter'}))
-    with pytest.raises(ValueError, match='not among its options'): run([dict(first, options=[])], PICK)
-    with pytest.raises(ValueError, match='no samples'): run([])
-    with pytest.raises(KeyError, match='unknown metric'): run([first], ASK.model_copy(update={'metric': 'bleu'}))
+    with pytest.raises(ValueError, match="two samples have the id 's0'"):
+        run([first, first])
+    with pytest.raises(ValueError, match="sample 's0' has no answer"):
+        run([dict(first, answer='')])
+    with pytest.raises(ValueError, match="'s0' does not suit its metric"):
+        run([first], ASK.model_copy(update={'metric': 'letter'}))
+    with pytest.raises(ValueError, match='not among its options'):
+        run([dict(first, options=[])], PICK)
+    with pytest.raises(ValueError, match='no samples'):
+        run([])
+    with pytest.raises(KeyError, match='unknown metric'):
+        run([first], ASK.model_copy(update={'metric': 'bleu'}))
     run([first], name='one')
-    with pytest.raises(ValueError, match='another sample'): run([world.samples[1]], name='one')
-    (tmp_path/'one').write_text('{"id": \n{"id": "s0"}\n')
-    with pytest.raises(ValueError, match='line 1 is no JSON'): run([first], name='one')
+    with pytest.raises(ValueError, match='another sample'):
+        run([world.samples[1]], name='one')
+    (tmp_path / 'one').write_text('{"id": \n{"id": "s0"}\n')
+    with pytest.raises(ValueError, match='line 1 is no JSON'):
+        run([first], name='one')
 
 
 def test_left_padded_keeps_tokens_in_order():

@@ -1,4 +1,5 @@
 "Everything that can happen to a unit: the journal tells the truth, the others finish, the next run does only the rest."
+
 import os, signal
 
 import psutil
@@ -14,9 +15,12 @@ def kernels(project):
     "Processes that still work for the project's units."
     found = []
     for process in psutil.process_iter(['environ']):
-        try: mine = (process.info['environ'] or {}).get('MLLM_REPLICA_RUNS') == str(project.runs)
-        except psutil.Error: continue
-        if mine and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE: found.append(process)
+        try:
+            mine = (process.info['environ'] or {}).get('MLLM_REPLICA_RUNS') == str(project.runs)
+        except psutil.Error:
+            continue
+        if mine and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
     return found
 
 
@@ -42,8 +46,10 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
     assert found['hangs'].reason == 'it ran longer than 5 s'
     assert all(o.peak_memory_mb > 20 for o in found.values())
     assert 'ZeroDivisionError' in str(first) and any('ZeroDivisionError' in line for line in found['raises'].log_tail)
-    late = project.runs/'units'/found['late'].key
-    assert (late/'result.rejected.json').exists() and not (late/'result.json').exists()  # it had written a result, then failed
+    late = project.runs / 'units' / found['late'].key
+    assert (late / 'result.rejected.json').exists() and not (
+        late / 'result.json'
+    ).exists()  # it had written a result, then failed
     assert dict((row, event) for event, row in project.events()) == statuses
     tracked = project.tracked()
     assert {row: tracked[row][0] for row in ROWS} == {row: 'FINISHED' if row == 'good' else 'FAILED' for row in ROWS}
@@ -58,7 +64,11 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
     tracked = project.tracked()
     assert {tracked[row][0] for row in ROWS} == {'FINISHED'}
     good = tracked['good'][1]
-    assert (good['replicated/toy'], good['published/acc'], good['loss']) == (0.6, 50.0, 1.5) and 'difference/acc' not in good
+    assert (good['replicated/toy'], good['published/acc'], good['loss']) == (
+        0.6,
+        50.0,
+        1.5,
+    ) and 'difference/acc' not in good
 
     third = run()
     assert (third.exit_code, third.skipped, third.outcomes) == (0, 6, [])
@@ -66,12 +76,19 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
 
 def test_bad_parameters_stop_everything_before_a_process_starts(project):
     run = lambda pipeline: run_tables('mm1', ['faults'], 'smoke', rows=['good'], pipeline=pipeline)
-    notebook = lambda source, tags=('parameters',): write_notebook(project.root/'bad.ipynb', source, RESULT, tags=tags)
-    with pytest.raises(ValueError, match='0 cells tagged `parameters`'): run(notebook(PARAMETERS, ()))
-    with pytest.raises(ValueError, match='the notebook wants steps'): run(notebook(PARAMETERS + '\nsteps: int = 3'))
-    with pytest.raises(ValueError, match='seed is int, the notebook wants str'): run(notebook(PARAMETERS.replace('int', 'str')))
-    with pytest.raises(KeyError, match="no rows .'goood'.*good, raises"): run_tables('mm1', ['faults'], 'smoke', rows=['goood'])
-    with pytest.raises(ValueError, match='seed'): run_tables('mm1', ['faults'], 'smoke', rows=['good'], seeds=['10'])
+    notebook = lambda source, tags=('parameters',): write_notebook(
+        project.root / 'bad.ipynb', source, RESULT, tags=tags
+    )
+    with pytest.raises(ValueError, match='0 cells tagged `parameters`'):
+        run(notebook(PARAMETERS, ()))
+    with pytest.raises(ValueError, match='the notebook wants steps'):
+        run(notebook(PARAMETERS + '\nsteps: int = 3'))
+    with pytest.raises(ValueError, match='seed is int, the notebook wants str'):
+        run(notebook(PARAMETERS.replace('int', 'str')))
+    with pytest.raises(KeyError, match="no rows .'goood'.*good, raises"):
+        run_tables('mm1', ['faults'], 'smoke', rows=['goood'])
+    with pytest.raises(ValueError, match='seed'):
+        run_tables('mm1', ['faults'], 'smoke', rows=['good'], seeds=['10'])
     assert not project.runs.exists()
 
 
@@ -108,10 +125,16 @@ def test_a_killed_runner_leaves_no_process_and_no_lie(project):
 def test_two_runs_on_one_output_share_the_work(project):
     gate, closed = project.close_gate()
     both = [project.start('good', 'raises', PYTHONUNBUFFERED='1', **closed) for _ in range(2)]
-    said = [''.join(iter_until(process.stdout, 'started ')) for process in both]   # each has a unit of its own at work, or waits for the other's
+    said = [
+        ''.join(iter_until(process.stdout, 'started ')) for process in both
+    ]  # each has a unit of its own at work, or waits for the other's
     gate.unlink()
     output = [before + process.communicate()[0] for before, process in zip(said, both)]
-    assert [process.returncode for process in both] == [0, 0], output  # also: two processes created the tracker's tables at once
+    assert [process.returncode for process in both] == [0, 0], (
+        output
+    )  # also: two processes created the tracker's tables at once
     assert sorted(project.events('started')) == [('started', 'good'), ('started', 'raises')]
-    assert {row: run[0] for row, run in project.tracked().items()} == dict(good='FINISHED', raises='FINISHED', table='FINISHED')
+    assert {row: run[0] for row, run in project.tracked().items()} == dict(
+        good='FINISHED', raises='FINISHED', table='FINISHED'
+    )
     assert '2 units finished' in output[0] and '2 units finished' in output[1]

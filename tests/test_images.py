@@ -1,4 +1,5 @@
 """Images as they come: every odd kind has one defined result, every broken one an error that names it."""
+
 import io
 import struct
 import warnings
@@ -23,52 +24,66 @@ def gradient(width=40, height=30):
 
 
 def png_header(width, height):
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) + chunk(b'IDAT', b'') + chunk(b'IEND', b'')
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+        + chunk(b'IDAT', b'')
+        + chunk(b'IEND', b'')
+    )
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'BMP', 'TIFF', 'GIF', 'JPEG', 'WEBP'])
 def test_every_allowed_format_opens_as_rgb(kind):
     image = open_image(encoded(gradient(), kind))
     assert (image.mode, image.size) == ('RGB', (40, 30))
-    assert np.abs(np.asarray(image, int) - np.asarray(gradient(), int)).mean() < 12   # lossy formats and GIF's palette
+    assert np.abs(np.asarray(image, int) - np.asarray(gradient(), int)).mean() < 12  # lossy formats and GIF's palette
 
 
 def test_format_outside_the_list_is_refused():
-    with pytest.raises(ImageError, match='not a readable PNG'): open_image(encoded(gradient(), 'ICO'))
+    with pytest.raises(ImageError, match='not a readable PNG'):
+        open_image(encoded(gradient(), 'ICO'))
 
 
 def test_content_decides_not_the_name(tmp_path):
-    (tmp_path/'photo.png').write_bytes(encoded(gradient(), 'JPEG'))
+    (tmp_path / 'photo.png').write_bytes(encoded(gradient(), 'JPEG'))
     assert open_image('photo.png', tmp_path).size == (40, 30)
     for name, content in {'text.png': b'just text', 'drawing.jpg': b'<svg xmlns="x"/>', 'empty.png': b''}.items():
-        (tmp_path/name).write_bytes(content)
-        with pytest.raises(ImageError, match=f'{name}: not a readable'): open_image(name, tmp_path)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=f'{name}: not a readable'):
+            open_image(name, tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP', 'BMP'])
 @pytest.mark.parametrize('part', [0.2, 0.5, 0.9])
 def test_truncated_files_are_named(kind, part):
     content = encoded(gradient(200, 150), kind)
-    with pytest.raises(ImageError, match='half.img'): open_image({'bytes': content[:int(len(content) * part)], 'path': 'half.img'})
+    with pytest.raises(ImageError, match='half.img'):
+        open_image({'bytes': content[: int(len(content) * part)], 'path': 'half.img'})
 
 
 def test_flipped_bytes_in_the_pixels_are_an_error():
     content = bytearray(encoded(gradient(200, 150)))
-    content[len(content) // 2] ^= 0xff
-    with pytest.raises(ImageError, match='damaged or truncated'): open_image(bytes(content))
+    content[len(content) // 2] ^= 0xFF
+    with pytest.raises(ImageError, match='damaged or truncated'):
+        open_image(bytes(content))
 
 
 @pytest.mark.parametrize('side', [7000, 12000, 60000])
 def test_giants_are_refused_before_decoding_and_without_warning(side):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(ImageError, match=f'more pixels|more than the limit of {MAX_PIXELS}'): open_image(png_header(side, side))
-    assert Image.MAX_IMAGE_PIXELS == 89478485   # Pillow's own limit is left alone
+        with pytest.raises(ImageError, match=f'more pixels|more than the limit of {MAX_PIXELS}'):
+            open_image(png_header(side, side))
+    assert Image.MAX_IMAGE_PIXELS == 89478485  # Pillow's own limit is left alone
 
 
 def test_cmyk_palette_and_grey():
-    assert open_image(encoded(Image.new('CMYK', (3, 2), (0, 255, 255, 0)), 'JPEG')).getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=6)
+    assert open_image(encoded(Image.new('CMYK', (3, 2), (0, 255, 255, 0)), 'JPEG')).getpixel((0, 0)) == pytest.approx(
+        (255, 0, 0), abs=6
+    )
     palette = Image.new('P', (2, 1))
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putpixel((1, 0), 1)
@@ -111,34 +126,50 @@ def test_extreme_sizes_keep_their_shape(size):
 
 
 def test_first_frame_of_an_animation():
-    content = encoded(Image.new('RGB', (4, 4), 'red'), 'GIF', save_all=True, append_images=[Image.new('RGB', (4, 4), 'blue')])
+    content = encoded(
+        Image.new('RGB', (4, 4), 'red'), 'GIF', save_all=True, append_images=[Image.new('RGB', (4, 4), 'blue')]
+    )
     assert open_image(content).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize('path', ['../secret.png', 'a/../../secret.png', '/secret.png', '..\\secret.png', 'C:/secret.png',
-                                  'link.png', 'linked/secret.png'])
+@pytest.mark.parametrize(
+    'path',
+    [
+        '../secret.png',
+        'a/../../secret.png',
+        '/secret.png',
+        '..\\secret.png',
+        'C:/secret.png',
+        'link.png',
+        'linked/secret.png',
+    ],
+)
 def test_no_path_leaves_the_root(tmp_path, path):
-    root = tmp_path/'root'
+    root = tmp_path / 'root'
     root.mkdir()
-    (tmp_path/'secret.png').write_bytes(encode_png(gradient()))
-    (root/'link.png').symlink_to(tmp_path/'secret.png')
-    (root/'linked').symlink_to(tmp_path)
-    with pytest.raises(ImageError, match='absolute|contains|leads outside'): resolve_image(path, root)
-    with pytest.raises(ImageError): open_image({'bytes': None, 'path': path}, root)
+    (tmp_path / 'secret.png').write_bytes(encode_png(gradient()))
+    (root / 'link.png').symlink_to(tmp_path / 'secret.png')
+    (root / 'linked').symlink_to(tmp_path)
+    with pytest.raises(ImageError, match='absolute|contains|leads outside'):
+        resolve_image(path, root)
+    with pytest.raises(ImageError):
+        open_image({'bytes': None, 'path': path}, root)
 
 
 def test_unusual_but_good_paths(tmp_path):
-    folder = tmp_path/'mit Leerzeichen und Ümlaut'
+    folder = tmp_path / 'mit Leerzeichen und Ümlaut'
     folder.mkdir()
-    (folder/'a b..png').write_bytes(encode_png(gradient()))
-    (folder/'inner.png').symlink_to(folder/'a b..png')
+    (folder / 'a b..png').write_bytes(encode_png(gradient()))
+    (folder / 'inner.png').symlink_to(folder / 'a b..png')
     assert open_image('a b..png', folder).size == open_image('inner.png', folder).size == (40, 30)
 
 
 def test_missing_file_and_wrong_type(tmp_path):
-    with pytest.raises(ImageError, match="'no.png' does not exist"): open_image('no.png', tmp_path)
+    with pytest.raises(ImageError, match="'no.png' does not exist"):
+        open_image('no.png', tmp_path)
     for wrong in (None, 3, {}, {'path': None, 'bytes': None}):
-        with pytest.raises(ImageError, match='expected a path, bytes'): open_image(wrong)
+        with pytest.raises(ImageError, match='expected a path, bytes'):
+            open_image(wrong)
 
 
 def test_png_round_trip_is_exact():

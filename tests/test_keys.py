@@ -42,7 +42,9 @@ def edit(copy):
 
 def codes(copy: Path) -> dict[str, str]:
     "Code of one tiny row per paper."
-    rows = dict(owl2=('5', 'mam_both'), honeybee=('3', 'cabs_144'), mm1=('fig4', None), eagle=('4', None), owl3=('8', None))
+    rows = dict(
+        owl2=('5', 'mam_both'), honeybee=('3', 'cabs_144'), mm1=('fig4', None), eagle=('4', None), owl3=('8', None)
+    )
     found = {}
     for paper, (table, row) in rows.items():
         chapter = recipes_of(paper)
@@ -80,9 +82,17 @@ def test_a_moved_module_keeps_its_meaning(copy):
     shutil.copytree(copy, moved)
     (moved / file.relative_to(copy)).rename(moved / 'mllm_replica' / 'entropy.py')
     for other in moved.rglob('*.py'):
-        other.write_text(re.sub(rf'from (\.*|{package.name}\.)(\w+\.)?loss import', 'from mllm_replica.entropy import', other.read_text()))
+        other.write_text(
+            re.sub(
+                rf'from (\.*|{package.name}\.)(\w+\.)?loss import',
+                'from mllm_replica.entropy import',
+                other.read_text(),
+            )
+        )
     entropy = moved / 'mllm_replica' / 'entropy.py'
-    entropy.write_text(re.sub(r'from \.(\w+) import', rf'from {name.rpartition(".")[0]}.\1 import', entropy.read_text()))
+    entropy.write_text(
+        re.sub(r'from \.(\w+) import', rf'from {name.rpartition(".")[0]}.\1 import', entropy.read_text())
+    )
     assert codes(moved) == before
 
 
@@ -95,5 +105,7 @@ def test_every_row_reaches_its_model_its_data_and_the_training(paper):
             names = {part.name for part in keys.reach(recipe)}
             worlds = {source.name for source in recipe.sources.values() if source.kind == 'world'}
             missing = {world for world in worlds if not any(name.endswith(f'WORLDS[{world}]') for name in names)}
-            assert {'build', 'measure', 'load_source', 'score'} <= names and not missing, f'{recipe.unit} does not reach {missing}'
+            assert {'build', 'measure', 'load_source', 'score'} <= names and not missing, (
+                f'{recipe.unit} does not reach {missing}'
+            )
             assert 'train' in names or not recipe.stages

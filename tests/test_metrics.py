@@ -1,4 +1,5 @@
 """Metrics on random answers: bounds and symmetries; the bootstrap interval covers as often as it says."""
+
 import random
 
 import numpy as np
@@ -11,11 +12,15 @@ WORDS = 'red blue yes no a b dog 7 ? .'.split()
 
 @pytest.mark.parametrize('name', METRICS)
 def test_bounds_and_the_answer_itself(name):
-    rng, answers = random.Random(0), {'yes_no': ['yes', 'no'], 'letter': ['A', 'b']}.get(name, ['red dog', 'b 7', 'yes'])
+    rng, answers = (
+        random.Random(0),
+        {'yes_no': ['yes', 'no'], 'letter': ['A', 'b']}.get(name, ['red dog', 'b 7', 'yes']),
+    )
     assert metric(name).__doc__ and '\n' not in metric(name).__doc__
     for answer in answers:
         assert metric(name)(f'  {answer.upper()} ', answer) == 1
-        for _ in range(100): assert 0 <= metric(name)(' '.join(rng.choices(WORDS, k=rng.randrange(5))), answer) <= 1
+        for _ in range(100):
+            assert 0 <= metric(name)(' '.join(rng.choices(WORDS, k=rng.randrange(5))), answer) <= 1
 
 
 def test_token_f1_is_symmetric():
@@ -29,7 +34,7 @@ def test_vqa_accuracy_equals_its_definition():
     rng = random.Random(2)
     for _ in range(50):
         people = rng.choices(['red', 'blue', 'green'], k=10)
-        subsets = [people[:i] + people[i+1:] for i in range(10)]
+        subsets = [people[:i] + people[i + 1 :] for i in range(10)]
         assert vqa_accuracy('red', people) == pytest.approx(np.mean([min(1, s.count('red') / 3) for s in subsets]))
 
 
@@ -54,5 +59,5 @@ def test_bootstrap_covers_the_true_mean():
 def test_clusters_of_one_change_nothing_and_big_clusters_widen():
     values = (np.random.default_rng(3).random(120) < 0.5).astype(float)
     assert bootstrap(values, clusters=range(120)) == bootstrap(values)
-    same = np.repeat([0., 1.], 60)
+    same = np.repeat([0.0, 1.0], 60)
     assert np.diff(bootstrap(same, clusters=[i // 20 for i in range(120)])) > 2 * np.diff(bootstrap(same))

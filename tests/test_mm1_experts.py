@@ -1,4 +1,5 @@
 """MM1's mixture of experts: the worked numbers, a token-by-token reference, up-cycling, and its losses under checkpointing and accumulation."""
+
 import copy
 import math
 from pathlib import Path
@@ -9,13 +10,29 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mllm_replica.mm1.experts import (Experts, Router, SparseMLP, auxiliary_loss, expert_capacity, insert_experts, queue_positions,
-                                      record_routing, route)
+from mllm_replica.mm1.experts import (
+    Experts,
+    Router,
+    SparseMLP,
+    auxiliary_loss,
+    expert_capacity,
+    insert_experts,
+    queue_positions,
+    record_routing,
+    route,
+)
 from mllm_replica.models.cost import as_fake, count
 
 CASE = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'moe_router.yaml').read_text())
-CONFIG = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64)
-NUMBERS = dict(rtol=1e-6, atol=2e-9)   # the file has nine digits
+CONFIG = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
+NUMBERS = dict(rtol=1e-6, atol=2e-9)  # the file has nine digits
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +44,17 @@ def one_thread():
 def model(every=2, num_experts=8, dtype=torch.float32, **more):
     found = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
     insert_experts(found, every, num_experts, **more)
-    for layer in found.model.layers[every - 1::every]: layer.mlp.router.weight.data.normal_(std=0.5)   # decided routers, uneven loads
+    for layer in found.model.layers[every - 1 :: every]:
+        layer.mlp.router.weight.data.normal_(std=0.5)  # decided routers, uneven loads
     return found
 
 
-def ids(rows=2, length=16): return torch.randint(0, 60, (rows, length))
+def ids(rows=2, length=16):
+    return torch.randint(0, 60, (rows, length))
 
 
-def tensor(values): return torch.tensor(values, dtype=torch.float64)
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize('name', ['no_capacity', 'with_capacity_2'])
@@ -61,30 +81,38 @@ def test_worked_example(name):
         agree((routing.gates * routing.kept).T, [case['capacity']['combine_gate1'], case['capacity']['combine_gate2']])
     linear = case['expert_outputs_linear']
     layer = SparseMLP(Router(2, 4), Experts(4, 2, 2, 'linear', gated=False)).double()
-    layer.experts.up_proj.data, layer.experts.down_proj.data = torch.eye(2).double().repeat(4, 1, 1), tensor(linear['W']).mT.contiguous()
+    layer.experts.up_proj.data, layer.experts.down_proj.data = (
+        torch.eye(2).double().repeat(4, 1, 1),
+        tensor(linear['W']).mT.contiguous(),
+    )
     agree(layer.mix(tensor(linear['x']), routing), linear['y'])
 
 
 def test_choices_that_are_zero_in_single_precision():
-    assert route(torch.tensor([[200., 0, 50, -3]])).experts.tolist() == [[0, 2]]
+    assert route(torch.tensor([[200.0, 0, 50, -3]])).experts.tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize('capacity', [0, -1])
 def test_a_capacity_that_is_none(capacity):
-    with pytest.raises(ValueError, match=f'capacity is {capacity}; expected at least 1'): route(torch.zeros(3, 4), capacity)
+    with pytest.raises(ValueError, match=f'capacity is {capacity}; expected at least 1'):
+        route(torch.zeros(3, 4), capacity)
 
 
 def test_limits_of_the_losses():
     zeros = route(torch.zeros(7, 4))
-    assert zeros.experts.tolist() == [[0, 1]] * 7 and zeros.balance == 1   # ties go to the lower number
+    assert zeros.experts.tolist() == [[0, 1]] * 7 and zeros.balance == 1  # ties go to the lower number
     assert zeros.z.item() == pytest.approx(CASE['balanced']['z_loss_zero_logits_E4'], rel=1e-6)
     collapsed = CASE['collapse_example']
     assert route(tensor([collapsed['P']]).log()).balance.item() == pytest.approx(collapsed['load_balance_loss'])
-    assert route(torch.tensor([[200., 0, 0]])).experts.tolist() == [[0, 1]] and route(torch.tensor([[200., 0, 0]])).gates.tolist() == [[1, 0]]
+    assert route(torch.tensor([[200.0, 0, 0]])).experts.tolist() == [[0, 1]] and route(
+        torch.tensor([[200.0, 0, 0]])
+    ).gates.tolist() == [[1, 0]]
 
 
 def test_capacity_of_axlearn():
-    assert [expert_capacity(n, e, f) for n, e, f in ((4096, 64, 2.0), (100, 8, 2.0), (6, 8, 2.0), (20, 4, 1.0), (7, 4, 1.0))] == [128, 28, 1, 8, 1]
+    assert [
+        expert_capacity(n, e, f) for n, e, f in ((4096, 64, 2.0), (100, 8, 2.0), (6, 8, 2.0), (20, 4, 1.0), (7, 4, 1.0))
+    ] == [128, 28, 1, 8, 1]
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -111,8 +139,10 @@ def token_by_token(layer, x):
         row = 0
         for gate, e in zip(gates / (gates.sum() + 1e-9), chosen):
             inner = layer.experts.up_proj[e] @ token
-            if layer.experts.gated: inner = layer.experts.activation(inner.chunk(2)[0]) * inner.chunk(2)[1]
-            else: inner = layer.experts.activation(inner)
+            if layer.experts.gated:
+                inner = layer.experts.activation(inner.chunk(2)[0]) * inner.chunk(2)[1]
+            else:
+                inner = layer.experts.activation(inner)
             row = row + gate * (layer.experts.down_proj[e] @ inner)
         rows.append(row)
     return torch.stack(rows).view(x.shape)
@@ -122,7 +152,10 @@ def token_by_token(layer, x):
 @pytest.mark.parametrize('rows, length, num_experts', [(1, 1, 2), (1, 1, 8), (2, 3, 3), (3, 11, 8), (1, 40, 64)])
 def test_grouped_form_means_the_same(rows, length, num_experts, gated):
     "Outputs and all gradients, also where most experts are without a token."
-    layer = SparseMLP(Router(6, num_experts, std=1.), Experts(num_experts, 6, 5, 'silu' if gated else 'gelu_pytorch_tanh', gated, std=0.5)).double()
+    layer = SparseMLP(
+        Router(6, num_experts, std=1.0),
+        Experts(num_experts, 6, 5, 'silu' if gated else 'gelu_pytorch_tanh', gated, std=0.5),
+    ).double()
     x, found = torch.randn(rows, length, 6, dtype=torch.float64), []
     for forward in (layer, lambda x: token_by_token(layer, x)):
         layer.zero_grad()
@@ -130,9 +163,11 @@ def test_grouped_form_means_the_same(rows, length, num_experts, gated):
         out = forward(inputs)
         (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
         found.append([out.detach(), inputs.grad] + [p.grad.clone() for p in layer.parameters()])
-    for ours, reference in zip(*found): torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
+    for ours, reference in zip(*found):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
     used = set(layer.router(x.flatten(0, 1)).experts.flatten().tolist())
-    for e in set(range(num_experts)) - used: assert layer.experts.up_proj.grad[e].abs().max() == layer.experts.down_proj.grad[e].abs().max() == 0
+    for e in set(range(num_experts)) - used:
+        assert layer.experts.up_proj.grad[e].abs().max() == layer.experts.down_proj.grad[e].abs().max() == 0
 
 
 @pytest.mark.parametrize('dtype, limit', [(torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -142,8 +177,11 @@ def test_up_cycling_changes_nothing(every, num_experts, dtype, limit):
     dense = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
     sparse, tokens = copy.deepcopy(dense), ids()
     insert_experts(sparse, every, num_experts)
-    assert [i for i, layer in enumerate(sparse.model.layers) if isinstance(layer.mlp, SparseMLP)] == list(range(every - 1, 4, every))
-    for layer in sparse.model.layers[every - 1::every]: layer.mlp.router.weight.data.normal_()
+    assert [i for i, layer in enumerate(sparse.model.layers) if isinstance(layer.mlp, SparseMLP)] == list(
+        range(every - 1, 4, every)
+    )
+    for layer in sparse.model.layers[every - 1 :: every]:
+        layer.mlp.router.weight.data.normal_()
     a, b = dense(tokens).logits.double(), sparse(tokens).logits.double()
     assert (a - b).abs().max() <= limit * a.abs().max()
 
@@ -183,7 +221,7 @@ def test_rows_of_a_batch_do_not_meet():
 
 
 def test_dropped_tokens_get_nothing():
-    layer = SparseMLP(Router(6, 4, capacity_factor=0.5, std=1.), Experts(4, 6, 5, std=0.5))
+    layer = SparseMLP(Router(6, 4, capacity_factor=0.5, std=1.0), Experts(4, 6, 5, std=0.5))
     x = torch.randn(40, 6)
     routing, out = layer.router(x), layer(x)
     assert routing.kept.sum() <= 4 * expert_capacity(40, 4, 0.5) < 80
@@ -192,24 +230,30 @@ def test_dropped_tokens_get_nothing():
 
 
 def test_router_is_single_precision():
-    router, x = Router(64, 8, std=1.), torch.randn(50, 64)
-    with torch.autocast('cpu', torch.bfloat16): logits = router(x).logits
+    router, x = Router(64, 8, std=1.0), torch.randn(50, 64)
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = router(x).logits
     assert logits.dtype == torch.float32 and torch.equal(logits, router(x).logits)
     low = copy.deepcopy(router).bfloat16()
     assert low(x.bfloat16()).logits.dtype == torch.float32
     layer = SparseMLP(router, Experts(8, 64, 16))
-    with torch.autocast('cpu', torch.bfloat16): out = layer(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x)
     assert (out.float() - layer(x)).abs().max() < 0.02 * layer(x).abs().max()
 
 
 def gradients(found, tokens, **checkpointing):
     found = copy.deepcopy(found).train()
-    enable = getattr(found, 'activation_checkpointing_enable', None) or found.gradient_checkpointing_enable   # the older name
-    if checkpointing: enable(checkpointing)
-    with record_routing(found) as routings: loss = found(tokens, labels=tokens).loss
+    enable = (
+        getattr(found, 'activation_checkpointing_enable', None) or found.gradient_checkpointing_enable
+    )  # the older name
+    if checkpointing:
+        enable(checkpointing)
+    with record_routing(found) as routings:
+        loss = found(tokens, labels=tokens).loss
     extra = auxiliary_loss(routings)
     (loss + extra).backward()
-    assert len(routings) == 2   # a layer computed again is not heard again
+    assert len(routings) == 2  # a layer computed again is not heard again
     assert not any(module._forward_hooks for module in found.modules() if isinstance(module, Router))
     return extra.detach(), {name: p.grad for name, p in found.named_parameters()}
 
@@ -218,17 +262,21 @@ def test_losses_survive_checkpointing():
     found, tokens = model(), ids()
     (plain, expected), (again, computed) = gradients(found, tokens), gradients(found, tokens, use_reentrant=False)
     assert plain == again
-    for name, grad in expected.items(): torch.testing.assert_close(computed[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+    for name, grad in expected.items():
+        torch.testing.assert_close(computed[name], grad, rtol=1e-5, atol=1e-7, msg=name)
     alone = copy.deepcopy(found)
     alone(tokens, labels=tokens).loss.backward()
-    for name, p in alone.named_parameters():   # the auxiliary loss teaches something, all the way down
-        if name.endswith('router.weight') or name == 'model.layers.0.self_attn.v_proj.weight': assert (p.grad - expected[name]).abs().max() > 1e-6
+    for name, p in alone.named_parameters():  # the auxiliary loss teaches something, all the way down
+        if name.endswith('router.weight') or name == 'model.layers.0.self_attn.v_proj.weight':
+            assert (p.grad - expected[name]).abs().max() > 1e-6
 
 
 def test_reentrant_checkpointing_is_refused():
-    with pytest.raises(RuntimeError, match='use_reentrant=False'): gradients(model(), ids(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match='use_reentrant=False'):
+        gradients(model(), ids(), use_reentrant=True)
     found = model()
-    with torch.no_grad(), record_routing(found) as routings: found(ids())
+    with torch.no_grad(), record_routing(found) as routings:
+        found(ids())
     assert not auxiliary_loss(routings).requires_grad
 
 
@@ -238,9 +286,11 @@ def test_losses_follow_accumulation():
     apart = [gradients(found, part)[1] for part in parts]
     found.train()
     for part in parts:
-        with record_routing(found) as routings: loss = found(part, labels=part).loss
+        with record_routing(found) as routings:
+            loss = found(part, labels=part).loss
         ((loss + auxiliary_loss(routings)) / 2).backward()
-    for name, p in found.named_parameters(): torch.testing.assert_close(p.grad, (apart[0][name] + apart[1][name]) / 2, rtol=1e-5, atol=1e-7, msg=name)
+    for name, p in found.named_parameters():
+        torch.testing.assert_close(p.grad, (apart[0][name] + apart[1][name]) / 2, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_balance_loss_evens_the_load():
@@ -260,21 +310,33 @@ def test_plans_count_two_experts_of_many():
     "On tensors without data: as many products as a dense layer of twice the width, and the router."
     width, inner, n = 32, 24, 64
     flops = {}
-    for name, make in (('dense', lambda: LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=2 * inner))),
-                       ('sparse', lambda: SparseMLP(Router(width, 8), Experts(8, width, inner)))):
-        with torch.device('meta'): module = make()
-        with as_fake(module): flops[name] = count(lambda: module(torch.randn(2, n // 2, width, requires_grad=True)))
+    for name, make in (
+        ('dense', lambda: LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=2 * inner))),
+        ('sparse', lambda: SparseMLP(Router(width, 8), Experts(8, width, inner))),
+    ):
+        with torch.device('meta'):
+            module = make()
+        with as_fake(module):
+            flops[name] = count(lambda: module(torch.randn(2, n // 2, width, requires_grad=True)))
     router = 2 * n * width * 8
-    assert flops['sparse'].forward == flops['dense'].forward + router and flops['sparse'].backward == flops['dense'].backward + 2 * router
+    assert (
+        flops['sparse'].forward == flops['dense'].forward + router
+        and flops['sparse'].backward == flops['dense'].backward + 2 * router
+    )
 
 
 def test_refusals():
     found = LlamaForCausalLM(LlamaConfig(**CONFIG))
     for arguments, said in (((0, 8), 'every 0th'), ((5, 8), 'every 5th of 4 layers'), ((2, 1), '2 or more')):
-        with pytest.raises(ValueError, match=said): insert_experts(found, *arguments)
-    with pytest.raises(ValueError, match='capacity_factor'): insert_experts(found, 2, 4, capacity_factor=0.)
-    with pytest.raises(NotImplementedError, match='mlp_bias=True'): insert_experts(LlamaForCausalLM(LlamaConfig(**CONFIG, mlp_bias=True)), 2, 4)
+        with pytest.raises(ValueError, match=said):
+            insert_experts(found, *arguments)
+    with pytest.raises(ValueError, match='capacity_factor'):
+        insert_experts(found, 2, 4, capacity_factor=0.0)
+    with pytest.raises(NotImplementedError, match='mlp_bias=True'):
+        insert_experts(LlamaForCausalLM(LlamaConfig(**CONFIG, mlp_bias=True)), 2, 4)
     assert not any(isinstance(layer.mlp, SparseMLP) for layer in found.model.layers)
     insert_experts(found, 4, 2)
-    with pytest.raises(NotImplementedError, match='SparseMLP'): insert_experts(found, 2, 2)
-    with pytest.raises(ValueError, match='no router was heard'): auxiliary_loss([])
+    with pytest.raises(NotImplementedError, match='SparseMLP'):
+        insert_experts(found, 2, 2)
+    with pytest.raises(ValueError, match='no router was heard'):
+        auxiliary_loss([])

@@ -1,4 +1,5 @@
 """MM1's learning-rate law against every worked number, and its intervals against an independent computation."""
+
 import math
 from pathlib import Path
 
@@ -10,21 +11,25 @@ from scipy import stats
 from mllm_replica.mm1.law import PUBLISHED, fit_law, optimal_rate, scheduled_rate, weight_decay
 
 LAW = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'lr_law.yaml').read_text())
-near = lambda value: pytest.approx(value, rel=1e-8)   # the file has nine digits
+near = lambda value: pytest.approx(value, rel=1e-8)  # the file has nine digits
 
 
 def test_published_law():
     assert PUBLISHED == (LAW['law']['slope'], LAW['law']['intercept'])
     for row in LAW['evaluate']:
-        assert PUBLISHED.rate(row['N']) == near(row['lr']) and weight_decay(PUBLISHED.rate(row['N'])) == near(row['weight_decay'])
-    for factor in (2, 10): assert PUBLISHED.rate(7e7 * factor) / PUBLISHED.rate(7e7) == near(LAW['scaling_identity'][f'r{factor}'])
+        assert PUBLISHED.rate(row['N']) == near(row['lr']) and weight_decay(PUBLISHED.rate(row['N'])) == near(
+            row['weight_decay']
+        )
+    for factor in (2, 10):
+        assert PUBLISHED.rate(7e7 * factor) / PUBLISHED.rate(7e7) == near(LAW['scaling_identity'][f'r{factor}'])
 
 
 def test_fit_and_predictions():
     example = LAW['fit_example']
     fit = fit_law(example['N'], example['lr'])
     assert fit.law.slope == near(example['slope']) and fit.law.intercept == near(example['intercept'])
-    for row in example['predict']: assert fit.predict(row['N'])[0] == near(row['lr'])
+    for row in example['predict']:
+        assert fit.predict(row['N'])[0] == near(row['lr'])
 
 
 def test_intervals():
@@ -52,13 +57,17 @@ def test_schedule():
 
 @pytest.mark.parametrize('best', [3e-4, 7e-4, 1.1e-3])
 def test_optimum_lies_between_grid_points(best):
-    grid = [1e-4 * 2 ** i for i in range(6)]
+    grid = [1e-4 * 2**i for i in range(6)]
     assert optimal_rate(grid, [2 + 0.3 * math.log(lr / best) ** 2 for lr in grid]) == pytest.approx(best)
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match='edge of the grid, at 0.0001'): optimal_rate([1e-4, 2e-4, 4e-4], [1, 2, 3])
-    assert optimal_rate([1e-4, 2e-4, 4e-4], [2, 1, math.inf]) == 2e-4   # the neighbour diverged
-    with pytest.raises(ValueError, match='positive rate'): fit_law([1e6, 2e6, 3e6], [1e-3, 0, 1e-4])
-    with pytest.raises(ValueError, match='of different sizes'): fit_law([1e6] * 3, [1e-3] * 3)
-    with pytest.raises(ValueError, match='positive rate for each'): fit_law([1e6, 2e6, 4e6], [1e-3] * 2)
+    with pytest.raises(ValueError, match='edge of the grid, at 0.0001'):
+        optimal_rate([1e-4, 2e-4, 4e-4], [1, 2, 3])
+    assert optimal_rate([1e-4, 2e-4, 4e-4], [2, 1, math.inf]) == 2e-4  # the neighbour diverged
+    with pytest.raises(ValueError, match='positive rate'):
+        fit_law([1e6, 2e6, 3e6], [1e-3, 0, 1e-4])
+    with pytest.raises(ValueError, match='of different sizes'):
+        fit_law([1e6] * 3, [1e-3] * 3)
+    with pytest.raises(ValueError, match='positive rate for each'):
+        fit_law([1e6, 2e6, 4e6], [1e-3] * 2)

@@ -1,4 +1,5 @@
 "MM1's model: the layer that is read, batches and packs, experts and their losses, checkpoints, resolutions, prompts, the paper's sizes, wrong input."
+
 import copy
 
 import pytest
@@ -15,8 +16,18 @@ from mllm_replica.data.packing import collate, encode_document, truncate
 from mllm_replica.mm1.components import SubImages, letterboxed, resize_positions
 from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences, source_sequences
 from mllm_replica.mm1.experts import SparseMLP, auxiliary_loss, record_routing
-from mllm_replica.mm1.model import (ENCODERS, LANGUAGE_MODELS, PRESETS, MM1Config, MM1Model, MM1Processor, assumed, at_resolution,
-                                    paper_config, published_stages)
+from mllm_replica.mm1.model import (
+    ENCODERS,
+    LANGUAGE_MODELS,
+    PRESETS,
+    MM1Config,
+    MM1Model,
+    MM1Processor,
+    assumed,
+    at_resolution,
+    paper_config,
+    published_stages,
+)
 from mllm_replica.mm1.shots import VQA, Template, few_shot
 from mllm_replica.models.cost import count
 from mllm_replica.models.vision import clip_pixels
@@ -24,9 +35,21 @@ from mllm_replica.planning.plan import gpu_node, plan_unit, stage_cost
 from mllm_replica.training.loop import train
 
 torch.set_num_threads(1)
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4)
-TEXT = dict(vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
-            initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4
+)
+TEXT = dict(
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CONNECTORS = {'avg': {}, 'att': dict(num_attention_heads=4, start='local'), 'c-abs': dict(hidden_size=32, depth=1)}
 EXPERTS = dict(every=2, num_experts=4)
 IMAGE = [-1] * 4
@@ -44,21 +67,26 @@ def build(kind='c-abs', experts=None, **more):
     torch.manual_seed(0)
     model = MM1Model(configure(kind, experts=experts, **more)).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1: torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.2)
-        if name.endswith('router.weight'): torch.nn.init.normal_(parameter, std=0.5)
-        if '.experts.' in name: parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.2)
+        if name.endswith('router.weight'):
+            torch.nn.init.normal_(parameter, std=0.5)
+        if '.experts.' in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 
-def pixels(number=3): return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))[:number]
+def pixels(number=3):
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))[:number]
 
 
 def of_row(row):
     first = sum(COUNTS[:row])
-    return torch.tensor([ROWS[row]]), pixels()[first:first + COUNTS[row]] if COUNTS[row] else None
+    return torch.tensor([ROWS[row]]), pixels()[first : first + COUNTS[row]] if COUNTS[row] else None
 
 
-def supervised(ids): return ids.masked_fill(ids < 2, -100)
+def supervised(ids):
+    return ids.masked_fill(ids < 2, -100)
 
 
 def padded(side):
@@ -73,27 +101,49 @@ def examples():
     parts, found = pixels().split(COUNTS), []
     for i, (row, part) in enumerate(zip(ROWS, parts)):
         starts = [at for at, token in enumerate(row) if token == -1][::4]
-        found.append(Encoded(str(i), row, [-100, *(t if t > 1 else -100 for t in row[1:])], image_ids=list(range(len(part))), images=list(part),
-                             image_spans=[(at, at + 4) for at in starts]))
+        found.append(
+            Encoded(
+                str(i),
+                row,
+                [-100, *(t if t > 1 else -100 for t in row[1:])],
+                image_ids=list(range(len(part))),
+                images=list(part),
+                image_spans=[(at, at + 4) for at in starts],
+            )
+        )
     return found
 
 
-def picture(color='red', size=(20, 20)): return Image.new('RGB', size, color)
+def picture(color='red', size=(20, 20)):
+    return Image.new('RGB', size, color)
 
 
 def asked(id, color, question='which ?', **more):
     turns = [{'from': 'human', 'value': f'<image>\n{question}'}, {'from': 'gpt', 'value': color}]
-    return dict(id=id, images=[picture(color)], conversations=turns, document='', task='', answer=color, options=[], meta='') | more
+    return (
+        dict(
+            id=id, images=[picture(color)], conversations=turns, document='', task='', answer=color, options=[], meta=''
+        )
+        | more
+    )
 
 
-def weights_of(part): return sum(weight.numel() for weight in part.parameters())
+def weights_of(part):
+    return sum(weight.numel() for weight in part.parameters())
 
 
-KINDS = [('avg', None), ('att', None), ('c-abs', None), ('att', EXPERTS), ('c-abs', EXPERTS | dict(intermediate_size=24))]
+KINDS = [
+    ('avg', None),
+    ('att', None),
+    ('c-abs', None),
+    ('att', EXPERTS),
+    ('c-abs', EXPERTS | dict(intermediate_size=24)),
+]
 of_kind = pytest.mark.parametrize('kind, experts', KINDS, ids=['avg', 'att', 'c-abs', 'att-experts', 'c-abs-experts'])
 
 
 # the layer that is read
+
 
 def test_the_last_layer_is_read_after_its_norm_and_others_without():
     model = build()
@@ -104,20 +154,28 @@ def test_the_last_layer_is_read_after_its_norm_and_others_without():
         model.config.feature_layer = layer
         wanted = encoder.post_layernorm(states[3]) if layer == 3 else states[layer]
         torch.testing.assert_close(model.visual_features(images), wanted[:, 1:])
-    assert MM1Config().feature_layer == -1 and not torch.allclose(encoder.post_layernorm(states[-1]), states[-1], atol=0.1)
+    assert MM1Config().feature_layer == -1 and not torch.allclose(
+        encoder.post_layernorm(states[-1]), states[-1], atol=0.1
+    )
 
 
 def test_gradients_reach_every_weight():
     "Of encoder, connector and language model; where an earlier layer is read, not those above it."
     model, (ids, mask) = build('c-abs', EXPERTS).train(), padded('right')
     model(ids, mask, pixels(), labels=supervised(ids)).loss.backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or (not p.grad.any() and '.experts.' not in name)]
+    assert not [
+        name for name, p in model.named_parameters() if p.grad is None or (not p.grad.any() and '.experts.' not in name)
+    ]
     model = build(feature_layer=-2)
     model(ids, mask, pixels(), labels=supervised(ids)).loss.backward()
-    assert {name.split('.')[1] for name, p in model.named_parameters() if p.grad is None} == {'encoder', 'post_layernorm'}
+    assert {name.split('.')[1] for name, p in model.named_parameters() if p.grad is None} == {
+        'encoder',
+        'post_layernorm',
+    }
 
 
 # batches, packs, generation
+
 
 @of_kind
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -129,7 +187,9 @@ def test_a_batch_gives_the_single_answers(kind, experts, side):
     assert torch.equal(new, model.generate(ids, mask, pixels(), use_cache=False, **GREEDY)[:, -5:])
     for row in range(3):
         one, images = of_row(row)
-        torch.testing.assert_close(logits[row][mask[row].bool()], model(one, None, images).logits[0], rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(
+            logits[row][mask[row].bool()], model(one, None, images).logits[0], rtol=1e-4, atol=3e-5
+        )
         assert torch.equal(new[row], model.generate(one, None, images, **GREEDY)[0, -5:])
         again = model(one, image_features=None if images is None else model.visual_features(images)).logits[0]
         torch.testing.assert_close(again, logits[row][mask[row].bool()], rtol=1e-4, atol=3e-5)
@@ -140,11 +200,20 @@ def test_a_batch_gives_the_single_answers(kind, experts, side):
 @torch.no_grad()
 def test_packed_samples_are_predicted_as_if_alone(kind, experts, how):
     model = build(kind, experts)
-    batch = collate(examples(), 0, packed=True, length=40) if how == 'house' else collate_sequences([join(examples()[:2]), join(examples()[2:])], 0)
+    batch = (
+        collate(examples(), 0, packed=True, length=40)
+        if how == 'house'
+        else collate_sequences([join(examples()[:2]), join(examples()[2:])], 0)
+    )
     order = [int(name) for names in batch.pop('ids') for name in names.split('+')]
     assert batch['input_ids'].shape[0] == (1 if how == 'house' else 2)
     out = model(**batch, return_logits=True)
-    flat = torch.cat([row[:sum(len(ROWS[i]) for i in part)] for row, part in zip(out.logits, [order] if how == 'house' else [[0, 1], [2]])])
+    flat = torch.cat(
+        [
+            row[: sum(len(ROWS[i]) for i in part)]
+            for row, part in zip(out.logits, [order] if how == 'house' else [[0, 1], [2]])
+        ]
+    )
     losses, counts = [], []
     for row, part in zip(order, flat.split([len(ROWS[i]) for i in order])):
         ids, images = of_row(row)
@@ -170,20 +239,24 @@ def test_further_arguments_reach_the_decoder(monkeypatch):
     forward = model.get_decoder().forward
     monkeypatch.setattr(model.get_decoder(), 'forward', lambda *a, **k: (seen.update(k), forward(*a, **k))[1])
     borders = torch.tensor([0, 5], dtype=torch.int32)
-    out = model(torch.tensor([ROWS[2]]), labels=torch.tensor([ROWS[2]]), cu_seq_lens_q=borders, output_hidden_states=True)
+    out = model(
+        torch.tensor([ROWS[2]]), labels=torch.tensor([ROWS[2]]), cu_seq_lens_q=borders, output_hidden_states=True
+    )
     assert seen['cu_seq_lens_q'] is borders and len(out.hidden_states) == 5
 
 
 # experts
 
+
 def test_the_loss_in_training_has_the_losses_of_the_experts():
     model, (ids, mask) = build(experts=EXPERTS | dict(balance=0.3, z=0.07)), padded('right')
     batch = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels(), labels=supervised(ids))
     plain, trained = model(**batch).loss, model.train()(**batch).loss
-    with record_routing(model) as routings: model(**batch | dict(labels=None))
+    with record_routing(model) as routings:
+        model(**batch | dict(labels=None))
     assert len(routings) == 2
     torch.testing.assert_close(trained, plain + auxiliary_loss(routings, 0.3, 0.07))
-    assert trained - plain > 0.6                                                   # two layers, each at least 0.3
+    assert trained - plain > 0.6  # two layers, each at least 0.3
     assert model(**batch | dict(labels=None)).loss is None
     dense = build()
     torch.testing.assert_close(dense(**batch).loss, dense.train()(**batch).loss)
@@ -196,20 +269,28 @@ def test_parts_of_a_batch_count_in_proportion():
     number = int((batch['labels'][:, 1:] != -100).sum())
     for words in (number, 3 * number, torch.tensor(3 * number)):
         for mode in (True, False):
-            torch.testing.assert_close(model.train(mode)(**batch, num_items_in_batch=words).loss, model(**batch).loss * number / words)
+            torch.testing.assert_close(
+                model.train(mode)(**batch, num_items_in_batch=words).loss, model(**batch).loss * number / words
+            )
 
 
-@pytest.mark.parametrize('experts', [None, EXPERTS, EXPERTS | dict(capacity_factor=1.0)], ids=['dense', 'experts', 'capacity'])
+@pytest.mark.parametrize(
+    'experts', [None, EXPERTS, EXPERTS | dict(capacity_factor=1.0)], ids=['dense', 'experts', 'capacity']
+)
 def test_checkpointing_changes_no_gradient(experts):
     (ids, mask), found = padded('right'), []
     for checkpointing in (False, True):
         model = build(experts=experts).train()
-        enable = getattr(model, 'activation_checkpointing_enable', None) or model.gradient_checkpointing_enable   # the older name
-        if checkpointing: enable({'use_reentrant': False})
+        enable = (
+            getattr(model, 'activation_checkpointing_enable', None) or model.gradient_checkpointing_enable
+        )  # the older name
+        if checkpointing:
+            enable({'use_reentrant': False})
         loss = model(ids, mask, pixels(), labels=supervised(ids)).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -219,21 +300,29 @@ def test_up_cycling_changes_nothing_at_first_and_is_remembered(dtype, tmp_path):
     before, names = model(ids, mask, pixels()).logits, set(model.state_dict())
     model.up_cycle(EXPERTS)
     assert [type(layer.mlp) is SparseMLP for layer in model.get_decoder().layers] == [False, True, False, True]
-    torch.testing.assert_close(model(ids, mask, pixels()).logits, before, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.2)
+    torch.testing.assert_close(
+        model(ids, mask, pixels()).logits, before, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.2
+    )
     assert model.config.experts == EXPERTS | dict(intermediate_size=None, capacity_factor=None, balance=0.01, z=0.001)
     assert len(names - set(model.state_dict())) == 6
     model.save_pretrained(tmp_path)
     again = MM1Model.from_pretrained(tmp_path)
-    assert again.dtype == dtype and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
-    with pytest.raises(ValueError, match='has experts already'): again.up_cycle(EXPERTS)
-    with pytest.raises(ValueError, match=r"fields \['num_experts'\]"): build().up_cycle(dict(num_experts=4))
+    assert again.dtype == dtype and all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    with pytest.raises(ValueError, match='has experts already'):
+        again.up_cycle(EXPERTS)
+    with pytest.raises(ValueError, match=r"fields \['num_experts'\]"):
+        build().up_cycle(dict(num_experts=4))
 
 
 def test_a_training_run_with_experts(tmp_path):
     "The house's loop, packs cut in micro-batches: the loss falls, and the routers move."
     model = build('att', EXPERTS)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    stage = Stage(name='a', trainable=(r'.',), mixture={'a': 1.0}, steps=12, batch_size=4, accumulate=2, lr=5e-3, max_length=64)
+    stage = Stage(
+        name='a', trainable=(r'.',), mixture={'a': 1.0}, steps=12, batch_size=4, accumulate=2, lr=5e-3, max_length=64
+    )
     sequences = [join(row) for row in ([*examples()], examples()[:1], examples()[1:], examples()[2:])]
     history = train(model, [stage], {'a': sequences}, lambda batch: collate_sequences(batch, 0), tmp_path, seed=0)
     assert sum(history.losses[-3:]) < 0.8 * sum(history.losses[:3])
@@ -243,51 +332,72 @@ def test_a_training_run_with_experts(tmp_path):
 
 # checkpoints
 
+
 @of_kind
 @torch.no_grad()
 def test_a_saved_model_returns(kind, experts, tmp_path):
     model, (ids, mask) = build(kind, experts, sub_images=32), padded('left')
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, MM1Config) and config.feature_layer == -1 and config.sub_images == 32 and config.positions_per_image == 20
+    assert (
+        isinstance(config, MM1Config)
+        and config.feature_layer == -1
+        and config.sub_images == 32
+        and config.positions_per_image == 20
+    )
     assert config.experts == model.config.experts and config.connector_config == model.config.connector_config
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         again = auto.from_pretrained(tmp_path)
-        assert type(again) is MM1Model and torch.equal(again(ids, mask, pixels()).logits, model(ids, mask, pixels()).logits)
+        assert type(again) is MM1Model and torch.equal(
+            again(ids, mask, pixels()).logits, model(ids, mask, pixels()).logits
+        )
 
 
 @pytest.mark.parametrize('part', ['router.weight', 'experts.up_proj', 'connector.query', 'post_layernorm.bias'])
 def test_a_missing_weight_is_named(part, tmp_path):
     build('att', EXPERTS).save_pretrained(tmp_path)
-    state = load_file(tmp_path/'model.safetensors')
+    state = load_file(tmp_path / 'model.safetensors')
     lost = next(name for name in state if name.endswith(part))
-    save_file({name: weight for name, weight in state.items() if name != lost}, tmp_path/'model.safetensors', {'format': 'pt'})
+    save_file(
+        {name: weight for name, weight in state.items() if name != lost},
+        tmp_path / 'model.safetensors',
+        {'format': 'pt'},
+    )
     message = rf"lacks 1 weights.*\['{lost.removeprefix('connector.')}'\]; save the whole model"
-    with pytest.raises(ValueError, match=message): MM1Model.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MM1Model.from_pretrained(tmp_path)
 
 
 def test_a_dense_checkpoint_is_no_sparse_one(tmp_path):
     build().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='the checkpoint lacks 6 weights'): MM1Model.from_pretrained(tmp_path, config=configure(experts=EXPERTS))
+    with pytest.raises(ValueError, match='the checkpoint lacks 6 weights'):
+        MM1Model.from_pretrained(tmp_path, config=configure(experts=EXPERTS))
 
 
 # resolutions
+
 
 @of_kind
 @torch.no_grad()
 def test_another_resolution_interpolates_positions_only(kind, experts):
     model = build(kind, experts)
     same, wide = at_resolution(model, 16), at_resolution(model.train(), 24, sub_images=72)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True)) and not same.training
+    assert (
+        all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
+        and not same.training
+    )
     ours, theirs, moved = model.state_dict(), wide.state_dict(), set()
     assert not {weight.data_ptr() for weight in ours.values()} & {weight.data_ptr() for weight in theirs.values()}
     for name in ours:
-        if ours[name].shape == theirs[name].shape: assert torch.equal(ours[name], theirs[name])
-        else: moved.add(name)
+        if ours[name].shape == theirs[name].shape:
+            assert torch.equal(ours[name], theirs[name])
+        else:
+            moved.add(name)
     table = 'vision_model.embeddings.position_embedding.weight'
     assert moved == {table} | {'connector.pos_emb'} & set(ours)
     torch.testing.assert_close(theirs[table], resize_positions(ours[table], 36, leading=1))
-    if kind == 'c-abs': torch.testing.assert_close(theirs['connector.pos_emb'][0], resize_positions(ours['connector.pos_emb'][0], 36))
+    if kind == 'c-abs':
+        torch.testing.assert_close(theirs['connector.pos_emb'][0], resize_positions(ours['connector.pos_emb'][0], 36))
     assert wide.training and wide.config.vision_config.image_size == 24 and wide.config.positions_per_image == 40
     assert wide.config.experts == model.config.experts and model.config.sub_images is None
     assert wide.visual_embeds(torch.randn(2, 3, 24, 24)).shape == (2, 4, 32)
@@ -295,40 +405,59 @@ def test_another_resolution_interpolates_positions_only(kind, experts):
 
 # prompts
 
+
 @pytest.fixture(scope='module')
-def processor(): return MM1Processor.from_config(configure(), byte_tokenizer())
+def processor():
+    return MM1Processor.from_config(configure(), byte_tokenizer())
 
 
-@pytest.mark.parametrize('document', ['<image> a red ground', 'one <image>\n two <image><image>three ', 'text\nalone', '<image>a<image>'])
+@pytest.mark.parametrize(
+    'document', ['<image> a red ground', 'one <image>\n two <image><image>three ', 'text\nalone', '<image>a<image>']
+)
 def test_documents_are_taken_as_they_stand(processor, document):
-    sample = dict(id='d', document=document, images=[picture(c) for c in ('red', 'blue', 'green')[:document.count('<image>')]])
+    sample = dict(
+        id='d', document=document, images=[picture(c) for c in ('red', 'blue', 'green')[: document.count('<image>')]]
+    )
     tokenize = lambda text: processor.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
     wanted = encode_document(sample, tokenize, 1, 2, -1, lambda image: 4)
     for ends in (True, False):
         found = MM1Processor.from_config(configure(), byte_tokenizer(), ends=ends).encode(sample)
         stop = None if ends else -1
-        assert (found.input_ids, found.labels, found.image_spans) == (wanted.input_ids[:stop], wanted.labels[:stop], wanted.image_spans)
+        assert (found.input_ids, found.labels, found.image_spans) == (
+            wanted.input_ids[:stop],
+            wanted.labels[:stop],
+            wanted.image_spans,
+        )
         assert found.images == sample['images'] and len(set(found.image_ids)) == len(found.images)
 
 
 def test_the_three_kinds_become_sequences(processor):
-    caption, album, text = (dict(id=document, document=document, images=[picture()] * document.count('<image>'))
-                            for document in ('<image> red', 'x <image> y <image>', 'only words'))
-    found = [encode_source([sample], kind, processor.encode, 64) for sample, kind in ((caption, 'caption'), (album, 'interleaved'), (text, 'text'))]
+    caption, album, text = (
+        dict(id=document, document=document, images=[picture()] * document.count('<image>'))
+        for document in ('<image> red', 'x <image> y <image>', 'only words')
+    )
+    found = [
+        encode_source([sample], kind, processor.encode, 64)
+        for sample, kind in ((caption, 'caption'), (album, 'interleaved'), (text, 'text'))
+    ]
     sequences = make_sequences([example for part in found for example in part], 64, 3)
     batch = collate_sequences(sequences, 0, image_tensor=processor.image_tensor)
     assert batch['pixel_values'].shape == (3, 3, 16, 16) and batch['input_ids'].shape == (1, sum(sequences[0].lengths))
-    with torch.no_grad(): assert build()(**{k: v for k, v in batch.items() if k != 'ids'}).loss > 0
+    with torch.no_grad():
+        assert build()(**{k: v for k, v in batch.items() if k != 'ids'}).loss > 0
 
 
 def test_conversations_are_written_like_shots(processor):
-    turns = [{'from': role, 'value': value} for role, value in zip(['human', 'gpt'] * 2, ['<image> what ?', 'red', 'and ?', 'ok'])]
+    turns = [
+        {'from': role, 'value': value}
+        for role, value in zip(['human', 'gpt'] * 2, ['<image> what ?', 'red', 'and ?', 'ok'])
+    ]
     sample, byte = dict(id='x', images=[picture()], conversations=turns), lambda text: [3 + b for b in text.encode()]
     found = processor.encode(sample)
     assert found.input_ids == [1, *IMAGE, *byte(' what ?'), *byte(' red'), 2, *byte('\nand ?'), *byte(' ok'), 2]
     assert [t for t in found.labels if t != -100] == [*byte(' red'), 2, *byte(' ok'), 2]
     prompt = processor.encode(sample, training=False)
-    assert prompt.input_ids == found.input_ids[:len(prompt.input_ids)] and prompt.input_ids[-5:] == byte('and ?')
+    assert prompt.input_ids == found.input_ids[: len(prompt.input_ids)] and prompt.input_ids[-5:] == byte('and ?')
     assert processor.encode(sample | dict(conversations=turns[:3]), training=False).input_ids == prompt.input_ids
     bare = MM1Processor.from_config(configure(), byte_tokenizer(), ends=False, separator=' . ').encode(sample)
     assert bare.input_ids == [1, *IMAGE, *byte(' what ? red . and ? ok')]
@@ -353,10 +482,13 @@ def test_a_prompt_of_shots_is_read_as_few_shot_wrote_it(shots, separator):
 
 
 def test_a_small_vocabulary():
-    words = MM1Processor.from_config(configure(), word_tokenizer(['a red ground', 'what color', '?']), ends=False, separator=' ')
+    words = MM1Processor.from_config(
+        configure(), word_tokenizer(['a red ground', 'what color', '?']), ends=False, separator=' '
+    )
     found = words.encode(dict(id='x', images=[picture()], document='<image> a red ground'))
     assert found.input_ids == [1, *IMAGE, 4, 5, 6] and words.decode([4, 5, -1, 2]) == 'a red'
-    with pytest.raises(ValueError, match=r"sample 'y': the tokenizer does not know \['blue'\]"): words.encode(dict(id='y', document='a blue ground'))
+    with pytest.raises(ValueError, match=r"sample 'y': the tokenizer does not know \['blue'\]"):
+        words.encode(dict(id='y', document='a blue ground'))
 
 
 def test_a_saved_processor_returns(tmp_path):
@@ -365,7 +497,9 @@ def test_a_saved_processor_returns(tmp_path):
     made.save_pretrained(tmp_path)
     for again in (AutoProcessor.from_pretrained(tmp_path), MM1Processor.from_pretrained(tmp_path)):
         settings = {name: value for name, value in vars(again).items() if name != 'tokenizer'}
-        assert type(again) is MM1Processor and settings == {name: value for name, value in vars(made).items() if name != 'tokenizer'}
+        assert type(again) is MM1Processor and settings == {
+            name: value for name, value in vars(made).items() if name != 'tokenizer'
+        }
         sample = dict(id='x', document='one <image> two', images=[picture()])
         assert again.encode(sample).input_ids == made.encode(sample).input_ids
 
@@ -378,16 +512,31 @@ STRIPES = Image.fromarray(torch.arange(30 * 20 * 3).remainder(251).reshape(20, 3
 @pytest.mark.parametrize('source', ['picture', 'bytes'])
 def test_an_image_becomes_overview_and_crops(source):
     fine, cutting = MM1Processor.from_config(configure(sub_images=48), byte_tokenizer()), SubImages(48, 16, 4, 4)
-    given = [image if source == 'picture' else dict(bytes=encode_png(image), path='x.png') for image in (STRIPES, picture('blue'))]
+    given = [
+        image if source == 'picture' else dict(bytes=encode_png(image), path='x.png')
+        for image in (STRIPES, picture('blue'))
+    ]
     turns = [{'from': 'human', 'value': 'one <image>two <image>?'}, {'from': 'gpt', 'value': 'a'}]
     sample = dict(id='x', images=given, document='', conversations=turns)
     held, found = copy.deepcopy(sample['conversations']), fine.encode(sample)
     wanted = cutting.cut(STRIPES) + cutting.cut(picture('blue'))
     assert [image.tobytes() for image in found.images] == [image.tobytes() for image in wanted]
-    assert found.input_ids == [1, *(3 + b for b in b'one '), *IMAGE * 10, *(3 + b for b in b'two '), *IMAGE * 10, *(3 + b for b in b'? a'), 2]
+    assert found.input_ids == [
+        1,
+        *(3 + b for b in b'one '),
+        *IMAGE * 10,
+        *(3 + b for b in b'two '),
+        *IMAGE * 10,
+        *(3 + b for b in b'? a'),
+        2,
+    ]
     assert sample['conversations'] == held and sample['images'] is given
-    torch.testing.assert_close(fine.image_tensor(found.images), clip_pixels(wanted, 16), rtol=0, atol=0)   # tiles pass unchanged
-    assert fine.encode(dict(id='d', document='<image> b', images=given[:1])).image_spans == [(at, at + 4) for at in range(1, 41, 4)]
+    torch.testing.assert_close(
+        fine.image_tensor(found.images), clip_pixels(wanted, 16), rtol=0, atol=0
+    )  # tiles pass unchanged
+    assert fine.encode(dict(id='d', document='<image> b', images=given[:1])).image_spans == [
+        (at, at + 4) for at in range(1, 41, 4)
+    ]
 
 
 def test_overview_and_crops_stay_together():
@@ -399,10 +548,11 @@ def test_overview_and_crops_stay_together():
     cut = truncate(two, second + 9)
     assert len(cut) == second and cut.image_blocks == [(start, stop)] and len(cut.images) == len(cut.image_ids) == 5
     caption = dict(id='c', document='<image> tail', images=[picture('red')])
-    with pytest.raises(ValueError, match="document 'c': an image takes 20 positions"): encode_source([caption], 'caption', fine.encode, 16)
+    with pytest.raises(ValueError, match="document 'c': an image takes 20 positions"):
+        encode_source([caption], 'caption', fine.encode, 16)
     captions = encode_source([caption | {'id': f'c{i}'} for i in range(4)], 'caption', fine.encode, 64)
     rows = source_sequences({'caption': captions}, {'caption': 256})['caption']
-    assert len(rows) == 1 and len(rows[0].image_spans) == 20   # four images of sixteen
+    assert len(rows) == 1 and len(rows[0].image_spans) == 20  # four images of sixteen
 
 
 def test_one_tile_is_the_image_itself():
@@ -413,7 +563,9 @@ def test_one_tile_is_the_image_itself():
     a, b = one.encode(sample), none.encode(sample)
     assert a.input_ids == b.input_ids and torch.equal(one.image_tensor(a.images), none.image_tensor(b.images))
     wide = one.image_tensor([STRIPES])
-    assert torch.equal(wide, clip_pixels([letterboxed(STRIPES, 16)], 16)) and not torch.equal(wide, none.image_tensor([STRIPES]))
+    assert torch.equal(wide, clip_pixels([letterboxed(STRIPES, 16)], 16)) and not torch.equal(
+        wide, none.image_tensor([STRIPES])
+    )
 
 
 @pytest.mark.parametrize('shots, high', [(0, 0), (3, 0), (3, 2), (3, 3)])
@@ -435,7 +587,8 @@ SIZES = {'mm1-base-ablation': 1.2, 'mm1-3b': 2.9, 'mm1-7b': 6.4, 'mm1-30b': 30, 
 @pytest.mark.parametrize('name', PRESETS)
 def test_sizes_of_the_paper(name):
     config = paper_config(name)
-    with torch.device('meta'): model = MM1Model(config)
+    with torch.device('meta'):
+        model = MM1Model(config)
     assert weights_of(model.language_model) / 1e9 == pytest.approx(SIZES[name], rel=0.015)
     assert round(weights_of(model.vision_model) / 1e6, 1) == (303.5 if name == 'mm1-base-ablation' else 631.4)
     assert config.visual_token_count() == 144 and config.text_config.max_position_embeddings == 4096
@@ -449,88 +602,172 @@ def test_feed_forward_shares_that_the_totals_imply():
     "64B = 2.9B + 63·x/2 and 47B = 6.4B + 31·x/4: x billion parameters in feed-forward layers."
     for llm, share in (('3B', 1.94), ('7B', 5.24)):
         text = LANGUAGE_MODELS[llm]
-        assert 3 * text['hidden_size'] * text['intermediate_size'] * text['num_hidden_layers'] / 1e9 == pytest.approx(share, rel=0.005)
+        assert 3 * text['hidden_size'] * text['intermediate_size'] * text['num_hidden_layers'] / 1e9 == pytest.approx(
+            share, rel=0.005
+        )
 
 
-@pytest.mark.parametrize('name, lr', [('mm1-base-ablation', 8.58e-5), ('mm1-3b', 6e-5), ('mm1-7b', 4e-5), ('mm1-30b', 2e-5), ('mm1-3b-moe', 6e-5),
-                                      ('mm1-7b-moe', 4e-5)])
+@pytest.mark.parametrize(
+    'name, lr',
+    [
+        ('mm1-base-ablation', 8.58e-5),
+        ('mm1-3b', 6e-5),
+        ('mm1-7b', 4e-5),
+        ('mm1-30b', 2e-5),
+        ('mm1-3b-moe', 6e-5),
+        ('mm1-7b-moe', 4e-5),
+    ],
+)
 def test_published_schedules(name, lr):
     pretrain, *rest = published_stages(name)
-    assert (pretrain.steps, pretrain.batch_size, pretrain.max_length, pretrain.warmup_steps, pretrain.clip) == (200_000, 512, 4096, 2000, 1.0)
+    assert (pretrain.steps, pretrain.batch_size, pretrain.max_length, pretrain.warmup_steps, pretrain.clip) == (
+        200_000,
+        512,
+        4096,
+        2000,
+        1.0,
+    )
     assert pretrain.lr == pytest.approx(lr, rel=1e-3) and pretrain.mixture == WEIGHTS
-    assert pretrain.min_lr == pytest.approx(0.1 * pretrain.lr) and pretrain.weight_decay == pytest.approx(0.1 * pretrain.lr)
-    assert [(s.steps, s.batch_size, s.max_length, s.lr, s.min_lr) for s in rest] == [(10_000, 256, 2048, 1e-5, 0.0)] * (name != 'mm1-base-ablation')
+    assert pretrain.min_lr == pytest.approx(0.1 * pretrain.lr) and pretrain.weight_decay == pytest.approx(
+        0.1 * pretrain.lr
+    )
+    assert [(s.steps, s.batch_size, s.max_length, s.lr, s.min_lr) for s in rest] == [(10_000, 256, 2048, 1e-5, 0.0)] * (
+        name != 'mm1-base-ablation'
+    )
     assert all(stage.pack for stage in (pretrain, *rest))
     said = assumed(name)
-    assert all(isinstance(sentence, str) for sentence in said) and str(LANGUAGE_MODELS[PRESETS[name].llm]['hidden_size']) in said[0]
+    assert (
+        all(isinstance(sentence, str) for sentence in said)
+        and str(LANGUAGE_MODELS[PRESETS[name].llm]['hidden_size']) in said[0]
+    )
     assert any('experts' in sentence for sentence in said) == name.endswith('moe')
 
 
-@pytest.mark.parametrize('table, key, made', [(ENCODERS, 'ViT-H', dict(encoder='ViT-G')), (LANGUAGE_MODELS, '30B', dict(llm='13B'))])
+@pytest.mark.parametrize(
+    'table, key, made', [(ENCODERS, 'ViT-H', dict(encoder='ViT-G')), (LANGUAGE_MODELS, '30B', dict(llm='13B'))]
+)
 def test_one_factor_is_changed_at_a_time(table, key, made):
     plain = paper_config('mm1-base-ablation')
     changed = paper_config('mm1-base-ablation', **{name: key for name in made})
     part = 'vision_config' if 'encoder' in made else 'text_config'
     assert getattr(changed, part).hidden_size == table[key]['hidden_size'] != getattr(plain, part).hidden_size
     other = 'text_config' if 'encoder' in made else 'vision_config'
-    assert getattr(changed, other).to_dict() == getattr(plain, other).to_dict() and changed.connector_config == plain.connector_config
-    with pytest.raises(KeyError, match='is not in the paper; expected one of'): paper_config('mm1-base-ablation', **made)
-    row = paper_config('mm1-base-ablation', image_size=224, connector_config={'connector_type': 'att', 'num_query_tokens': 64})
-    assert (row.num_patches, row.visual_token_count(), paper_config('mm1-3b', image_size=672, sub_images=1344).positions_per_image) == (256, 64, 720)
+    assert (
+        getattr(changed, other).to_dict() == getattr(plain, other).to_dict()
+        and changed.connector_config == plain.connector_config
+    )
+    with pytest.raises(KeyError, match='is not in the paper; expected one of'):
+        paper_config('mm1-base-ablation', **made)
+    row = paper_config(
+        'mm1-base-ablation', image_size=224, connector_config={'connector_type': 'att', 'num_query_tokens': 64}
+    )
+    assert (
+        row.num_patches,
+        row.visual_token_count(),
+        paper_config('mm1-3b', image_size=672, sub_images=1344).positions_per_image,
+    ) == (256, 64, 720)
 
 
 # planning
 
+
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_a_plan_counts_what_a_step_computes(checkpointing):
     "Tensors without data, even spans: as many operations as with data and any spans."
-    model, stage = build(experts=EXPERTS).train(), published_stages('mm1-3b-moe')[0].model_copy(update=dict(precision='fp32'))
+    model, stage = (
+        build(experts=EXPERTS).train(),
+        published_stages('mm1-3b-moe')[0].model_copy(update=dict(precision='fp32')),
+    )
     torch.manual_seed(1)
     ids = torch.tensor([[*IMAGE, *IMAGE, *range(5, 45)]])
     real = count(lambda: model(ids, pixel_values=pixels(2)).logits, model)
     plain, again, trained = stage_cost(lambda: MM1Model(configure(experts=EXPERTS)), stage, 48, 2, checkpointing)
     assert trained == weights_of(model) and plain.forward == real.forward
-    assert (again.backward > plain.backward) == checkpointing and plain.backward == pytest.approx(real.backward, rel=0.02)
+    assert (again.backward > plain.backward) == checkpointing and plain.backward == pytest.approx(
+        real.backward, rel=0.02
+    )
 
 
 def test_a_plan_of_the_sparse_model():
     "The widths of the 7B model in four layers: a token costs 6 FLOPs per weight that it uses, a score 14 per width."
-    sources = {name: Source(kind='folder', name=name, options={'images': images}) for name, images in dict(interleaved=8, caption=16, text=0).items()}
-    recipe = Recipe(paper='mm1', table='4', row='x', scale='paper', seed=0, model={}, sources=sources, stages=published_stages('mm1-7b-moe')[:1],
-                    benchmarks=(), assumptions=assumed('mm1-7b-moe'))
-    parts = dict(text_config=LANGUAGE_MODELS['7B'] | dict(num_hidden_layers=4), connector_config=dict(connector_type='avg'),
-                 vision_config=ENCODERS['ViT-H'] | dict(image_size=378, num_hidden_layers=2))
+    sources = {
+        name: Source(kind='folder', name=name, options={'images': images})
+        for name, images in dict(interleaved=8, caption=16, text=0).items()
+    }
+    recipe = Recipe(
+        paper='mm1',
+        table='4',
+        row='x',
+        scale='paper',
+        seed=0,
+        model={},
+        sources=sources,
+        stages=published_stages('mm1-7b-moe')[:1],
+        benchmarks=(),
+        assumptions=assumed('mm1-7b-moe'),
+    )
+    parts = dict(
+        text_config=LANGUAGE_MODELS['7B'] | dict(num_hidden_layers=4),
+        connector_config=dict(connector_type='avg'),
+        vision_config=ENCODERS['ViT-H'] | dict(image_size=378, num_hidden_layers=2),
+    )
     shallow = lambda name: paper_config(name, **parts)
-    plans = [plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), gpu_node()) for name in ('mm1-7b', 'mm1-7b-moe')]
+    plans = [
+        plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), gpu_node()) for name in ('mm1-7b', 'mm1-7b-moe')
+    ]
     dense, sparse = plans
-    assert all(plan.visual_tokens == 144 and plan.stages[0].length == 4096 and plan.stages[0].executed > plan.flops for plan in plans)
+    assert all(
+        plan.visual_tokens == 144 and plan.stages[0].length == 4096 and plan.stages[0].executed > plan.flops
+        for plan in plans
+    )
     samples, tokens, patches, images, inner = 512 * 200_000, 4096, 730, 11, 3 * 3584 * 15232
-    with torch.device('meta'): model = MM1Model(shallow('mm1-7b'))
-    language = 6 * (weights_of(model.language_model) - 32000 * 3584) * tokens + 14 * 4 * 3584 * tokens ** 2
-    encoder = images * (6 * weights_of(model.vision_model) * patches + 14 * 2 * 1280 * patches ** 2)
+    with torch.device('meta'):
+        model = MM1Model(shallow('mm1-7b'))
+    language = 6 * (weights_of(model.language_model) - 32000 * 3584) * tokens + 14 * 4 * 3584 * tokens**2
+    encoder = images * (6 * weights_of(model.vision_model) * patches + 14 * 2 * 1280 * patches**2)
     assert dense.flops == pytest.approx(samples * (language + encoder), rel=0.01)
-    assert sparse.flops - dense.flops == pytest.approx(samples * 6 * inner * tokens, rel=0.01)    # a second expert in the last layer
+    assert sparse.flops - dense.flops == pytest.approx(
+        samples * 6 * inner * tokens, rel=0.01
+    )  # a second expert in the last layer
     assert sparse.parameters - dense.parameters == 31 * inner + 32 * 3584
 
 
 # wrong input
 
-@pytest.mark.parametrize('more, message', [
-    (dict(experts={}), r"experts has the fields \[\]; expected every and num_experts"),
-    (dict(experts=EXPERTS | dict(top_k=2)), "'top_k'"),
-    (dict(connector_config=dict(num_query_tokens=1024)), 'an image takes 1024 positions, the language model has 512'),
-    (dict(sub_images=256), 'an image takes 1028 positions, the language model has 512: use fewer tokens or sub-images'),
-    (dict(sub_images=40), '40 pixels do not divide into tiles of 16')])
+
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (dict(experts={}), r'experts has the fields \[\]; expected every and num_experts'),
+        (dict(experts=EXPERTS | dict(top_k=2)), "'top_k'"),
+        (
+            dict(connector_config=dict(num_query_tokens=1024)),
+            'an image takes 1024 positions, the language model has 512',
+        ),
+        (
+            dict(sub_images=256),
+            'an image takes 1028 positions, the language model has 512: use fewer tokens or sub-images',
+        ),
+        (dict(sub_images=40), '40 pixels do not divide into tiles of 16'),
+    ],
+)
 def test_configurations_that_do_not_fit(more, message):
-    with pytest.raises(ValueError, match=message): configure(**more)
+    with pytest.raises(ValueError, match=message):
+        configure(**more)
 
 
-@pytest.mark.parametrize('experts, error, message', [
-    (dict(every=5, num_experts=4), ValueError, 'every 5th of 4 layers'), (dict(every=0, num_experts=4), ValueError, 'expected 1 to 4'),
-    (dict(every=2, num_experts=1), ValueError, 'expected 2 or more'),
-    (dict(every=2, num_experts=4, capacity_factor=0.0), ValueError, 'capacity_factor is 0.0')])
+@pytest.mark.parametrize(
+    'experts, error, message',
+    [
+        (dict(every=5, num_experts=4), ValueError, 'every 5th of 4 layers'),
+        (dict(every=0, num_experts=4), ValueError, 'expected 1 to 4'),
+        (dict(every=2, num_experts=1), ValueError, 'expected 2 or more'),
+        (dict(every=2, num_experts=4, capacity_factor=0.0), ValueError, 'capacity_factor is 0.0'),
+    ],
+)
 def test_experts_that_do_not_fit(experts, error, message):
-    with pytest.raises(error, match=message): MM1Model(configure(experts=experts))
+    with pytest.raises(error, match=message):
+        MM1Model(configure(experts=experts))
 
 
 def test_experts_in_another_language_model():
@@ -538,19 +775,30 @@ def test_experts_in_another_language_model():
         MM1Model(configure(text_config=TEXT | dict(mlp_bias=True), experts=EXPERTS))
 
 
-@pytest.mark.parametrize('kind, message', [('bilinear', "connector_type is 'bilinear'"), ('avg', "num_query_tokens is 5")])
+@pytest.mark.parametrize(
+    'kind, message', [('bilinear', "connector_type is 'bilinear'"), ('avg', 'num_query_tokens is 5')]
+)
 def test_connectors_that_do_not_fit(kind, message):
-    with pytest.raises(ValueError, match=message): MM1Model(MM1Config(vision_config=VISION, text_config=TEXT,
-                                                                     connector_config=dict(connector_type=kind, num_query_tokens=5)))
+    with pytest.raises(ValueError, match=message):
+        MM1Model(
+            MM1Config(
+                vision_config=VISION, text_config=TEXT, connector_config=dict(connector_type=kind, num_query_tokens=5)
+            )
+        )
 
 
-@pytest.mark.parametrize('ids, images, message', [
-    ([1, *IMAGE, 5, *IMAGE], 1, 'sample 0: found 8 image positions, expected 4: 1 of 1 images are left for it'),
-    ([1, *IMAGE, 5], 2, 'found 4 image positions, expected 8: 1 of 2 images are left over'),
-    ([1, -1, -1, 5], 1, 'found 2 image positions, expected a multiple of 4'),
-    ([1, *IMAGE, 5], 0, 'neither pixel_values nor image_features')])
+@pytest.mark.parametrize(
+    'ids, images, message',
+    [
+        ([1, *IMAGE, 5, *IMAGE], 1, 'sample 0: found 8 image positions, expected 4: 1 of 1 images are left for it'),
+        ([1, *IMAGE, 5], 2, 'found 4 image positions, expected 8: 1 of 2 images are left over'),
+        ([1, -1, -1, 5], 1, 'found 2 image positions, expected a multiple of 4'),
+        ([1, *IMAGE, 5], 0, 'neither pixel_values nor image_features'),
+    ],
+)
 def test_placeholders_and_images_must_agree(ids, images, message):
-    with pytest.raises(ValueError, match=message): build()(torch.tensor([ids]), pixel_values=pixels(images) if images else None)
+    with pytest.raises(ValueError, match=message):
+        build()(torch.tensor([ids]), pixel_values=pixels(images) if images else None)
 
 
 @pytest.mark.parametrize('sub_images', [None, 32])
@@ -559,7 +807,9 @@ def test_a_sample_with_more_or_fewer_marks_than_images(marks, images, sub_images
     made = MM1Processor.from_config(configure(sub_images=sub_images), byte_tokenizer())
     turns = [{'from': 'human', 'value': '<image>' * marks + 'x'}, {'from': 'gpt', 'value': 'y'}]
     for sample in (dict(document='<image> x ' * marks + 'x'), dict(conversations=turns)):
-        with pytest.raises(ValueError, match=f"sample 's': {marks} <image> placeholders, {images} images; they must be equal"):
+        with pytest.raises(
+            ValueError, match=f"sample 's': {marks} <image> placeholders, {images} images; they must be equal"
+        ):
             made.encode(dict(id='s', images=[picture()] * images) | sample)
 
 

@@ -1,4 +1,5 @@
 "Recipes of mPLUG-Owl2: what is published, what runs, one unit of every kind, and the small language model that rows share."
+
 import json
 
 import numpy as np
@@ -8,7 +9,16 @@ import torch
 from mllm_replica.core.settings import settings
 from mllm_replica.data.sources import load_source
 from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader, word_accuracy
-from mllm_replica.owl2.recipes import _stage, build, layerwise_decay, linear_probe, mixture_of, published_stages, recipe, tables
+from mllm_replica.owl2.recipes import (
+    _stage,
+    build,
+    layerwise_decay,
+    linear_probe,
+    mixture_of,
+    published_stages,
+    recipe,
+    tables,
+)
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -24,13 +34,15 @@ def test_published_schedule():
     assert said(pretrain) == (42_500, 8192, 1e-4, 1e-6, 1000, 0.05) and said(tune) == (4_800, 256, 2e-5, 1e-7, 250, 0.0)
     assert all((s.betas, s.eps, s.clip) == ((0.9, 0.98), 1e-6, 1.0) for s in (pretrain, tune))
     assert tune.lr_scale == pretrain.lr_scale == layerwise_decay(24, 0.9)
-    assert min(tune.lr_scale.values()) == pytest.approx(0.9 ** 25) and max(tune.lr_scale.values()) == pytest.approx(0.9)
+    assert min(tune.lr_scale.values()) == pytest.approx(0.9**25) and max(tune.lr_scale.values()) == pytest.approx(0.9)
 
 
 def test_rows_differ_in_what_they_say():
     made = {row: recipe('5', row, 'paper', 1) for row in ROWS}
     assert all((made[row].model.get('adaptive') == []) == row.startswith('nomam') for row in ROWS)
-    assert set(made['mam_text'].stages[1].mixture) | set(made['mam_mm'].stages[1].mixture) == set(made['mam_both'].stages[1].mixture)
+    assert set(made['mam_text'].stages[1].mixture) | set(made['mam_mm'].stages[1].mixture) == set(
+        made['mam_both'].stages[1].mixture
+    )
     assert [recipe('7', row, 'paper', 1).model['num_queries'] for row in ('q8', 'q128')] == [8, 128]
     assert [recipe('8', row, 'paper', 1).model['image_size'] for row in ('r224', 'r448')] == [224, 448]
     frozen, plain, decayed = (recipe('6', row, 'paper', 1).stages[1] for row in ('frozen', 'unfrozen', 'unfrozen_llrd'))
@@ -39,7 +51,10 @@ def test_rows_differ_in_what_they_say():
 
 def test_every_kind_is_seen_equally_often_in_table_5():
     made = {row: recipe('5', row, 'tiny', 1).stages[1] for row in ROWS}
-    seen = {row: {name: stage.steps * share / sum(stage.mixture.values()) for name, share in stage.mixture.items()} for row, stage in made.items()}
+    seen = {
+        row: {name: stage.steps * share / sum(stage.mixture.values()) for name, share in stage.mixture.items()}
+        for row, stage in made.items()
+    }
     assert {steps for kinds in seen.values() for steps in kinds.values()} == {made['mam_mm'].steps}
     assert made['mam_both'] == made['nomam_both']
 
@@ -48,7 +63,10 @@ def test_tables_that_run():
     assert tables('tiny') == ['5', '6', '7', '8', 'fig5']
 
 
-@pytest.mark.parametrize('table,row', [('5', 'mam_both'), ('5', 'nomam_text'), ('6', 'unfrozen_llrd'), ('6', 'frozen'), ('7', 'q8'), ('8', 'r224')])
+@pytest.mark.parametrize(
+    'table,row',
+    [('5', 'mam_both'), ('5', 'nomam_text'), ('6', 'unfrozen_llrd'), ('6', 'frozen'), ('7', 'q8'), ('8', 'r224')],
+)
 def test_one_unit_of_every_kind(table, row, tmp_path):
     result = run_unit(recipe(table, row, 'smoke', 0), tmp_path)
     assert {c.key for c in load_table('owl2', table).replication['tiny'].columns} == set(result.metrics)
@@ -58,7 +76,9 @@ def test_stage_1_trains_what_is_visual():
     for row in ('mam_both', 'nomam_both'):
         made = recipe('5', row, 'smoke', 0)
         names = trainable_names(build(made)[0], made.stages[0].trainable)
-        assert any(n.startswith('vision_model.') for n in names) and any(n.startswith('visual_abstractor.') for n in names)
+        assert any(n.startswith('vision_model.') for n in names) and any(
+            n.startswith('visual_abstractor.') for n in names
+        )
         assert all('.multiway.1.' in n for n in names if n.startswith('language_model.'))
         assert any('.multiway.1.' in n for n in names) == row.startswith('mam')
 
@@ -68,28 +88,33 @@ def test_rows_share_one_language_model_and_other_data_gives_another():
     for name in (n for n in second if n.startswith('language_model.')):
         parts = [n for n in first if n.replace('.multiway.0', '').replace('.multiway.1', '') == name]
         assert parts and all(torch.equal(first[part], second[name]) for part in parts), name
-    before = len(list((settings().run_folder/'pretrained').glob('*.lock')))
+    before = len(list((settings().run_folder / 'pretrained').glob('*.lock')))
     changed = recipe('5', 'mam_both', 'smoke', 3).model_dump()
     changed['sources']['language']['options']['length'] = 7
     build(type(recipe('5', 'mam_both', 'smoke', 3))(**changed))
-    assert len(list((settings().run_folder/'pretrained').glob('*.lock'))) == before + 1
+    assert len(list((settings().run_folder / 'pretrained').glob('*.lock'))) == before + 1
 
 
 def test_both_stages_are_planned_at_the_scale_of_the_paper():
-    unit, = plan('owl2', '2', 'paper', rows=['owl2']).units
+    (unit,) = plan('owl2', '2', 'paper', rows=['owl2']).units
     pretrain, tune = unit.stages
     assert unit.parameters == tune.trained == 8_197_859_328 and unit.visual_tokens == 65
-    assert pretrain.trained == 303_966_208 + 81_473_536 + 1_074_003_968 - 768 * 1024 and pretrain.length == 256   # 768 positions fewer at 224 pixels
+    assert (
+        pretrain.trained == 303_966_208 + 81_473_536 + 1_074_003_968 - 768 * 1024 and pretrain.length == 256
+    )  # 768 positions fewer at 224 pixels
     assert all(sum(s.memory.values()) < 80 for s in unit.stages)
 
 
 def test_weights_are_not_downloaded():
-    with pytest.raises(NotImplementedError, match='planned only'): build(recipe('2', 'owl2', 'paper', 1))
+    with pytest.raises(NotImplementedError, match='planned only'):
+        build(recipe('2', 'owl2', 'paper', 1))
 
 
 def test_train_and_test_share_no_mosaic_and_no_list():
     sources = recipe('5', 'mam_both', 'smoke', 0).sources
-    cells = lambda name: {tuple(json.loads(meta)['cells']) for meta in load_source(sources[name], 0, settings().run_folder)['meta']}
+    cells = lambda name: {
+        tuple(json.loads(meta)['cells']) for meta in load_source(sources[name], 0, settings().run_folder)['meta']
+    }
     assert not cells('picture') & cells('test_picture_item') and not cells('text') & cells('test_text_item')
 
 
@@ -97,7 +122,9 @@ def test_worlds_ask_what_can_be_answered():
     assert leader(['red', 'blue', 'blue']) == 'blue' and leader(['red', 'blue']) is None and leader(['red']) == 'red'
     assert word_accuracy('red blue', 'red green') == 0.5
     scene = {'cells': ['red', 'blue', 'red', 'green'], 'palette': ['red', 'blue', 'green']}
-    assert all(MOSAICS.tasks['next'](scene, np.random.default_rng(i))[:2] == (': right of blue', 'red') for i in range(5))
+    assert all(
+        MOSAICS.tasks['next'](scene, np.random.default_rng(i))[:2] == (': right of blue', 'red') for i in range(5)
+    )
 
 
 def test_probe_separates_what_is_linear():
@@ -109,4 +136,8 @@ def test_probe_separates_what_is_linear():
 
 
 def test_smoke_is_a_few_steps():
-    assert _stage('x', 'smoke', (r'.',), {'a': 1.0}, 1000).steps < 10 < _stage('x', 'tiny', (r'.',), {'a': 1.0}, 1000).steps
+    assert (
+        _stage('x', 'smoke', (r'.',), {'a': 1.0}, 1000).steps
+        < 10
+        < _stage('x', 'tiny', (r'.',), {'a': 1.0}, 1000).steps
+    )

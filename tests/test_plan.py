@@ -1,4 +1,5 @@
 "Plans: what is counted agrees with what runs, scales as it must, and costs nothing itself."
+
 import json, resource, sys
 from types import SimpleNamespace
 
@@ -13,30 +14,94 @@ from mllm_replica.models.cost import count
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel
 from mllm_replica.planning import plan as planning
 
-SMALL = dict(vision_config=dict(model_type='clip_vision_model', hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                image_size=32, patch_size=8),
-             text_config=dict(model_type='llama', hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, vocab_size=100))
-SEVEN_B = dict(vision_config=dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                                  image_size=224, patch_size=14),
-               text_config=dict(model_type='llama', hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                                num_key_value_heads=32, vocab_size=32000))
-ALIGN = Stage(name='align', trainable=('^connector',), mixture={'captions': 1.0}, steps=100, batch_size=16, lr=1e-3, max_length=1024, precision='bf16')
+SMALL = dict(
+    vision_config=dict(
+        model_type='clip_vision_model',
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    ),
+    text_config=dict(
+        model_type='llama',
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=100,
+    ),
+)
+SEVEN_B = dict(
+    vision_config=dict(
+        model_type='clip_vision_model',
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    ),
+    text_config=dict(
+        model_type='llama',
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+)
+ALIGN = Stage(
+    name='align',
+    trainable=('^connector',),
+    mixture={'captions': 1.0},
+    steps=100,
+    batch_size=16,
+    lr=1e-3,
+    max_length=1024,
+    precision='bf16',
+)
 TUNE = ALIGN.model_copy(update=dict(name='tune', trainable=('^connector', '^language_model')))
 
 
-def make_recipe(row: str = 'a', scale: str = 'paper', seed: int = 10, sizes: dict = SMALL, stages=(ALIGN, TUNE)) -> Recipe:
-    return Recipe(paper='honeybee', table='3', row=row, scale=scale, seed=seed, model=sizes, stages=stages,
-                  sources={'captions': Source(kind='tar', name='captions', options={'mean_text_tokens': 24}), 'asked': Source(kind='tar', name='asked', size=50)},
-                  benchmarks=(Benchmark(name='asked', source='asked'),), assumptions=('twenty-four text tokens a caption',))
+def make_recipe(
+    row: str = 'a', scale: str = 'paper', seed: int = 10, sizes: dict = SMALL, stages=(ALIGN, TUNE)
+) -> Recipe:
+    return Recipe(
+        paper='honeybee',
+        table='3',
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=sizes,
+        stages=stages,
+        sources={
+            'captions': Source(kind='tar', name='captions', options={'mean_text_tokens': 24}),
+            'asked': Source(kind='tar', name='asked', size=50),
+        },
+        benchmarks=(Benchmark(name='asked', source='asked'),),
+        assumptions=('twenty-four text tokens a caption',),
+    )
 
 
-def build(recipe: Recipe): return VisionLanguageModel(VisionLanguageConfig(**recipe.model)), None
+def build(recipe: Recipe):
+    return VisionLanguageModel(VisionLanguageConfig(**recipe.model)), None
 
 
 @pytest.fixture
 def chapter(monkeypatch):
     "A chapter with three rows, two of them the same recipe, and a fourth that cannot run."
-    def recipe(table, row, scale, seed): return make_recipe(row, scale, seed, SMALL if row != 'b' else {**SMALL, 'text_config': {**SMALL['text_config'], 'num_hidden_layers': 1}})
+
+    def recipe(table, row, scale, seed):
+        return make_recipe(
+            row,
+            scale,
+            seed,
+            SMALL if row != 'b' else {**SMALL, 'text_config': {**SMALL['text_config'], 'num_hidden_layers': 1}},
+        )
+
     reasons = dict(a=None, b=None, same_as_a=None, d='its data was never published')
     module = SimpleNamespace(rows=lambda table, scale: reasons, tables=lambda scale: ['3'], recipe=recipe, build=build)
     monkeypatch.setattr(planning, 'recipes_of', lambda paper: module)
@@ -79,7 +144,11 @@ def test_layers_that_alternate_are_counted_by_the_round(layers, every, counted, 
 
 def test_linear_in_steps_and_samples():
     one = planning.plan_unit(make_recipe(), build, planning.gpu_node())
-    longer = planning.plan_unit(make_recipe(stages=(ALIGN.model_copy(update=dict(steps=300)), TUNE.model_copy(update=dict(batch_size=32)))), build, planning.gpu_node())
+    longer = planning.plan_unit(
+        make_recipe(stages=(ALIGN.model_copy(update=dict(steps=300)), TUNE.model_copy(update=dict(batch_size=32)))),
+        build,
+        planning.gpu_node(),
+    )
     assert longer.stages[0].flops == 3 * one.stages[0].flops and longer.stages[1].tokens == 2 * one.stages[1].tokens
     assert longer.stages[1].memory['activations'] == 2 * one.stages[1].memory['activations']
     assert longer.stages[1].memory['weights'] == one.stages[1].memory['weights']
@@ -91,15 +160,22 @@ def test_counts_what_a_training_step_executes():
     model.vision_model.requires_grad_(False)
     ids = torch.full((1, 40), 5)
     ids[0, :16] = model.config.image_token_id
-    real = count(lambda: model(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), labels=ids.clamp(min=0)).loss, model)
-    planned = planning.stage_cost(lambda: build(make_recipe())[0], TUNE.model_copy(update=dict(precision='fp32')), 40, 1)[0]
+    real = count(
+        lambda: model(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), labels=ids.clamp(min=0)).loss, model
+    )
+    planned = planning.stage_cost(
+        lambda: build(make_recipe())[0], TUNE.model_copy(update=dict(precision='fp32')), 40, 1
+    )[0]
     assert planned.forward + planned.backward == pytest.approx(real.forward + real.backward, rel=0.02)
 
 
 def test_a_unit_takes_its_start_beside_what_it_took_before():
     units = [planning.plan_unit(make_recipe(), build, planning.gpu_node(), earlier=earlier) for earlier in (None, 40.0)]
     rate = 8 * planning.gpu_node().tflops * 1e12 * planning.gpu_node().utilisation
-    assert [u.seconds for u in units] == [pytest.approx(planning.STARTUP + units[0].flops / rate), planning.STARTUP + 40]
+    assert [u.seconds for u in units] == [
+        pytest.approx(planning.STARTUP + units[0].flops / rate),
+        planning.STARTUP + 40,
+    ]
 
 
 def test_equal_layers_are_counted_once_and_multiplied():
@@ -108,7 +184,9 @@ def test_equal_layers_are_counted_once_and_multiplied():
     model = build(make_recipe(sizes=deep))[0]
     model.vision_model.requires_grad_(False)
     whole = count(lambda: planning._step(model, 40, 1), model)
-    planned = planning.stage_cost(lambda: build(make_recipe(sizes=deep))[0], TUNE.model_copy(update=dict(precision='fp32')), 40, 1)[0]
+    planned = planning.stage_cost(
+        lambda: build(make_recipe(sizes=deep))[0], TUNE.model_copy(update=dict(precision='fp32')), 40, 1
+    )[0]
     assert (planned.forward, planned.backward) == (whole.forward, whole.backward)
 
 
@@ -131,7 +209,9 @@ def test_seven_billion_parameters_cost_no_memory():
     "LLaVA-sized: 6 FLOPs per decoder parameter and position when it is trained, 4 when gradients only pass through."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = planning.plan_unit(make_recipe(sizes=SEVEN_B), build, planning.gpu_node())
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * (1024 if sys.platform != 'darwin' else 2**20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * (
+        1024 if sys.platform != 'darwin' else 2**20
+    )
     decoder = 6738415616 - 32000 * 4096
     align, tune = unit.stages
     assert tune.length == 256 + 24 and tune.trained == 6738415616 + 1024 * 4096 + 4096
@@ -145,26 +225,52 @@ def test_published_step_times(row):
     180 text positions per sample, padding included. Then 40 % of the peak gives the published seconds."""
     from mllm_replica.core.registry import recipes_of
     from mllm_replica.tables.published import load_table
+
     recipes, published, node = recipes_of('honeybee'), load_table('honeybee', '3'), planning.gpu_node()
     recipe = recipes.recipe('3', row, 'paper', 10)
-    cost = planning.stage_cost(lambda: recipes.build(recipe)[0], recipe.stages[0], published.row(row).params['num_visual_tokens'] + 180, 1)[0]
-    seconds = (cost.forward + cost.backward) * recipe.stages[0].batch_size / (node.devices * node.tflops * 1e12 * node.utilisation)
+    cost = planning.stage_cost(
+        lambda: recipes.build(recipe)[0], recipe.stages[0], published.row(row).params['num_visual_tokens'] + 180, 1
+    )[0]
+    seconds = (
+        (cost.forward + cost.backward)
+        * recipe.stages[0].batch_size
+        / (node.devices * node.tflops * 1e12 * node.utilisation)
+    )
     assert seconds == pytest.approx(published.cell(row, 's_per_step'), rel=0.05)
 
 
 def test_command_prints_stages_memory_and_assumptions(chapter):
     out = CliRunner().invoke(app, ['plan', 'honeybee', '3', '--scale', 'paper', '--gpu', 'H100-80GB', '--gpus', '4'])
     assert out.exit_code == 0, out.output
-    for text in ('align', 'tune', 'GPU-hours', 'GB per device', 'tokens', 'checkpoints; data and features come on top', '4 × H100-80GB', 'not planned: 3/d: its data was never published'): assert text in out.output
+    for text in (
+        'align',
+        'tune',
+        'GPU-hours',
+        'GB per device',
+        'tokens',
+        'checkpoints; data and features come on top',
+        '4 × H100-80GB',
+        'not planned: 3/d: its data was never published',
+    ):
+        assert text in out.output
     data = json.loads(CliRunner().invoke(app, ['plan', 'honeybee', '3', '--scale', 'paper', '--json']).output)
     assert {s['stage'] for u in data['units'] for s in u['stages']} == {'align', 'tune'}
     assert set(data['units'][0]['stages'][0]['memory']) == {'weights', 'gradients', 'optimizer', 'activations'}
 
 
-@pytest.mark.parametrize('arguments, message', [(['3', '--row', 'cabs'], "no row of table 3 'cabs'"), (['3', '--row', 'd'], 'never published'),
-                                                (['--row', 'a'], '--row needs a TABLE'), (['--gpu', 'A1000', '--scale', 'paper'], "no GPU 'A1000'"),
-                                                (['--scale', 'huge'], "no scale 'huge'"), (['--gpus', '0'], 'greater than or equal to 1'),
-                                                (['--utilisation', '0'], 'greater than or equal to 0.01'), (['--utilisation', '1.1'], 'less than or equal to 1')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['3', '--row', 'cabs'], "no row of table 3 'cabs'"),
+        (['3', '--row', 'd'], 'never published'),
+        (['--row', 'a'], '--row needs a TABLE'),
+        (['--gpu', 'A1000', '--scale', 'paper'], "no GPU 'A1000'"),
+        (['--scale', 'huge'], "no scale 'huge'"),
+        (['--gpus', '0'], 'greater than or equal to 1'),
+        (['--utilisation', '0'], 'greater than or equal to 0.01'),
+        (['--utilisation', '1.1'], 'less than or equal to 1'),
+    ],
+)
 def test_wrong_arguments(chapter, arguments, message):
     out = CliRunner().invoke(app, ['plan', 'honeybee', *arguments])
     assert out.exit_code == 2 and message in ' '.join(out.output.replace('│', '').split())

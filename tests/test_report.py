@@ -1,4 +1,5 @@
 """Result files and what is shown of them."""
+
 import json
 import os
 import shutil
@@ -10,25 +11,52 @@ from mllm_replica.core.registry import PAPERS, recipes_of
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.tables import results, validity
 from mllm_replica.tables.published import load_table, tables_of
-from mllm_replica.tables.report import as_json, escape, figure, markdown, matrix, png, scales_run, table_frame, verdict_frame, verdicts
+from mllm_replica.tables.report import (
+    as_json,
+    escape,
+    figure,
+    markdown,
+    matrix,
+    png,
+    scales_run,
+    table_frame,
+    verdict_frame,
+    verdicts,
+)
 from mllm_replica.tables.results import Record, read_results, results_path, summarise, write_results
 
-BASE = dict(table='3', scale='tiny', unit='key', digest='digest', code='source', commit='abc', date='2025-01-01T12:00:00+00:00', seconds=61.5, processor='p', threads='1', torch='2')
+BASE = dict(
+    table='3',
+    scale='tiny',
+    unit='key',
+    digest='digest',
+    code='source',
+    commit='abc',
+    date='2025-01-01T12:00:00+00:00',
+    seconds=61.5,
+    processor='p',
+    threads='1',
+    torch='2',
+)
 SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A copy of the published tables without results, and without recipes to be compared with."
-    shutil.copytree(project_root()/'papers', tmp_path/'papers', ignore=shutil.ignore_patterns('results', 'verified.csv'))
-    shutil.copy(project_root()/'settings.ini', tmp_path)
+    shutil.copytree(
+        project_root() / 'papers', tmp_path / 'papers', ignore=shutil.ignore_patterns('results', 'verified.csv')
+    )
+    shutil.copy(project_root() / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
-    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
     monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
-    for cached in project_root, settings: cached.cache_clear()
+    for cached in project_root, settings:
+        cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for cached in project_root, settings: cached.cache_clear()
+    for cached in project_root, settings:
+        cached.cache_clear()
 
 
 def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
@@ -36,8 +64,17 @@ def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
 
 
 def run(rows=SPATIAL, seeds=(10, 11, 12)):
-    return [record(row, seed, metric, value + 0.01 * (seed % 3) * noise) for row, score in rows.items() for seed in seeds
-            for metric, value, noise in (('spatial', score, 1), ('easy_vqa', 1.2 - score, 1), ('control', 0.99, 0), ('gflop_step', 5 + 3 * ('256' in row) + score / 100, 0))]
+    return [
+        record(row, seed, metric, value + 0.01 * (seed % 3) * noise)
+        for row, score in rows.items()
+        for seed in seeds
+        for metric, value, noise in (
+            ('spatial', score, 1),
+            ('easy_vqa', 1.2 - score, 1),
+            ('control', 0.99, 0),
+            ('gflop_step', 5 + 3 * ('256' in row) + score / 100, 0),
+        )
+    ]
 
 
 def test_values_survive_the_file_exactly(project):
@@ -45,7 +82,9 @@ def test_values_survive_the_file_exactly(project):
     awkward = [record(value=v, seed=s, n_eval=n) for s, (v, n) in enumerate(given)]
     path = write_results('honeybee', '3', 'tiny', awkward)
     assert read_results('honeybee', '3', 'tiny') == awkward
-    assert path == results_path('honeybee', '3', 'tiny') and path.name == '3.tiny.csv' and b'\r' not in path.read_bytes()
+    assert (
+        path == results_path('honeybee', '3', 'tiny') and path.name == '3.tiny.csv' and b'\r' not in path.read_bytes()
+    )
 
 
 def test_writing_is_idempotent_and_ordered(project):
@@ -60,53 +99,78 @@ def test_writing_is_idempotent_and_ordered(project):
 
 def test_an_earlier_design_goes_when_its_row_is_run_again(project):
     from mllm_replica.running.publish import write_records
+
     now = lambda row, seed: recipes_of('honeybee').recipe('5d', row, 'tiny', seed)
-    old, kept = (record(row, 10, 'open', 0.1, table='5d', digest=digest) for row, digest in
-                 (('multi_turn', 'another recipe'), ('single_turn', 'another recipe')))
+    old, kept = (
+        record(row, 10, 'open', 0.1, table='5d', digest=digest)
+        for row, digest in (('multi_turn', 'another recipe'), ('single_turn', 'another recipe'))
+    )
     same = record('multi_turn', 11, 'open', 0.2, table='5d', digest=now('multi_turn', 11).digest())
     write_results('honeybee', '5d', 'tiny', [old, kept, same])
-    (project/'unit').mkdir()
-    (project/'unit/result.json').touch()
-    (project/'unit/commit').write_text('abc123+')
+    (project / 'unit').mkdir()
+    (project / 'unit/result.json').touch()
+    (project / 'unit/commit').write_text('abc123+')
     metrics = {name: SimpleNamespace(value=value, n=500) for name, value in (('open', 0.4), ('dots', 0.8))}
     found = SimpleNamespace(digest='x', seconds=1.0, metrics=metrics, processor='p', threads=1, versions={'torch': '2'})
-    order = SimpleNamespace(key='new', folder=project/'unit', result=lambda: found)
+    order = SimpleNamespace(key='new', folder=project / 'unit', result=lambda: found)
     with pytest.raises(ValueError, match='abc123[+], which nobody else can check out'):
         write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)], own=False)
-    assert write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)]).is_relative_to(project/'runs')
-    (project/'unit/commit').write_text('abc123')
+    assert write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)]).is_relative_to(project / 'runs')
+    (project / 'unit/commit').write_text('abc123')
     write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)], own=False)
     found = {(r.row, r.seed, r.metric): r.value for r in read_results('honeybee', '5d', 'tiny')}
-    assert found == {('single_turn', 10, 'open'): 0.1, ('multi_turn', 11, 'open'): 0.2, ('multi_turn', 20, 'open'): 0.4, ('multi_turn', 20, 'dots'): 0.8,
-                     ('multi_turn', 20, 'single_turn'): pytest.approx(0.6)}   # a column that is the mean of the two
+    assert found == {
+        ('single_turn', 10, 'open'): 0.1,
+        ('multi_turn', 11, 'open'): 0.2,
+        ('multi_turn', 20, 'open'): 0.4,
+        ('multi_turn', 20, 'dots'): 0.8,
+        ('multi_turn', 20, 'single_turn'): pytest.approx(0.6),
+    }  # a column that is the mean of the two
 
 
 def test_a_unit_is_replaced_as_a_whole(project):
     write_results('honeybee', '3', 'tiny', run())
     write_results('honeybee', '3', 'tiny', [record(value=0.9, unit='new')])
-    assert [(r.metric, r.value) for r in read_results('honeybee', '3', 'tiny') if (r.row, r.seed) == ('cabs_144', 10)] == [('spatial', 0.9)]
+    assert [
+        (r.metric, r.value) for r in read_results('honeybee', '3', 'tiny') if (r.row, r.seed) == ('cabs_144', 10)
+    ] == [('spatial', 0.9)]
 
 
 def test_an_interrupted_write_leaves_the_old_file(project, monkeypatch):
     path = write_results('honeybee', '3', 'tiny', run())
     before = path.read_bytes()
-    def fail(*_): raise OSError(28, 'No space left on device')
+
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(results.os, 'replace', fail)
-    with pytest.raises(OSError, match='No space'): write_results('honeybee', '3', 'tiny', [record(value=0.9)])
+    with pytest.raises(OSError, match='No space'):
+        write_results('honeybee', '3', 'tiny', [record(value=0.9)])
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize('old, new, message', [
-    ('3,cabs_144', '3,cabs_145', "has no row 'cabs_145'"), ('3,cabs_144', '4,cabs_144', 'belongs to table 4'), (',tiny,', ',paper,',
-    'belongs to table 3 at paper'),
-    (',0.5,', ',nan,', 'value'), (',0.5,', ',much,', 'value'), (',0.5,', ',,', 'value'), (',10,', ',ten,', 'seed'), ('2025-01-01', '2025-13-01',
-    'date'), (',61.5', ',-1', 'seconds'),
-    ('abc', 'abc,more', 'line 2'), ('seed', 'sede', 'has the columns')])
+@pytest.mark.parametrize(
+    'old, new, message',
+    [
+        ('3,cabs_144', '3,cabs_145', "has no row 'cabs_145'"),
+        ('3,cabs_144', '4,cabs_144', 'belongs to table 4'),
+        (',tiny,', ',paper,', 'belongs to table 3 at paper'),
+        (',0.5,', ',nan,', 'value'),
+        (',0.5,', ',much,', 'value'),
+        (',0.5,', ',,', 'value'),
+        (',10,', ',ten,', 'seed'),
+        ('2025-01-01', '2025-13-01', 'date'),
+        (',61.5', ',-1', 'seconds'),
+        ('abc', 'abc,more', 'line 2'),
+        ('seed', 'sede', 'has the columns'),
+    ],
+)
 def test_spoilt_files_are_refused_with_their_place(project, old, new, message):
     path = write_results('honeybee', '3', 'tiny', [record()])
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(ValueError, match='3.tiny.csv') as error: read_results('honeybee', '3', 'tiny')
+    with pytest.raises(ValueError, match='3.tiny.csv') as error:
+        read_results('honeybee', '3', 'tiny')
     assert message in str(error.value)
 
 
@@ -114,13 +178,16 @@ def test_doubled_and_torn_lines_are_refused(project):
     path = write_results('honeybee', '3', 'tiny', [record()])
     head, line = path.read_text().splitlines()
     path.write_text('\n'.join([head, line, line]))
-    with pytest.raises(ValueError, match='line 3.*already given'): read_results('honeybee', '3', 'tiny')
+    with pytest.raises(ValueError, match='line 3.*already given'):
+        read_results('honeybee', '3', 'tiny')
     path.write_text(f'{head}\n{line[:30]}')
-    with pytest.raises(ValueError, match='line 2'): read_results('honeybee', '3', 'tiny')
+    with pytest.raises(ValueError, match='line 2'):
+        read_results('honeybee', '3', 'tiny')
 
 
 def test_records_of_another_table_are_not_written(project):
-    with pytest.raises(ValueError, match='does not belong into 4.tiny.csv'): write_results('honeybee', '4', 'tiny', [record()])
+    with pytest.raises(ValueError, match='does not belong into 4.tiny.csv'):
+        write_results('honeybee', '4', 'tiny', [record()])
     assert not results_path('honeybee', '4', 'tiny').exists()
 
 
@@ -146,14 +213,22 @@ def test_verdicts_read_the_files(project):
     assert words['resampler-weak-144'] == words['step-time-follows-M'] == 'supported'
     shown = verdict_frame('honeybee', '3', 'tiny')
     differences = shown['difference [95 % interval]']
-    assert 'cabs_144.spatial > resampler_144.spatial: by 0.270' in differences[0] and not differences.str.contains('avg_n|s_per_step').any()
+    assert (
+        'cabs_144.spatial > resampler_144.spatial: by 0.270' in differences[0]
+        and not differences.str.contains('avg_n|s_per_step').any()
+    )
 
 
 def test_every_claim_is_judged_on_both_readings(project):
     write_results('honeybee', '3', 'tiny', run())
     shown = verdict_frame('honeybee', '3', 'tiny')
     assert shown['verdict at tiny'].tolist() == ['supported', 'supported', 'supported', 'supported']
-    assert shown['verdict on easy-VQA'].tolist() == ['contradicted', 'contradicted', 'supported', '–']  # the last one counts cost only
+    assert shown['verdict on easy-VQA'].tolist() == [
+        'contradicted',
+        'contradicted',
+        'supported',
+        '–',
+    ]  # the last one counts cost only
     assert 'cabs_144.easy_vqa > resampler_144.easy_vqa: by -0.270' in shown['difference [95 % interval]'][0]
     assert [v.word for v in verdicts('honeybee', '3', 'tiny', 'easy-VQA')][3] == 'supported'
     assert '4 supported' in next(x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |'))
@@ -162,9 +237,17 @@ def test_every_claim_is_judged_on_both_readings(project):
 
 def test_smoke_stays_out_of_the_papers(project):
     path = write_results('honeybee', '3', 'smoke', [record(scale='smoke')])
-    assert path == project/'runs'/'results'/'honeybee'/'3.smoke.csv' and len(read_results('honeybee', '3', 'smoke')) == 1
-    assert not list((project/'papers').rglob('results')) and scales_run('honeybee', '3') == ['smoke'] and 'smoke' not in matrix()
-    with pytest.raises(KeyError, match='unknown paper'): results_path('nobody', '3', 'smoke')
+    assert (
+        path == project / 'runs' / 'results' / 'honeybee' / '3.smoke.csv'
+        and len(read_results('honeybee', '3', 'smoke')) == 1
+    )
+    assert (
+        not list((project / 'papers').rglob('results'))
+        and scales_run('honeybee', '3') == ['smoke']
+        and 'smoke' not in matrix()
+    )
+    with pytest.raises(KeyError, match='unknown paper'):
+        results_path('nobody', '3', 'smoke')
 
 
 def test_contradictions_inside_a_paper_are_shown():
@@ -179,12 +262,18 @@ def test_stale_rows_are_marked(project, monkeypatch):
     monkeypatch.setattr(validity, 'code_of', lambda recipe: 'source')
     others = [record('linear_256'), record('cabs_256', code='older'), record('resampler_256', code=results.LOST)]
     write_results('honeybee', '3', 'tiny', [record('cabs_144'), record('resampler_144'), *others])
-    reasons = {'cabs_144': 'its recipe has changed', 'resampler_144': 'it has no recipe any more', 'cabs_256': 'the code has changed and is not verified',
-               'resampler_256': 'the code that gave it is lost'}
+    reasons = {
+        'cabs_144': 'its recipe has changed',
+        'resampler_144': 'it has no recipe any more',
+        'cabs_256': 'the code has changed and is not verified',
+        'resampler_256': 'the code that gave it is lost',
+    }
     assert validity.stale('honeybee', read_results('honeybee', '3', 'tiny')) == reasons
     marked = [label for label in table_frame('honeybee', '3', 'tiny').index if label.endswith('†')]
     assert len(marked) == 4 and 'tiny †' in matrix()
-    assert [u['stale'] for u in as_json('honeybee')['honeybee']['tables']['3']['replicated']['tiny']['provenance']].count(None) == 1
+    assert [
+        u['stale'] for u in as_json('honeybee')['honeybee']['tables']['3']['replicated']['tiny']['provenance']
+    ].count(None) == 1
     step = dict(commit='c', processor='p', torch='2', canaries=1, date='2026-01-01')
     validity.append_ledger('honeybee', [validity.Verification(before='older', after='middle', **step)])
     assert 'cabs_256' in validity.stale('honeybee', read_results('honeybee', '3', 'tiny'))
@@ -205,34 +294,54 @@ def test_json_is_plain_and_complete(project):
     found = json.loads(json.dumps(as_json(), allow_nan=False))
     assert set(found) == set(PAPERS)
     table = found['honeybee']['tables']['3']
-    assert table['rows'][2]['values']['avg_n'] == 53.5 and table['replicated']['tiny']['cells']['cabs_144']['spatial']['n_eval'] == 1000
+    assert (
+        table['rows'][2]['values']['avg_n'] == 53.5
+        and table['replicated']['tiny']['cells']['cabs_144']['spatial']['n_eval'] == 1000
+    )
     judged = table['claims'][0]['verdicts']['tiny']
-    assert judged['verdict'] == 'supported' and judged['also']['easy-VQA']['verdict'] == 'contradicted' and len(table['replicated']['tiny']['provenance']) == 15
-    assert found['owl2']['tables']['1']['replicated'] == {} and 'tiny' in found['owl2']['tables']['1']['claims'][0]['verdicts']
+    assert (
+        judged['verdict'] == 'supported'
+        and judged['also']['easy-VQA']['verdict'] == 'contradicted'
+        and len(table['replicated']['tiny']['provenance']) == 15
+    )
+    assert (
+        found['owl2']['tables']['1']['replicated'] == {}
+        and 'tiny' in found['owl2']['tables']['1']['claims'][0]['verdicts']
+    )
 
 
 def test_paper_scale_judges_cells(project):
-    ours = [record('cabs_144', metric='avg_n', value=53.6, scale='paper'), record('cabs_256', metric='avg_n', value=50.0, scale='paper')]
+    ours = [
+        record('cabs_144', metric='avg_n', value=53.6, scale='paper'),
+        record('cabs_256', metric='avg_n', value=50.0, scale='paper'),
+    ]
     write_results('honeybee', '3', 'paper', ours)
     frame = table_frame('honeybee', '3', 'paper')
     assert frame.loc['B3 C-Abstractor M=144', ('replicated at paper', 'AvgN')] == '53.6 (one seed) match'
     assert frame.loc['B6 C-Abstractor M=256', ('replicated at paper', 'AvgN')].endswith('differs')
 
 
-@pytest.mark.parametrize('paper, key', [('honeybee', k) for k in ('3', '4', '5a', '9', 'fig9')] + [('owl2', '7'), ('owl2', '15')])
+@pytest.mark.parametrize(
+    'paper, key', [('honeybee', k) for k in ('3', '4', '5a', '9', 'fig9')] + [('owl2', '7'), ('owl2', '15')]
+)
 def test_figures_print_the_scale_and_keep_names_apart(project, paper, key):
-    if key == '3': write_results('honeybee', '3', 'tiny', run())
+    if key == '3':
+        write_results('honeybee', '3', 'tiny', run())
     found, table = figure(paper, key, 'tiny'), load_table(paper, key)
     assert 'scale tiny' in found.get_suptitle()
     for ax in found.axes:
-        if ax.get_visible() and ax.get_title(loc='left') != 'published': assert ax.get_xlabel().split('  (')[0] not in {c.name for c in table.columns}
+        if ax.get_visible() and ax.get_title(loc='left') != 'published':
+            assert ax.get_xlabel().split('  (')[0] not in {c.name for c in table.columns}
     assert len(png(found)) < 60_000
 
 
 def test_figure_shows_control_and_real_pictures_beside_the_mean(project):
     write_results('honeybee', '3', 'tiny', run())
     found = {ax.get_xlabel().split('  (')[0]: ax.get_title(loc='left') for ax in figure('honeybee', '3', 'tiny').axes}
-    assert found['spatial mean'].endswith('grey: ◇ bright or dark, △ easy-VQA') and not {'bright or dark', 'easy-VQA'} & set(found)
+    assert found['spatial mean'].endswith('grey: ◇ bright or dark, △ easy-VQA') and not {
+        'bright or dark',
+        'easy-VQA',
+    } & set(found)
     assert [x for x in found if found[x] == 'published'] == ['AvgN', 's/step'] and 'relation of two tiles' in found
 
 

@@ -1,4 +1,5 @@
 "The house rules that a machine can check: notebooks and package agree, files are small, code keeps its style, nothing names this machine."
+
 import ast, configparser, difflib, json, os, re, shutil, subprocess, sys, tomllib
 from collections import Counter
 from functools import cache
@@ -7,10 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT/'mllm_replica'
-LEFT_OUT = ('.venv', '.git', 'runs', 'build', '__pycache__', '*.egg-info', '.pytest_cache', '.ruff_cache', '.benchmarks', '.ipynb_checkpoints',
-            '_proc', 'mlruns', 'mlflow.db', 'results')
-
+PACKAGE = ROOT / 'mllm_replica'
+LEFT_OUT = (
+    '.venv',
+    '.git',
+    'runs',
+    'build',
+    '__pycache__',
+    '*.egg-info',
+    '.pytest_cache',
+    '.ruff_cache',
+    '.benchmarks',
+    '.ipynb_checkpoints',
+    '_proc',
+    'mlruns',
+    'mlflow.db',
+    'results',
+)
 
 
 def name_of(path):
@@ -34,38 +48,57 @@ def modules():
 def committed_files() -> list[Path]:
     "What git tracks or would track; every file of the folder where there is no git."
     try:
-        shown = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True).stdout
-        return [ROOT/f for f in shown.decode().split('\0') if f and (ROOT/f).is_file()]
+        shown = subprocess.run(
+            ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        return [ROOT / f for f in shown.decode().split('\0') if f and (ROOT / f).is_file()]
     except (OSError, subprocess.CalledProcessError):
         ignored = shutil.ignore_patterns(*LEFT_OUT)
-        return [Path(d)/f for d, _, files in os.walk(ROOT) for f in files
-                if not any(ignored(d, [part]) for part in Path(d, f).relative_to(ROOT).parts)]
+        return [
+            Path(d) / f
+            for d, _, files in os.walk(ROOT)
+            for f in files
+            if not any(ignored(d, [part]) for part in Path(d, f).relative_to(ROOT).parts)
+        ]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------------------------
 def test_settings_ini_equals_pyproject():
-    ini = configparser.ConfigParser(); ini.read(ROOT/'settings.ini')
-    toml = tomllib.loads((ROOT/'pyproject.toml').read_text())
-    version = re.search(r'__version__ = "(.+)"', (PACKAGE/'__init__.py').read_text())[1]
-    expected = dict(lib_name=toml['project']['name'], lib_path=toml['tool']['nbdev']['lib_path'], nbs_path=toml['tool']['nbdev']['nbs_path'],
-                    version=version, min_python=toml['project']['requires-python'].removeprefix('>='))
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / 'settings.ini')
+    toml = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    version = re.search(r'__version__ = "(.+)"', (PACKAGE / '__init__.py').read_text())[1]
+    expected = dict(
+        lib_name=toml['project']['name'],
+        lib_path=toml['tool']['nbdev']['lib_path'],
+        nbs_path=toml['tool']['nbdev']['nbs_path'],
+        version=version,
+        min_python=toml['project']['requires-python'].removeprefix('>='),
+    )
     assert dict(ini['DEFAULT']) == expected
 
 
 def test_constraints_pin_every_direct_dependency():
-    toml = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    toml = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     canonical = lambda name: re.sub(r'[-_.]+', '-', name).lower()
-    wanted = {canonical(re.match(r'[\w.-]+', r)[0]) for r in toml['dependencies'] + toml['optional-dependencies']['dev']}
-    lines = [line for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#')]
-    assert all(re.fullmatch(r'[\w.-]+==[\w.!]+', line) for line in lines), 'a release number each, no build tag, no address'
+    wanted = {
+        canonical(re.match(r'[\w.-]+', r)[0]) for r in toml['dependencies'] + toml['optional-dependencies']['dev']
+    }
+    lines = [line for line in (ROOT / 'constraints.txt').read_text().splitlines() if not line.startswith('#')]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.!]+', line) for line in lines), (
+        'a release number each, no build tag, no address'
+    )
     assert wanted <= {canonical(line.split('==')[0]) for line in lines}
 
 
 def test_parameters_tag_survives_cleaning():
-    toml = tomllib.loads((ROOT/'pyproject.toml').read_text())
+    toml = tomllib.loads((ROOT / 'pyproject.toml').read_text())
     assert 'tags' in toml['tool']['nbdev']['allowed_cell_metadata_keys']
     for name in ('replicate_row', 'report_table'):
-        cells = notebooks()[ROOT/f'nbs/pipelines/{name}.ipynb']
+        cells = notebooks()[ROOT / f'nbs/pipelines/{name}.ipynb']
         tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
         assert len(tagged) == 1, f'{name}.ipynb has {len(tagged)} cells tagged `parameters`'
         assert not ''.join(tagged[0]['source']).startswith('#|'), f'{name}.ipynb: papermill does not know directives'
@@ -75,7 +108,7 @@ def test_parameters_tag_survives_cleaning():
 @pytest.fixture(scope='module')
 def exported_copy(tmp_path_factory) -> Path:
     "A copy of the tree in which the notebooks were exported and cleaned anew."
-    copy = tmp_path_factory.mktemp('copy')/'tree'
+    copy = tmp_path_factory.mktemp('copy') / 'tree'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
     env = {**os.environ, 'PYTHONPATH': str(copy)}
     for tool in ('nbdev-export', 'nbdev-clean'):
@@ -87,10 +120,15 @@ def exported_copy(tmp_path_factory) -> Path:
 def differences(copy: Path, folder: str, pattern: str) -> str:
     "Unified diff, empty when all files below `folder` agree."
     found = []
-    for name in sorted({str(p.relative_to(base)) for base in (ROOT, copy) for p in (base/folder).rglob(pattern)}):
-        if '__pycache__' in name or '.ipynb_checkpoints' in name: continue
-        old, new = [(base/name).read_text().splitlines() if (base/name).exists() else ['(no such file)'] for base in (ROOT, copy)]
-        if old != new: found += list(difflib.unified_diff(old, new, name, f'{name} made anew', lineterm='', n=1))[:40]
+    for name in sorted({str(p.relative_to(base)) for base in (ROOT, copy) for p in (base / folder).rglob(pattern)}):
+        if '__pycache__' in name or '.ipynb_checkpoints' in name:
+            continue
+        old, new = [
+            (base / name).read_text().splitlines() if (base / name).exists() else ['(no such file)']
+            for base in (ROOT, copy)
+        ]
+        if old != new:
+            found += list(difflib.unified_diff(old, new, name, f'{name} made anew', lineterm='', n=1))[:40]
     return '\n'.join(found)
 
 
@@ -120,8 +158,12 @@ def test_cell_ids_are_unique_and_exported():
 
 def test_notebooks_that_register_worlds_give_the_packages_own_back():
     "nbdev-test runs many notebooks in one process; a world of a notebook has no source file for those that come after it."
-    sources = {path: [''.join(c['source']) for c in cells if c['cell_type'] == 'code'] for path, cells in notebooks().items()}
-    registers = [path for path, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)]
+    sources = {
+        path: [''.join(c['source']) for c in cells if c['cell_type'] == 'code'] for path, cells in notebooks().items()
+    }
+    registers = [
+        path for path, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)
+    ]
     assert len(registers) >= 4
     assert not [name_of(path) for path in registers if 'reload(import_module(' not in sources[path][-1]]
 
@@ -137,7 +179,13 @@ for name in sys.argv[1:]:
 
 
 def test_what_is_to_start_quickly_loads_no_heavy_library():
-    light = ['mllm_replica', 'mllm_replica.core.settings', 'mllm_replica.core.recipe', 'mllm_replica.core.registry', 'mllm_replica.cli']
+    light = [
+        'mllm_replica',
+        'mllm_replica.core.settings',
+        'mllm_replica.core.recipe',
+        'mllm_replica.core.registry',
+        'mllm_replica.cli',
+    ]
     heavy = {'torch', 'transformers', 'mlflow', 'papermill', 'datasets', 'matplotlib', 'pandas'}
     command = [sys.executable, '-c', IMPORTED, *light]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -206,7 +254,9 @@ def distrusted(node):
     "Whether a node unpickles, evaluates text or runs a stranger's code (`model.eval()` and `weights_only=True` do not)."
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         imported = [a.name for a in node.names] + [getattr(node, 'module', None) or '']
-        return {'pickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve'} & {name.split('.')[0] for name in imported}
+        return {'pickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve'} & {
+            name.split('.')[0] for name in imported
+        }
     if not isinstance(node, ast.Call):
         return False
     called, options = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
@@ -216,36 +266,49 @@ def distrusted(node):
 
 
 def test_nothing_is_unpickled_evaluated_or_trusted():
-    found = [f'{name_of(path)}:{node.lineno}: {ast.unparse(node)}'
-             for path, (_, tree) in modules().items() for node in ast.walk(tree) if distrusted(node)]
+    found = [
+        f'{name_of(path)}:{node.lineno}: {ast.unparse(node)}'
+        for path, (_, tree) in modules().items()
+        for node in ast.walk(tree)
+        if distrusted(node)
+    ]
     assert not found, '\n'.join(found)
 
 
 def test_committed_files_name_no_machine():
     "No home or temporary folder of somebody's machine, no registry address."
-    machine = re.compile(r'''(?<![\w.])/(?:work|home|root|Users|tmp|opt|var|mnt)/[\w.]+''')
+    machine = re.compile(r"""(?<![\w.])/(?:work|home|root|Users|tmp|opt|var|mnt)/[\w.]+""")
     registry = re.compile(r'(?:extra-)?index-url|find-links|://(?!127\.0\.0\.1|localhost)[\w.-]*:\d{2,5}/', re.I)
     found = []
     for path in committed_files():
-        if path.suffix in ('.safetensors', '.png', '.parquet', '.gif', '.npy') or path == Path(__file__): continue
+        if path.suffix in ('.safetensors', '.png', '.parquet', '.gif', '.npy') or path == Path(__file__):
+            continue
         for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
-            if hit := machine.search(line) or registry.search(line): found.append(f'{path.relative_to(ROOT)}:{number}: {hit[0]}')
+            if hit := machine.search(line) or registry.search(line):
+                found.append(f'{path.relative_to(ROOT)}:{number}: {hit[0]}')
     assert not found, '\n'.join(found)
 
 
 # --- README -----------------------------------------------------------------------------------------------------------------------------
 def test_readme_is_generated_from_the_index():
     from mllm_replica.tables.readme import as_markdown
-    text, pictures = as_markdown(ROOT/'nbs/index.ipynb')
-    assert (ROOT/'README.md').read_text() == text, 'run `make readme`'
-    for name, data in pictures.items(): assert (ROOT/name).read_bytes() == data, f'{name}: run `make readme`'
+
+    text, pictures = as_markdown(ROOT / 'nbs/index.ipynb')
+    assert (ROOT / 'README.md').read_text() == text, 'run `make readme`'
+    for name, data in pictures.items():
+        assert (ROOT / name).read_bytes() == data, f'{name}: run `make readme`'
 
 
 def test_index_outputs_are_current():
     "The numbers in the index are those in the result files: its cells, run now, print what is stored."
     import nbformat
     from mllm_replica.tables.readme import executed
-    stored = nbformat.read(ROOT/'nbs/index.ipynb', 4)
-    texts = lambda nb: [{kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
-                        for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+
+    stored = nbformat.read(ROOT / 'nbs/index.ipynb', 4)
+    texts = lambda nb: [
+        {kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
+        for c in nb.cells
+        if c.cell_type == 'code'
+        for o in c.outputs
+    ]
     assert texts(executed(stored)) == texts(stored), 'the results changed: run `make readme`'

@@ -1,4 +1,5 @@
 "Effects of finished tables, ablations and searches: what differs, what runs, what is shared, and what a kill leaves."
+
 import csv, json, os, signal, statistics, subprocess, sys
 
 import pytest
@@ -17,7 +18,9 @@ from mllm_replica.tables.results import read_results, results_path
 from test_runner import with_chapter
 from toyproject import PARAMETERS, inline, project, until, write_notebook
 
-FINISHED = sorted((path.parts[-3], path.name.split('.')[0]) for path in (project_root()/'papers').glob('*/results/*.tiny.csv'))
+FINISHED = sorted(
+    (path.parts[-3], path.name.split('.')[0]) for path in (project_root() / 'papers').glob('*/results/*.tiny.csv')
+)
 PARTS = """from pathlib import Path
 import os, time
 from mllm_replica.core.recipe import Recipe
@@ -45,14 +48,16 @@ print(found.frame[found.frame['chosen']]['set'].tolist(), found.exit_code)"""
 @pytest.fixture
 def unit(project):
     "A pipeline whose score follows from the recipe."
-    return write_notebook(project.root/'parts.ipynb', PARAMETERS, PARTS)
+    return write_notebook(project.root / 'parts.ipynb', PARAMETERS, PARTS)
 
 
 @pytest.fixture
-def base(project): return recipes_of('mm1').recipe('second', 'wide', 'smoke', 10)
+def base(project):
+    return recipes_of('mm1').recipe('second', 'wide', 'smoke', 10)
 
 
-def started(project): return [row for _, row in project.events('started')]
+def started(project):
+    return [row for _, row in project.events('started')]
 
 
 # --- finished tables --------------------------------------------------------------------------------------------------------------------
@@ -86,12 +91,24 @@ def test_effects_of_every_finished_table(paper):
 
 
 def test_pairs_of_known_tables():
-    found = lambda paper, table: {(p.factor, p.before, p.after) for p in pairs({r.key: r.params for r in load_table(paper, table).rows})}
-    assert found('owl3', '10') == {('adaptive_gate', 'base', 'gate'), ('shared_norm', 'gate', 'gate_norm'), ('mi_rope', 'gate_norm', 'full')}
-    assert ('pos_emb', 'resampler', 'resampler_pos') in found('honeybee', '9') and ('v_pooled_q', 'dabs_no_vpool', 'dabs') in found('honeybee', '9')
+    found = lambda paper, table: {
+        (p.factor, p.before, p.after) for p in pairs({r.key: r.params for r in load_table(paper, table).rows})
+    }
+    assert found('owl3', '10') == {
+        ('adaptive_gate', 'base', 'gate'),
+        ('shared_norm', 'gate', 'gate_norm'),
+        ('mi_rope', 'gate_norm', 'full'),
+    }
+    assert ('pos_emb', 'resampler', 'resampler_pos') in found('honeybee', '9') and (
+        'v_pooled_q',
+        'dabs_no_vpool',
+        'dabs',
+    ) in found('honeybee', '9')
     assert {(a, b) for f, a, b in found('owl2', '8')} == {('r224', 'r336'), ('r336', 'r448')}  # neighbours
     fig4 = pairs({r.key: r.params for r in load_table('mm1', 'fig4').rows})
-    assert {factor: sum(p.factor == factor for p in fig4) for factor in ('connector', 'res', 'tokens')} == dict(connector=12, res=6, tokens=6)
+    assert {factor: sum(p.factor == factor for p in fig4) for factor in ('connector', 'res', 'tokens')} == dict(
+        connector=12, res=6, tokens=6
+    )
 
 
 def test_a_step_is_left_out_only_where_its_halves_are_there():
@@ -107,9 +124,12 @@ def test_differences_are_paired_by_seed():
 
 
 def test_effects_name_what_is_wrong():
-    with pytest.raises(KeyError, match='it has .*spatial'): effects('honeybee', '8', 'tiny', 'acc')
-    with pytest.raises(ValueError, match='owl2 table 15 has no results'): effects('owl2', '15', 'tiny')
-    with pytest.raises(ValueError, match='one metric, the frame has'): effects_figure(effects('honeybee', '8', 'tiny'))
+    with pytest.raises(KeyError, match='it has .*spatial'):
+        effects('honeybee', '8', 'tiny', 'acc')
+    with pytest.raises(ValueError, match='owl2 table 15 has no results'):
+        effects('owl2', '15', 'tiny')
+    with pytest.raises(ValueError, match='one metric, the frame has'):
+        effects_figure(effects('honeybee', '8', 'tiny'))
 
 
 # --- varied rows ------------------------------------------------------------------------------------------------------------------------
@@ -121,10 +141,14 @@ def test_every_field_of_a_real_recipe_can_be_named_changed_and_made_again(paper)
     made, fields = recipes.recipe(table, row, 'tiny', 10), []
 
     def walk(value, path):
-        if path.count('.') and all(part.replace('_', '').replace('-', '').isalnum() for part in path.split('.')): fields.append(path)
+        if path.count('.') and all(part.replace('_', '').replace('-', '').isalnum() for part in path.split('.')):
+            fields.append(path)
         inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in inside: walk(inner, f'{path}.{key}')
-    for name in ('model', 'sources', 'stages', 'benchmarks'): walk(made.model_dump(mode='json')[name], name)
+        for key, inner in inside:
+            walk(inner, f'{path}.{key}')
+
+    for name in ('model', 'sources', 'stages', 'benchmarks'):
+        walk(made.model_dump(mode='json')[name], name)
     assert 'stages.0.lr' in fields and len(fields) > 50
     for path in fields:
         again = recipes.recipe(table, row_name(row, {path: value_at(made, path)}), 'tiny', 10)
@@ -137,19 +161,22 @@ def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base, 
     varied = vary(base, {'stages.0.lr': 0.01, 'stages.0.trainable': [r"(connector|isn't)\."]})
     summary = run_tables('mm1', ['second'], rows=[varied.row], seeds=[10], pipeline=with_chapter(project))
     assert summary.exit_code == 0, str(summary)
-    folder = project.runs/'units'/summary.outcomes[0].key
-    assert Recipe.model_validate_json((folder/'recipe.json').read_bytes()) == varied
+    folder = project.runs / 'units' / summary.outcomes[0].key
+    assert Recipe.model_validate_json((folder / 'recipe.json').read_bytes()) == varied
     assert read_result(folder, varied.digest()).steps == 3
     assert project.tracked()[varied.row][0] == 'FINISHED'
     assert not results_path('mm1', 'second', 'smoke').exists() and not summary.problems
-    with pytest.raises(KeyError, match="no rows .'wider.stages.0.lr=1'"): make_plan('mm1', ['second'], 'smoke', rows=['wider+stages.0.lr=1'])
+    with pytest.raises(KeyError, match="no rows .'wider.stages.0.lr=1'"):
+        make_plan('mm1', ['second'], 'smoke', rows=['wider+stages.0.lr=1'])
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------------------------
 def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, inline):
     assert run_tables('mm1', ['second'], rows=['wide'], seeds=[10, 11], pipeline=unit, report=False).exit_code == 0
     project.faults.touch()
-    run = lambda: run_ablation(base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit)
+    run = lambda: run_ablation(
+        base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit
+    )
     first = run()
     assert first.exit_code == 1 and first.summaries[0].skipped == 2 and len(first.summaries[0].failed) == 2
     assert 'mm1/second/wide+model.row=wide-broken/smoke/10: ' in str(first) and 'ZeroDivisionError' in str(first)
@@ -162,53 +189,80 @@ def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, in
     assert toy['mean'].round(6).to_dict() == {'0.001 → 0.1': 0.099, 'wide → wide-broken': 0.155}
     assert toy.loc['wide → wide-broken', 'high'] > 0.2  # the seeds differ by 0.01
     assert [len(toy), len(done.frame)] == [2, 4] and done.file.with_suffix('.png').stat().st_size > 1000
-    with open(done.file, newline='') as file: assert len(list(csv.DictReader(file))) == 4
+    with open(done.file, newline='') as file:
+        assert len(list(csv.DictReader(file))) == 4
 
     from mllm_replica.running.tracking import Tracker
+
     client = Tracker(f'sqlite:///{project.runs}/mlflow.db', project.runs).client
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    parent, = [r for r in runs if r.data.tags['kind'] == 'study']
+    (parent,) = [r for r in runs if r.data.tags['kind'] == 'study']
     children = [r for r in runs if r.data.tags.get('mlflow.parentRunId') == parent.info.run_id]
     assert (parent.info.run_name, parent.info.status) == (f'{done.name} · smoke', 'FINISHED')
     assert len(children) == 6 and {r.info.status for r in children} == {'FINISHED'}
-    assert {f.path for f in client.list_artifacts(parent.info.run_id)} == {done.file.name, done.file.with_suffix('.png').name}
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} == {
+        done.file.name,
+        done.file.with_suffix('.png').name,
+    }
     before = len(started(project))
     assert run().summaries[0].outcomes == [] and len(started(project)) == before
 
 
 def test_an_ablation_refuses_what_it_cannot_run(project, unit, base):
-    with pytest.raises(KeyError, match="stages.0 has name, trainable, .*lr, min_lr"): run_ablation(base, {'stages.0.rate': [1]}, 'toy', pipeline=unit)
-    with pytest.raises(ValueError, match='no value of stages.0.lr differs'): ablation(base, {'stages.0.lr': [0.001]})
+    with pytest.raises(KeyError, match='stages.0 has name, trainable, .*lr, min_lr'):
+        run_ablation(base, {'stages.0.rate': [1]}, 'toy', pipeline=unit)
+    with pytest.raises(ValueError, match='no value of stages.0.lr differs'):
+        ablation(base, {'stages.0.lr': [0.001]})
     with pytest.raises(ValueError, match='makes another recipe of this name'):
         run_ablation(base.model_copy(update={'model': {'row': 'narrow'}}), {'stages.0.lr': [1.0]}, 'toy', pipeline=unit)
     with pytest.raises(ValueError, match='needs a telescope'):
-        run_ablation(recipes_of('mm1').recipe('first', 'other', 'smoke', 10), {'stages.0.lr': [1.0]}, 'toy', pipeline=unit)
+        run_ablation(
+            recipes_of('mm1').recipe('first', 'other', 'smoke', 10), {'stages.0.lr': [1.0]}, 'toy', pipeline=unit
+        )
     assert not started(project)
 
 
 def test_ablate_on_the_command_line(project, unit, inline):
     from mllm_replica.cli import app
-    (project.root/'nbs'/'pipelines'/'replicate_row.ipynb').write_text(unit.read_text())
-    call = lambda *more: CliRunner().invoke(app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more])
+
+    (project.root / 'nbs' / 'pipelines' / 'replicate_row.ipynb').write_text(unit.read_text())
+    call = lambda *more: CliRunner().invoke(
+        app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more]
+    )
     result = call('--vary', 'stages.0.lr=1e-3,0.1', '--metric', 'toy')
     assert result.exit_code == 0, result.output
     text = ' '.join(result.output.replace('│', ' ').split())
-    assert 'stages.0.lr 0.001 → 0.1 toy +0.099 (one seed) 1' in text and '2 units finished, 0 were finished before' in text
-    assert call('--vary', 'stages.0.lr=0.1', '--metric', 'speed').output.count('the finished units of wide have toy, size')
-    for words, message in [(['--vary', 'stages.0.lr'], 'write PATH=VALUE,VALUE'), (['--vary', 'stages.0.lr=high'], 'Input should be a valid number'),
-                           (['--vary', 'stages.7.lr=1'], 'stages has 0')]:
+    assert (
+        'stages.0.lr 0.001 → 0.1 toy +0.099 (one seed) 1' in text and '2 units finished, 0 were finished before' in text
+    )
+    assert call('--vary', 'stages.0.lr=0.1', '--metric', 'speed').output.count(
+        'the finished units of wide have toy, size'
+    )
+    for words, message in [
+        (['--vary', 'stages.0.lr'], 'write PATH=VALUE,VALUE'),
+        (['--vary', 'stages.0.lr=high'], 'Input should be a valid number'),
+        (['--vary', 'stages.7.lr=1'], 'stages has 0'),
+    ]:
         result = call(*words, '--metric', 'toy')
         assert result.exit_code == 2 and message in ' '.join(result.output.replace('│', ' ').split())
 
 
 # --- searches ---------------------------------------------------------------------------------------------------------------------------
 def test_a_search_killed_between_rounds_goes_on(project, unit):
-    script = project.root/'search.py'
+    script = project.root / 'search.py'
     script.write_text(SEARCH)
 
     def run(**more):
-        return subprocess.Popen([sys.executable, script, unit], env=os.environ | project.environment | more, cwd=project.root, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, script, unit],
+            env=os.environ | project.environment | more,
+            cwd=project.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
     process, last = run(TOY_HANGS='wide-good-bad'), 'wide+model.row=wide-good-bad'
     until(lambda: last in started(project) or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
@@ -223,8 +277,15 @@ def test_a_search_killed_between_rounds_goes_on(project, unit):
 
 def test_an_undecided_round_ends_the_search(project, unit, base, inline):
     project.faults.touch()
-    search = lambda **how: greedy_search(['broken', 'good'], ['wide'], lambda parts: vary(base, {'model.row': '-'.join(parts)}), 'toy', seeds=[10],
-                                         pipeline=unit, **how)
+    search = lambda **how: greedy_search(
+        ['broken', 'good'],
+        ['wide'],
+        lambda parts: vary(base, {'model.row': '-'.join(parts)}),
+        'toy',
+        seeds=[10],
+        pipeline=unit,
+        **how,
+    )
     stopped = search()
     assert stopped.exit_code == 1 and 'wide-broken' in str(stopped)
     assert stopped.frame[['round', 'set', 'chosen']].values.tolist() == [[0, 'wide', True], [1, 'wide, good', False]]

@@ -90,7 +90,9 @@ def test_a_moved_number_makes_rows_stale_and_a_verified_change_does_not(house):
 def test_what_no_canary_ran_stays_stale(house):
     edit(house, 'loss', 'grad_output * ctx.scale', 'ctx.scale * grad_output')
     commit(house)
-    found = verification.verify(['owl3'], 'HEAD~1', quick=True, only=[('owl3', 'fig1a', 'owl3', 'smoke', 10)])  # trains nothing
+    found = verification.verify(
+        ['owl3'], 'HEAD~1', quick=True, only=[('owl3', 'fig1a', 'owl3', 'smoke', 10)]
+    )  # trains nothing
     assert all(f.uncovered and not f.valid for f in found)
     assert 'no verification ran _ChunkedCrossEntropy.backward' in checked(house)[1]
 
@@ -125,12 +127,18 @@ def test_result_lines_change_only_by_runs():
     for path in git('ls-files', 'papers/*/results/*.csv').split():
         history = versions(path)
         for then, now in zip(history, history[1:]):
-            edited += [f'{path}: {key}' for key in then.keys() & now.keys() if then[key] != now[key] and then[key][10] == now[key][10]]
+            edited += [
+                f'{path}: {key}'
+                for key in then.keys() & now.keys()
+                if then[key] != now[key] and then[key][10] == now[key][10]
+            ]
     assert not edited
 
 
 def test_ledgers_are_only_appended_to():
     for path in git('ls-files', 'papers/*/verified.csv').split():
-        texts = [git('show', f'{commit}:{path}') for commit in git('log', '--format=%h', '--reverse', '--', path).split()]
+        texts = [
+            git('show', f'{commit}:{path}') for commit in git('log', '--format=%h', '--reverse', '--', path).split()
+        ]
         texts.append((ROOT / path).read_text())
         assert all(now.startswith(then) for then, now in zip(texts, texts[1:])), path

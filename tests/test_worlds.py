@@ -1,4 +1,5 @@
 """Procedural worlds: answers are right by the pixels, splits are disjoint, files are made once."""
+
 import json
 import linecache
 import os
@@ -24,9 +25,10 @@ from mllm_replica.data.worlds.vocabulary import vocabulary, words_of
 @pytest.fixture(autouse=True)
 def run_folder(tmp_path, monkeypatch):
     from mllm_replica.core.settings import settings
-    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path/'runs'))
+
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
     settings.cache_clear()
-    yield tmp_path/'runs'
+    yield tmp_path / 'runs'
     settings.cache_clear()
 
 
@@ -37,15 +39,20 @@ def asked(sample):
 
 def nearest(pixel, names):
     "The colour of a pixel, whatever the light: compared after division by the strongest channel."
-    if max(pixel) < 70: return 'black'
-    return min(names, key=lambda name: sum((a / max(pixel) - b / max(COLORS[name])) ** 2 for a, b in zip(pixel, COLORS[name])))
+    if max(pixel) < 70:
+        return 'black'
+    return min(
+        names, key=lambda name: sum((a / max(pixel) - b / max(COLORS[name])) ** 2 for a, b in zip(pixel, COLORS[name]))
+    )
 
 
 def grid_of(sample, size, pixels=64):
     "The colours of a tiles picture, read from the middle of each tile."
     image, tile = np.asarray(open_image(sample['images'][0])), pixels // size
     middle = lambda i: slice(i * tile + tile // 4, (i + 1) * tile - tile // 4)
-    return [[nearest(image[middle(r), middle(c)].mean((0, 1)), list(COLORS)[:6]) for c in range(size)] for r in range(size)]
+    return [
+        [nearest(image[middle(r), middle(c)].mean((0, 1)), list(COLORS)[:6]) for c in range(size)] for r in range(size)
+    ]
 
 
 def expected_tiles_answer(question, grid, border):
@@ -54,17 +61,24 @@ def expected_tiles_answer(question, grid, border):
     numbers = [int(n) for n in re.findall(r'\d+', question)]
     row, column = (numbers + [1, 1])[:2]
     flat = [name for line in grid for name in line]
-    if 'bright or dark' in question: return 'bright' if border > 128 else 'dark'
-    if question.startswith('is there a '): return 'yes' if question.split()[3] in flat else 'no'
-    if question.startswith('how many '): return str(flat.count(question.split()[2]))
-    if question.startswith('describe'): return ' '.join(f'row {i + 1} : {" ".join(line)} .' for i, line in enumerate(grid))
-    if question.startswith('where'): return next(f'row {r + 1} column {c + 1}' for r in range(size) for c in range(size) if grid[r][c] == 'black')
+    if 'bright or dark' in question:
+        return 'bright' if border > 128 else 'dark'
+    if question.startswith('is there a '):
+        return 'yes' if question.split()[3] in flat else 'no'
+    if question.startswith('how many '):
+        return str(flat.count(question.split()[2]))
+    if question.startswith('describe'):
+        return ' '.join(f'row {i + 1} : {" ".join(line)} .' for i, line in enumerate(grid))
+    if question.startswith('where'):
+        return next(f'row {r + 1} column {c + 1}' for r in range(size) for c in range(size) if grid[r][c] == 'black')
     for words, (down, across) in {'left of': (0, -1), 'right of': (0, 1), 'above': (-1, 0), 'below': (1, 0)}.items():
-        if words in question: row, column = row + down, column + across
+        if words in question:
+            row, column = row + down, column + across
     color = grid[row - 1][column - 1]
-    if not question.startswith('name') or 'place' not in question: return color
+    if not question.startswith('name') or 'place' not in question:
+        return color
     part = lambda at, names: names[0] if at < (size + 1) / 2 else names[2] if at > (size + 1) / 2 else names[1]
-    return f"{color} tile in the {part(row, ('top', 'middle', 'bottom'))} {part(column, ('left', 'center', 'right'))}"
+    return f'{color} tile in the {part(row, ("top", "middle", "bottom"))} {part(column, ("left", "center", "right"))}'
 
 
 @pytest.mark.parametrize('style', ['flat', 'textured'])
@@ -91,7 +105,9 @@ def test_coarse_names_share_their_question():
 @pytest.mark.parametrize('world, task', [('tiles', 'existence'), ('shapes', 'existence'), ('shapes', 'side')])
 def test_yes_and_no_come_in_halves(world, task):
     yes = np.mean([s['answer'] == 'yes' for s in samples(world, 'train', 0, 400, tasks=[task])])
-    assert abs(yes - 0.5) < 0.1 if world == 'shapes' else 0.6 < yes < 0.85   # a colour can be absent from half of the tile scenes only
+    assert (
+        abs(yes - 0.5) < 0.1 if world == 'shapes' else 0.6 < yes < 0.85
+    )  # a colour can be absent from half of the tile scenes only
 
 
 def test_tiles_existence_is_balanced_where_a_colour_is_missing():
@@ -127,7 +143,11 @@ def test_shape_colors_and_places_follow_from_the_pixels():
     for sample in samples('shapes', 'train', 0, 60, tasks=['color', 'place'], turns=2):
         image = np.asarray(open_image(sample['images'][0]))
         for question, answer in asked(sample):
-            place, color = (question.split()[4:6], answer) if question.startswith('what') else (answer.split(), question.split()[3])
+            place, color = (
+                (question.split()[4:6], answer)
+                if question.startswith('what')
+                else (answer.split(), question.split()[3])
+            )
             y, x = (('top', 'middle', 'bottom').index(place[0]), ('left', 'center', 'right').index(place[1]))
             middle = image[int((y + 0.5) * 64 / 3), int((x + 0.5) * 64 / 3)]
             assert nearest(middle, ('red', 'blue', 'green', 'yellow', 'purple', 'orange')) == color
@@ -139,9 +159,12 @@ def test_pairs_compare_the_pictures():
         amounts = [(np.abs(np.asarray(open_image(i), int) - 205).max(-1) > 20).sum() for i in sample['images']]
         for question, answer in asked(sample):
             numbers = [int(n) - 1 for n in re.findall(r'\d', question)]
-            if 'most' in question and len({p['kind'] for p in pictures}) == 1: assert int(answer) == int(np.argmax(amounts)) + 1
-            if 'color' in question: assert (answer == 'yes') == (len({pictures[n]['color'] for n in numbers}) == 1)
-            if 'more' in question: assert (answer == 'yes') == (len(pictures[numbers[0]]['cells']) > len(pictures[numbers[1]]['cells']))
+            if 'most' in question and len({p['kind'] for p in pictures}) == 1:
+                assert int(answer) == int(np.argmax(amounts)) + 1
+            if 'color' in question:
+                assert (answer == 'yes') == (len({pictures[n]['color'] for n in numbers}) == 1)
+            if 'more' in question:
+                assert (answer == 'yes') == (len(pictures[numbers[0]]['cells']) > len(pictures[numbers[1]]['cells']))
 
 
 def test_text_tasks_are_right_and_have_no_image():
@@ -149,9 +172,12 @@ def test_text_tasks_are_right_and_have_no_image():
         assert sample['images'] == [] and '<image>' not in str(sample['conversations'])
         for question, answer in asked(sample):
             words = question.split()
-            if words[0] == 'copy': assert answer.split() == words[2:]
-            elif words[0] == 'reverse': assert answer.split() == words[:1:-1]
-            else: assert int(answer) == int(words[2]) + int(words[4]) * (1 if words[3] == 'plus' else -1) >= 0
+            if words[0] == 'copy':
+                assert answer.split() == words[2:]
+            elif words[0] == 'reverse':
+                assert answer.split() == words[:1:-1]
+            else:
+                assert int(answer) == int(words[2]) + int(words[4]) * (1 if words[3] == 'plus' else -1) >= 0
 
 
 def test_glyphs_stay_inside_and_differ():
@@ -161,15 +187,16 @@ def test_glyphs_stay_inside_and_differ():
         assert 20 < ink.sum() < 2000
         rows, columns = np.nonzero(ink)
         assert min(*rows, *columns) > 0 and max(*rows, *columns) < 63
-        shape = ink[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-        if len(sample['answer']) == 1: assert pictures.setdefault(shape.tobytes(), sample['answer']) == sample['answer']
+        shape = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        if len(sample['answer']) == 1:
+            assert pictures.setdefault(shape.tobytes(), sample['answer']) == sample['answer']
     assert len(pictures) > 10
 
 
-@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'pages'}))   # whose texts are documents, not turns
+@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'pages'}))  # whose texts are documents, not turns
 def test_every_task_of_every_world_is_valid_and_speakable(name):
     known, world = set(vocabulary()), WORLDS[name]
-    options = {'images': [2, 4]} if name == 'albums' else {}   # a comparison needs two pictures
+    options = {'images': [2, 4]} if name == 'albums' else {}  # a comparison needs two pictures
     for task in world.tasks:
         rows = list(samples(name, 'train', 0, 25, tasks=[task], **options))
         assert {row['task'] for row in rows} == {task}
@@ -177,16 +204,22 @@ def test_every_task_of_every_world_is_valid_and_speakable(name):
             check_sample(row)
             assert {w for t in row['conversations'] for w in words_of(t['value'])} <= known | {'<image>'}
         closed = all(len(row['options']) > 1 for row in rows)
-        if closed and not (name in ('mosaics', 'lists') and task in ('most', 'next')):   # see the next test
+        if closed and not (name in ('mosaics', 'lists') and task in ('most', 'next')):  # see the next test
             lettered = list(samples(name, 'train', 0, 25, tasks=[f'choice:{task}'], **options))
             assert all(row['answer'] in row['options'] and set(row['options']) <= set('abcd') for row in lettered)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason='draws do not see that the question behind choice: needs a leader or a neighbour')
+@pytest.mark.xfail(
+    strict=True,
+    raises=ValueError,
+    reason='draws do not see that the question behind choice: needs a leader or a neighbour',
+)
 @pytest.mark.parametrize('task', ['most', 'next'])
 @pytest.mark.parametrize('name', ['mosaics', 'lists'])
 def test_cells_that_answer_a_lettered_question(name, task):
-    assert all(sample['answer'] in sample['options'] for sample in samples(name, 'train', 0, 60, tasks=[f'choice:{task}']))
+    assert all(
+        sample['answer'] in sample['options'] for sample in samples(name, 'train', 0, 60, tasks=[f'choice:{task}'])
+    )
 
 
 def test_the_letter_stands_for_the_right_answer():
@@ -194,16 +227,21 @@ def test_the_letter_stands_for_the_right_answer():
     for sample in samples('tiles', 'train', 0, 80, tasks=['choice:cell']):
         question, letter = asked(sample)[0]
         listed = dict(re.findall(r'\b(\w) : (\w+)', question))
-        assert listed[letter] == expected_tiles_answer(question, grid_of(sample, 4), 0) and len(set(listed.values())) == 4
+        assert (
+            listed[letter] == expected_tiles_answer(question, grid_of(sample, 4), 0) and len(set(listed.values())) == 4
+        )
         letters[letter] += 1
     assert set(letters) == set('abcd') and max(letters.values()) < 40
 
 
-@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'facts'}))   # known by heart, so there is nothing to be split
+@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'facts'}))  # known by heart, so there is nothing to be split
 def test_splits_never_share_a_scene(name):
     small = dict(tiles=dict(grid=2, pixels=16)).get(name, {})
-    drawn = {(split, seed): [json.loads(s['meta']) for s in samples(name, split, seed, 150, **small)]
-             for split in ('train', 'test') for seed in (0, 1)}
+    drawn = {
+        (split, seed): [json.loads(s['meta']) for s in samples(name, split, seed, 150, **small)]
+        for split in ('train', 'test')
+        for seed in (0, 1)
+    }
     parts = {'train': set(), 'test': set()}
     for (split, _), scenes in drawn.items():
         parts[split] |= {json.dumps(part, sort_keys=True) for scene in scenes for part in WORLDS[name].parts(scene)}
@@ -246,13 +284,20 @@ def test_a_world_is_written_once_and_atomically(run_folder, monkeypatch):
     content = path.read_bytes()
     os.remove(path)
     assert build_world('tiles', 'train', 0, 20).read_bytes() == content
-    others = [build_world('tiles', 'train', 0, 20, pixels=32), build_world('tiles', 'train', 1, 20), build_world('tiles', 'test', 0, 20)]
+    others = [
+        build_world('tiles', 'train', 0, 20, pixels=32),
+        build_world('tiles', 'train', 1, 20),
+        build_world('tiles', 'test', 0, 20),
+    ]
     assert len({path, *others}) == 4
 
-    def fails(*args): raise RuntimeError('killed')
+    def fails(*args):
+        raise RuntimeError('killed')
+
     monkeypatch.setattr(making, 'conversation', fails)
-    with pytest.raises(RuntimeError): build_world('tiles', 'train', 0, 21)
-    assert len(list((run_folder/'data').iterdir())) == 4
+    with pytest.raises(RuntimeError):
+        build_world('tiles', 'train', 0, 21)
+    assert len(list((run_folder / 'data').iterdir())) == 4
 
 
 def test_other_code_makes_another_file(monkeypatch):
@@ -268,8 +313,10 @@ def test_load_source_reads_worlds_and_easy_vqa():
     real = load_source(Source(kind='easy_vqa', name='easy_vqa', split='test', size=50, options={'turns': 4}), seed=2)
     assert len(real) == 50 and check_images(real)[1] == [] and real.column_names == world.column_names
     typo = Source(kind='world', name='tiles', size=3, options={'gird': 4})
-    with pytest.raises(ValueError, match="unknown options \\['gird'\\]"): load_source(typo, 0)
-    with pytest.raises(ValueError, match='needs the number of samples'): load_source(Source(kind='world', name='tiles'), 0)
+    with pytest.raises(ValueError, match="unknown options \\['gird'\\]"):
+        load_source(typo, 0)
+    with pytest.raises(ValueError, match='needs the number of samples'):
+        load_source(Source(kind='world', name='tiles'), 0)
 
 
 def test_easy_vqa_is_complete_and_grouped():
@@ -281,12 +328,17 @@ def test_easy_vqa_is_complete_and_grouped():
     for sample in one.select(range(50)):
         answers = [answer for _, answer in asked(sample)]
         assert len(answers) == len(set(answers))
-    assert easy_vqa('test', 20, seed=1)['id'][:] == easy_vqa('test', 20, seed=1)['id'][:] != easy_vqa('test', 20, seed=2)['id'][:]
+    assert (
+        easy_vqa('test', 20, seed=1)['id'][:]
+        == easy_vqa('test', 20, seed=1)['id'][:]
+        != easy_vqa('test', 20, seed=2)['id'][:]
+    )
 
 
 def test_missing_easy_vqa_says_what_to_install(monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match='pip install easy-vqa'): easy_vqa('test')
+    with pytest.raises(ModuleNotFoundError, match='pip install easy-vqa'):
+        easy_vqa('test')
 
 
 def test_vocabulary_is_sorted_unique_lower_case():
@@ -302,5 +354,12 @@ def test_the_cells_of_a_notebook_decide_the_key_of_its_world():
         cell = {}
         exec(compile(source, '<cell>', 'exec'), cell)
         return making._code(replace(WORLDS['boards'], draw=cell['draw']))
-    try: assert written('def draw(rng, options): return {}\n') != written('def draw(rng, options): return {1: 1}\n') != making._code(WORLDS['boards'])
-    finally: del linecache.cache['<cell>']
+
+    try:
+        assert (
+            written('def draw(rng, options): return {}\n')
+            != written('def draw(rng, options): return {1: 1}\n')
+            != making._code(WORLDS['boards'])
+        )
+    finally:
+        del linecache.cache['<cell>']

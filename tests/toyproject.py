@@ -1,4 +1,5 @@
 "A project folder of its own with three small tables, and a pipeline whose units fail in every way that a notebook can."
+
 import io, json, os, shutil, subprocess, sys, time, traceback
 from pathlib import Path
 
@@ -10,9 +11,18 @@ from mllm_replica.running import publish, worker
 from mllm_replica.running.journal import Journal
 
 HERE = Path(__file__).resolve().parent
-PIPELINES = HERE.parent/'nbs'/'pipelines'
-PARAMETERS = '\n'.join(f"{name}: {kind} = {default!r}" for name, kind, default in [
-    ('paper', 'str', ''), ('table', 'str', ''), ('row', 'str', ''), ('scale', 'str', ''), ('seed', 'int', 0), ('out_dir', 'str', '')])
+PIPELINES = HERE.parent / 'nbs' / 'pipelines'
+PARAMETERS = '\n'.join(
+    f'{name}: {kind} = {default!r}'
+    for name, kind, default in [
+        ('paper', 'str', ''),
+        ('table', 'str', ''),
+        ('row', 'str', ''),
+        ('scale', 'str', ''),
+        ('seed', 'int', 0),
+        ('out_dir', 'str', ''),
+    ]
+)
 FAULT = """import os, signal, sys, time
 from pathlib import Path
 broken = Path(os.environ['TOY_FAULTS']).exists()
@@ -42,8 +52,17 @@ sys.exit(summary.exit_code)"""
 
 def write_notebook(path, *cells, tags=('parameters',)):
     "A notebook of code cells; the first carries the tags."
-    body = [dict(cell_type='code', id=f'cell{i}', execution_count=None, outputs=[], source=source, metadata=dict(tags=list(tags)) if i == 0 else {})
-            for i, source in enumerate(cells)]
+    body = [
+        dict(
+            cell_type='code',
+            id=f'cell{i}',
+            execution_count=None,
+            outputs=[],
+            source=source,
+            metadata=dict(tags=list(tags)) if i == 0 else {},
+        )
+        for i, source in enumerate(cells)
+    ]
     kernel = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(cells=body, metadata=kernel, nbformat=4, nbformat_minor=5)))
@@ -51,38 +70,66 @@ def write_notebook(path, *cells, tags=('parameters',)):
 
 
 def published_table(name, rows):
-    own = dict(columns=[dict(key='toy', name='toy task', better='higher', max=1), dict(key='size', name='parameters', better='none')],
-               stands_for=dict(acc='toy'))
-    return dict(paper='mm1', table=name, arxiv='0000.00000v1', title=f'Toy table {name}', source='made for a test', status='complete',
-                columns=[dict(key='acc', name='Acc', better='higher', max=100)],
-                rows=[dict(key=r, label=r, values=dict(acc=50.0 + 10*i)) for i, r in enumerate(rows)],
-                claims=[dict(id='order', statement='the second is better', test=f'{rows[1]}.acc > {rows[0]}.acc',
-                             scales=dict(tiny=dict(testable=True)))],
-                replication=dict(tiny=own))
+    own = dict(
+        columns=[
+            dict(key='toy', name='toy task', better='higher', max=1),
+            dict(key='size', name='parameters', better='none'),
+        ],
+        stands_for=dict(acc='toy'),
+    )
+    return dict(
+        paper='mm1',
+        table=name,
+        arxiv='0000.00000v1',
+        title=f'Toy table {name}',
+        source='made for a test',
+        status='complete',
+        columns=[dict(key='acc', name='Acc', better='higher', max=100)],
+        rows=[dict(key=r, label=r, values=dict(acc=50.0 + 10 * i)) for i, r in enumerate(rows)],
+        claims=[
+            dict(
+                id='order',
+                statement='the second is better',
+                test=f'{rows[1]}.acc > {rows[0]}.acc',
+                scales=dict(tiny=dict(testable=True)),
+            )
+        ],
+        replication=dict(tiny=own),
+    )
 
 
 def until(condition):
     "Wait for something that another process does; the test's own limit bounds it."
-    while not condition(): time.sleep(0.1)
+    while not condition():
+        time.sleep(0.1)
 
 
 class Project:
     "The folder and what a test asks of it."
 
     def __init__(self, root):
-        self.root, self.runs, self.faults = root, root/'runs', root/'broken'
-        self.pipeline = write_notebook(root/'toy.ipynb', PARAMETERS, FAULT, RESULT, LATE)
-        self.driver = root/'driver.py'
+        self.root, self.runs, self.faults = root, root / 'runs', root / 'broken'
+        self.pipeline = write_notebook(root / 'toy.ipynb', PARAMETERS, FAULT, RESULT, LATE)
+        self.driver = root / 'driver.py'
         self.driver.write_text(DRIVER)
-        self.environment = dict(MLLM_REPLICA_ROOT=str(root), TOY_FAULTS=str(self.faults), PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), OMP_NUM_THREADS='1')
+        self.environment = dict(
+            MLLM_REPLICA_ROOT=str(root),
+            TOY_FAULTS=str(self.faults),
+            PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
+            OMP_NUM_THREADS='1',
+        )
 
     def events(self, *kinds):
         "(event, row) of the journal in order."
-        return [(e['event'], e['unit'].split('/')[2]) for e in Journal(self.runs).read()[0] if e['event'] in kinds or not kinds]
+        return [
+            (e['event'], e['unit'].split('/')[2])
+            for e in Journal(self.runs).read()[0]
+            if e['event'] in kinds or not kinds
+        ]
 
     def close_gate(self):
         "Units that are started with the returned setting wait until the file is gone."
-        gate = self.root/'gate'
+        gate = self.root / 'gate'
         gate.touch()
         return gate, dict(TOY_GATE=str(gate))
 
@@ -90,11 +137,14 @@ class Project:
         "The driver in a process of its own."
         command = [sys.executable, str(self.driver), table, ','.join(rows), str(self.pipeline)]
         environment = os.environ | self.environment | environment
-        return subprocess.Popen(command, env=environment, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=environment, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def tracked(self):
         "Row -> (status, metrics, tags) of the unit runs."
         from mllm_replica.running.tracking import Tracker
+
         client = Tracker(f'sqlite:///{self.runs}/mlflow.db', self.runs).client
         runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
         return {r.data.tags.get('row', 'table'): (r.info.status, r.data.metrics, r.data.tags) for r in runs}
@@ -102,13 +152,14 @@ class Project:
 
 def make_project(root):
     from toychapter import recipes
+
     root.mkdir(parents=True, exist_ok=True)
-    (root/'settings.ini').write_text('[replication]\nscale = smoke\nseeds = 10 11\nworkers = 2\n')
+    (root / 'settings.ini').write_text('[replication]\nscale = smoke\nseeds = 10 11\nworkers = 2\n')
     for name, rows in recipes.ROWS.items():
-        path = root/'papers'/'mm1'/'tables'/f'table_{name}.yaml'
+        path = root / 'papers' / 'mm1' / 'tables' / f'table_{name}.yaml'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(published_table(name, rows)))
-    shutil.copytree(PIPELINES, root/'nbs'/'pipelines')
+    shutil.copytree(PIPELINES, root / 'nbs' / 'pipelines')
     return Project(root)
 
 
@@ -116,8 +167,9 @@ def make_project(root):
 def project(tmp_path, monkeypatch):
     "The project, with this process working in it."
     monkeypatch.syspath_prepend(str(HERE))
-    made = make_project(tmp_path/'project')
-    for name, value in made.environment.items(): monkeypatch.setenv(name, value)
+    made = make_project(tmp_path / 'project')
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv('MLLM_REPLICA_RUNS', raising=False)
     monkeypatch.setitem(registry.CHAPTERS, 'mm1', 'toychapter')
     clear = lambda: [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
@@ -131,26 +183,37 @@ class Inline:
 
     def __init__(self, job, log, env, keep_open=()):
         self.pid, self.stdin = os.getpid(), io.BytesIO()
-        with open(log, 'a') as self.log: self.returncode = self.execute(job)
+        with open(log, 'a') as self.log:
+            self.returncode = self.execute(job)
         shutil.copy(job.notebook, job.output)
 
     def execute(self, job):
         "0, or 1 where a cell raised; the log tells of it as the engine's own does."
         names = {}
         for number, cell in enumerate(json.loads(job.notebook.read_text())['cells'], 1):
-            if cell['cell_type'] != 'code': continue
+            if cell['cell_type'] != 'code':
+                continue
             print(f'Executing Cell {number}' + '-' * 40, file=self.log)
-            try: exec(''.join(cell['source']), names)
+            try:
+                exec(''.join(cell['source']), names)
             except Exception as error:
-                print(*traceback.format_exc().splitlines(), f'cell {number} raised {type(error).__name__}: {error}', sep='\n', file=self.log)
+                print(
+                    *traceback.format_exc().splitlines(),
+                    f'cell {number} raised {type(error).__name__}: {error}',
+                    sep='\n',
+                    file=self.log,
+                )
                 return 1
-            if 'parameters' in cell['metadata'].get('tags', ()): names |= job.parameters.model_dump()
+            if 'parameters' in cell['metadata'].get('tags', ()):
+                names |= job.parameters.model_dump()
         return 0
 
-    def poll(self): return self.returncode
+    def poll(self):
+        return self.returncode
 
 
 @pytest.fixture
 def inline(monkeypatch):
     "Notebooks are executed in this process: for what is run and kept, not for how processes end."
-    for module in (worker, publish): monkeypatch.setattr(module, 'start_job', Inline)
+    for module in (worker, publish):
+        monkeypatch.setattr(module, 'start_job', Inline)

@@ -23,7 +23,8 @@ class FreshModules(Processor):
         self.started = set()
 
     def _export_(self, cell, exp_to: str = None) -> None:
-        if exp_to is None or exp_to in self.started: return
+        if exp_to is None or exp_to in self.started:
+            return
         self.started.add(exp_to)
         config = get_config()
         path = config.lib_path / (exp_to.replace('.', '/') + '.py')

@@ -80,7 +80,10 @@ def _plain(node: Any) -> Any:
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = [(name, value) for name, value in ast.iter_fields(node) if name not in ('ctx', 'kind', 'type_comment')]
-    return [type(node).__name__, *([name, _plain(value)] for name, value in fields if value is not None and value != [])]
+    return [
+        type(node).__name__,
+        *([name, _plain(value)] for name, value in fields if value is not None and value != []),
+    ]
 
 
 def _digest(content: Any) -> str:
@@ -130,7 +133,11 @@ def _imported(node: ast.AST, module: str, is_package: bool) -> Iterator[tuple[st
             yield from ((a.asname or '', a.name, '') for a in line.names)
             yield from ((root, root, '') for a in line.names if not a.asname for root in [a.name.partition('.')[0]])
         if isinstance(line, ast.ImportFrom):
-            base = importlib.util.resolve_name('.' * line.level + (line.module or ''), package) if line.level else line.module
+            base = (
+                importlib.util.resolve_name('.' * line.level + (line.module or ''), package)
+                if line.level
+                else line.module
+            )
             yield from ((a.asname or a.name, base, a.name) for a in line.names)
 
 
@@ -139,7 +146,11 @@ def _of_names(node: ast.AST) -> Iterator[tuple[str, str]]:
     for found in ast.walk(node):
         if isinstance(found, ast.Attribute) and isinstance(found.value, ast.Name):
             yield found.value.id, found.attr
-        if isinstance(found, ast.Subscript) and isinstance(found.value, ast.Name) and isinstance(found.slice, ast.Constant):
+        if (
+            isinstance(found, ast.Subscript)
+            and isinstance(found.value, ast.Name)
+            and isinstance(found.slice, ast.Constant)
+        ):
             yield found.value.id, f'[{found.slice.value}]'
 
 # %% ../../nbs/foundations/core/06_keys.ipynb #90b5f9cf
@@ -179,8 +190,19 @@ def _entries(node: ast.stmt) -> dict[str, ast.expr]:
 
 def _assigned(node: ast.stmt) -> list[str]:
     "Names that a statement assigns to."
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
-    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, (ast.AnnAssign, ast.AugAssign))
+        else []
+    )
+    return [
+        name.id
+        for target in targets
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    ]
 
 
 class Module:
@@ -231,10 +253,16 @@ class Module:
         uses = {(n, '') for n in free} | {(n, what) for n, what in _of_names(bare) if n in named}
         says = frozenset(n.attr for n in ast.walk(bare) if isinstance(n, ast.Attribute))
         strings = frozenset(n.value for n in ast.walk(bare) if isinstance(n, ast.Constant) and isinstance(n.value, str))
-        modules = {local for local, module, there in (*self.imports, *inside) if f'{module}.{there}'.rstrip('.') in self.known}
+        modules = {
+            local for local, module, there in (*self.imports, *inside) if f'{module}.{there}'.rstrip('.') in self.known
+        }
         meaning = _digest(_plain(_WithoutModules(modules).visit(bare)))
         is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        self.parts.append(Part(name, self.name, (first, node.end_lineno), meaning, frozenset(uses), says, strings, inside, is_function))
+        self.parts.append(
+            Part(
+                name, self.name, (first, node.end_lineno), meaning, frozenset(uses), says, strings, inside, is_function
+            )
+        )
 
 # %% ../../nbs/foundations/core/06_keys.ipynb #b848ba35
 class Tree:
@@ -265,7 +293,12 @@ class Tree:
         found = [part for part in self.module(module).parts if part.name == name]
         if found or '[' in name:
             return found
-        return [part for local, base, there in self.module(module).imports if local == name and there for part in self.named(base, there)]
+        return [
+            part
+            for local, base, there in self.module(module).imports
+            if local == name and there
+            for part in self.named(base, there)
+        ]
 
     def meant(
         self,
@@ -323,7 +356,11 @@ class Tree:
                     load(f'{base}.{there}')
                 todo += [x for name, what in part.uses for x in self.meant(part, name, what)]
             owners = {part.name for part in found}
-            todo = [part for part in waiting if part not in found and part.owner in owners and (not part.key or part.key in said)]
+            todo = [
+                part
+                for part in waiting
+                if part not in found and part.owner in owners and (not part.key or part.key in said)
+            ]
         return list(found)
 
 # %% ../../nbs/foundations/core/06_keys.ipynb #97dc9901
@@ -370,7 +407,13 @@ def _strings(content: Any) -> Iterator[str]:
     "Every string of plain data, and its words."
     if isinstance(content, str):
         yield from (content, *re.findall(r'\w+', content))
-    for x in (*content, *content.values()) if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ():
+    for x in (
+        (*content, *content.values())
+        if isinstance(content, dict)
+        else content
+        if isinstance(content, (list, tuple))
+        else ()
+    ):
         yield from _strings(x)
 
 
@@ -381,7 +424,9 @@ def reach(
     "What a unit of the recipe can execute."
     tree = tree or tree_of_paper(recipe.paper)
     unit = next(name for name in tree.files if name.startswith('mllm_replica.') and name.endswith('.unit'))
-    entries = [(unit, name) for name in _UNIT] + [(f'{registry.CHAPTERS[recipe.paper]}.recipes', name) for name in _CHAPTER]
+    entries = [(unit, name) for name in _UNIT] + [
+        (f'{registry.CHAPTERS[recipe.paper]}.recipes', name) for name in _CHAPTER
+    ]
     content = recipe.model_dump(include={'model', 'sources', 'stages', 'benchmarks'})
     return tree.reached(entries, frozenset(_strings(content)))
 

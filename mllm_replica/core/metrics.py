@@ -22,7 +22,7 @@ def normalise(
 
 def exact_match(
     prediction: str,  # the model's text
-    answer: str,      # the right answer
+    answer: str,  # the right answer
 ) -> float:
     "1 if prediction and answer are equal after stripping and lower-casing."
     return float(normalise(prediction) == normalise(answer))
@@ -30,70 +30,83 @@ def exact_match(
 # %% ../../nbs/foundations/core/05_metrics.ipynb #10ff4e2e
 def yes_no(
     prediction: str,  # the model's text
-    answer: str,      # 'yes' or 'no'
+    answer: str,  # 'yes' or 'no'
 ) -> float:
     "1 if the first yes or no among the prediction's words is the answer."
-    if normalise(answer) not in ('yes', 'no'): raise ValueError(f"yes_no: the answer is {answer!r}; it must be 'yes' or 'no'")
+    if normalise(answer) not in ('yes', 'no'):
+        raise ValueError(f"yes_no: the answer is {answer!r}; it must be 'yes' or 'no'")
     words = re.findall(r'[a-z]+', prediction.lower())
     return float(next((word for word in words if word in ('yes', 'no')), None) == normalise(answer))
 
 
 def letter(
     prediction: str,  # the model's text: 'B', '(b)', 'B. a dog'
-    answer: str,      # one letter
+    answer: str,  # one letter
 ) -> float:
     "1 if the prediction is the answer's letter, alone, in brackets, or followed by one of . , : )"
-    if not re.fullmatch(r'[A-Za-z]', answer.strip()): raise ValueError(f'letter: the answer is {answer!r}; it must be a single letter')
+    if not re.fullmatch(r'[A-Za-z]', answer.strip()):
+        raise ValueError(f'letter: the answer is {answer!r}; it must be a single letter')
     found = re.match(r'\(?([a-z])(?:[.,:)]|$)', normalise(prediction))
     return float(found is not None and found[1] == normalise(answer))
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #540ddd13
 def token_f1(
     prediction: str,  # the model's text
-    answer: str,      # the right answer
+    answer: str,  # the right answer
 ) -> float:
     "Harmonic mean of precision and recall over the words shared by prediction and answer, counted with repetition."
     predicted, expected = (Counter(re.findall(r'\w+', text.lower())) for text in (prediction, answer))
     shared = (predicted & expected).total()
-    if not predicted or not expected: return float(predicted == expected)
+    if not predicted or not expected:
+        return float(predicted == expected)
     return 2 * shared / (predicted.total() + expected.total())
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #901ee6cf
 def vqa_accuracy(
-    prediction: str,                # the model's text
-    answers: str | Sequence[str],   # what people answered, usually ten texts; a single text stands for agreement
+    prediction: str,  # the model's text
+    answers: str | Sequence[str],  # what people answered, usually ten texts; a single text stands for agreement
 ) -> float:
     "Mean over all subsets without one person of min(1, equal answers / 3)."
-    if isinstance(answers, str) or len(answers) == 1: return exact_match(prediction, answers if isinstance(answers, str) else answers[0])
-    if not answers: raise ValueError('vqa_accuracy: no answers to compare with')
+    if isinstance(answers, str) or len(answers) == 1:
+        return exact_match(prediction, answers if isinstance(answers, str) else answers[0])
+    if not answers:
+        raise ValueError('vqa_accuracy: no answers to compare with')
     equal = [exact_match(prediction, answer) for answer in answers]
     return float(np.mean([min(1, (sum(equal) - mine) / 3) for mine in equal]))
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #a09f24dd
-METRICS: dict[str, Callable[[str, str], float]] = {f.__name__: f for f in (exact_match, yes_no, letter, token_f1, vqa_accuracy)}
+METRICS: dict[str, Callable[[str, str], float]] = {
+    f.__name__: f for f in (exact_match, yes_no, letter, token_f1, vqa_accuracy)
+}
 
 
 def metric(
     name: str,  # a key of `METRICS`
 ) -> Callable[[str, str], float]:
     "The metric of that name."
-    if name not in METRICS: raise KeyError(f'unknown metric {name!r}; known: {", ".join(METRICS)}')
+    if name not in METRICS:
+        raise KeyError(f'unknown metric {name!r}; known: {", ".join(METRICS)}')
     return METRICS[name]
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #db86a90b
 def bootstrap(
-    values: Sequence[float],                     # one number per sample
-    n: int = 1000,                               # resamples
+    values: Sequence[float],  # one number per sample
+    n: int = 1000,  # resamples
     seed: int = 0,
     clusters: Sequence[Hashable] | None = None,  # the group of each sample (e.g. its image); groups are drawn whole
 ) -> tuple[float, float]:
     "The 95 % percentile interval of the mean, (low, high)."
     values = np.asarray(values, dtype=float)
-    if values.size == 0: raise ValueError('bootstrap: no values')
-    if not np.isfinite(values).all(): raise ValueError(f'bootstrap: value {int(np.argmin(np.isfinite(values)))} is not finite')
-    if clusters is not None and len(clusters) != len(values): raise ValueError(f'bootstrap: {len(clusters)} clusters for {len(values)} values')
+    if values.size == 0:
+        raise ValueError('bootstrap: no values')
+    if not np.isfinite(values).all():
+        raise ValueError(f'bootstrap: value {int(np.argmin(np.isfinite(values)))} is not finite')
+    if clusters is not None and len(clusters) != len(values):
+        raise ValueError(f'bootstrap: {len(clusters)} clusters for {len(values)} values')
     numbers: dict[Hashable, int] = {}
-    group = np.array([numbers.setdefault(key, len(numbers)) for key in (range(len(values)) if clusters is None else clusters)])
+    group = np.array(
+        [numbers.setdefault(key, len(numbers)) for key in (range(len(values)) if clusters is None else clusters)]
+    )
     total, count = np.bincount(group, weights=values), np.bincount(group)
     random = np.random.default_rng(seed)
     means = np.empty(n)

@@ -16,66 +16,73 @@ from .settings import Scale, Strict
 # %% ../../nbs/foundations/core/02_recipe.ipynb #6f078d94
 class Source(Strict):
     "One data set of a recipe."
+
     kind: Literal['world', 'easy_vqa', 'folder', 'parquet', 'tar']  # how it is read
-    name: str                      # world name, or path under the data root
-    split: str = 'train'           # 'train' or 'test'; never share samples
-    size: int | None = None        # number of samples, None for all there are
-    options: dict[str, Any] = {}   # e.g. resolution or tasks of a world
+    name: str  # world name, or path under the data root
+    split: str = 'train'  # 'train' or 'test'; never share samples
+    size: int | None = None  # number of samples, None for all there are
+    options: dict[str, Any] = {}  # e.g. resolution or tasks of a world
 
 
 class Stage(Strict):
     "One training phase."
+
     name: str
-    trainable: tuple[str, ...]             # regular expressions, `re.search`ed in parameter names; all others are frozen
-    mixture: dict[str, float]              # source name -> weight (positive, any sum)
+    trainable: tuple[str, ...]  # regular expressions, `re.search`ed in parameter names; all others are frozen
+    mixture: dict[str, float]  # source name -> weight (positive, any sum)
     steps: int
-    batch_size: int                        # samples per optimiser step
+    batch_size: int  # samples per optimiser step
     lr: float
     min_lr: float = 0.0
     warmup_steps: int = 0
-    accumulate: int = 1                    # micro-batches per optimiser step; does not change the result
-    lr_scale: dict[str, float] = {}        # regular expression -> factor on lr
-    layer_decay: float | None = None       # factor per layer below the top, for `decayed_layers`
-    decayed_layers: str | None = None      # regular expression with one group: the layer number
-    weight_decay: float = 0.0              # not on biases and norm weights
+    accumulate: int = 1  # micro-batches per optimiser step; does not change the result
+    lr_scale: dict[str, float] = {}  # regular expression -> factor on lr
+    layer_decay: float | None = None  # factor per layer below the top, for `decayed_layers`
+    decayed_layers: str | None = None  # regular expression with one group: the layer number
+    weight_decay: float = 0.0  # not on biases and norm weights
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    clip: float = 1.0                      # norm of the whole gradient
+    clip: float = 1.0  # norm of the whole gradient
     precision: Literal['fp32', 'bf16'] = 'fp32'
-    max_length: int = 1024                 # positions per sample
-    pack: bool = False                     # several samples in one row, no attention across
-    checkpoint_every: int | None = None    # steps; None: only at the end
+    max_length: int = 1024  # positions per sample
+    pack: bool = False  # several samples in one row, no attention across
+    checkpoint_every: int | None = None  # steps; None: only at the end
 
 
 class Benchmark(Strict):
     "One evaluation: a source, how answers are made, how they are scored."
-    name: str                              # becomes the metric's name
-    source: str                            # key of `Recipe.sources`
-    tasks: tuple[str, ...] = ()            # keep only samples of these tasks; empty: all
+
+    name: str  # becomes the metric's name
+    source: str  # key of `Recipe.sources`
+    tasks: tuple[str, ...] = ()  # keep only samples of these tasks; empty: all
     method: Literal['generate', 'options'] = 'generate'
-    metric: str = 'exact_match'            # a name in `metrics.METRICS`
+    metric: str = 'exact_match'  # a name in `metrics.METRICS`
     max_new_tokens: int = 4
     batch_size: int = 100
 
 # %% ../../nbs/foundations/core/02_recipe.ipynb #36449420
 class Recipe(Strict):
     "Everything that decides a unit."
+
     paper: str
     table: str
     row: str
     scale: Scale
     seed: int
-    model: dict[str, Any]                  # the paper's own settings, read by its `build`
+    model: dict[str, Any]  # the paper's own settings, read by its `build`
     sources: dict[str, Source]
     stages: tuple[Stage, ...]
     benchmarks: tuple[Benchmark, ...]
-    assumptions: tuple[str, ...] = ()      # what the paper leaves open and we chose
+    assumptions: tuple[str, ...] = ()  # what the paper leaves open and we chose
 
     @model_validator(mode='after')
     def _known_sources(self) -> 'Recipe':
         used = {name for s in self.stages for name in s.mixture} | {b.source for b in self.benchmarks}
         missing = sorted(used - set(self.sources))
-        if missing: raise ValueError(f'{self.unit}: sources {missing} are used but not defined (defined: {sorted(self.sources)})')
+        if missing:
+            raise ValueError(
+                f'{self.unit}: sources {missing} are used but not defined (defined: {sorted(self.sources)})'
+            )
         return self
 
     @property

@@ -31,12 +31,13 @@ class Recipes:
     ):
         self.module = module
 
-    def __getattr__(self, name: str): return getattr(self.module, name)
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
 
     def recipe(
         self,
         table: str,
-        row: str,   # perhaps with changes, as in `cabs_144+stages.0.lr=0.003`
+        row: str,  # perhaps with changes, as in `cabs_144+stages.0.lr=0.003`
         scale: str,
         seed: int,
     ) -> Recipe:
@@ -49,5 +50,6 @@ def recipes_of(
     paper: str,  # key of `PAPERS`
 ) -> Recipes:
     "The paper's recipes."
-    if paper not in PAPERS: raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
+    if paper not in PAPERS:
+        raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
     return Recipes(importlib.import_module(CHAPTERS[paper] + '.recipes'))

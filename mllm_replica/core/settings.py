@@ -20,6 +20,7 @@ SCALES = ('smoke', 'tiny', 'small', 'paper')
 
 class Strict(BaseModel):
     "A frozen record: unknown fields and silently converted types are errors."
+
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True)
 
 
@@ -34,24 +35,29 @@ def project_root() -> Path:
     here = Path.cwd()
     places = [Path(given)] if given else [here, *here.parents, *Path(__file__).resolve().parents]
     for place in places:
-        if (place/'settings.ini').is_file() and (place/'papers').is_dir(): return place.resolve()
-    raise FileNotFoundError(f'no project folder (settings.ini beside papers/) found in {places[0]} or above it; '
-                            'run inside a clone or set MLLM_REPLICA_ROOT to it')
+        if (place / 'settings.ini').is_file() and (place / 'papers').is_dir():
+            return place.resolve()
+    raise FileNotFoundError(
+        f'no project folder (settings.ini beside papers/) found in {places[0]} or above it; '
+        'run inside a clone or set MLLM_REPLICA_ROOT to it'
+    )
 
 # %% ../../nbs/foundations/core/01_settings.ipynb #25387086
 class Settings(Strict):
     "The `[replication]` section of `settings.ini`."
-    tracking_uri: str    # MLflow address; SQLite under `run_folder` when the file leaves it empty
-    run_folder: Path     # absolute
-    scale: Scale         # the default scale
+
+    tracking_uri: str  # MLflow address; SQLite under `run_folder` when the file leaves it empty
+    run_folder: Path  # absolute
+    scale: Scale  # the default scale
     seeds: tuple[int, ...]  # the default seeds
-    workers: int         # units that run side by side
+    workers: int  # units that run side by side
     backbones: dict[str, str] = {}  # hub id -> local folder, from `[backbones]`
 
     @field_validator('workers')
     @classmethod
     def _positive(cls, value: int) -> int:
-        if value < 1: raise ValueError(f'workers is {value}; it must be at least 1')
+        if value < 1:
+            raise ValueError(f'workers is {value}; it must be at least 1')
         return value
 
 
@@ -61,28 +67,42 @@ def read_settings(
     "Read and check `[replication]`; a missing, unknown or malformed key is an error that names it."
     ini = configparser.ConfigParser(default_section='no defaults', delimiters=('=',), interpolation=None)
     ini.optionxform = str
-    try: ini.read(path, encoding='utf-8')
-    except (configparser.Error, UnicodeDecodeError) as error: raise SettingsError(f'{path}: {" ".join(str(error).split())}') from error
-    if 'replication' not in ini: raise SettingsError(f'{path} has no [replication] section')
+    try:
+        ini.read(path, encoding='utf-8')
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise SettingsError(f'{path}: {" ".join(str(error).split())}') from error
+    if 'replication' not in ini:
+        raise SettingsError(f'{path} has no [replication] section')
     raw = dict(ini['replication'])
-    run_folder = (path.parent/raw.pop('run_folder', 'runs')).resolve()
+    run_folder = (path.parent / raw.pop('run_folder', 'runs')).resolve()
     backbones = dict(ini['backbones']) if 'backbones' in ini else {}
     uri = raw.pop('tracking_uri', '') or f'sqlite:///{run_folder}/mlflow.db'
     try:
         scale, seeds, workers = raw.pop('scale'), tuple(map(int, raw.pop('seeds').split())), int(raw.pop('workers'))
-        return Settings(tracking_uri=uri, run_folder=run_folder, scale=scale, seeds=seeds, workers=workers, backbones=backbones, **raw)
+        return Settings(
+            tracking_uri=uri,
+            run_folder=run_folder,
+            scale=scale,
+            seeds=seeds,
+            workers=workers,
+            backbones=backbones,
+            **raw,
+        )
     except ValidationError as error:
         wrong = '; '.join(f'{".".join(map(str, e["loc"]))} = {e["input"]}: {e["msg"]}' for e in error.errors())
         raise SettingsError(f'{path} [replication]: {wrong}') from error
-    except KeyError as error: raise SettingsError(f'{path} [replication]: {error.args[0]} is missing') from error
-    except ValueError as error: raise SettingsError(f'{path} [replication]: seeds and workers are whole numbers: {error}') from error
+    except KeyError as error:
+        raise SettingsError(f'{path} [replication]: {error.args[0]} is missing') from error
+    except ValueError as error:
+        raise SettingsError(f'{path} [replication]: seeds and workers are whole numbers: {error}') from error
 
 
 @cache
 def settings() -> Settings:
     "The settings of this project; `MLLM_REPLICA_RUNS` puts the run folder (and the SQLite tracker in it) elsewhere."
-    found = read_settings(project_root()/'settings.ini')
+    found = read_settings(project_root() / 'settings.ini')
     runs = os.environ.get('MLLM_REPLICA_RUNS')
-    if not runs: return found
+    if not runs:
+        return found
     folder = Path(runs).resolve()
     return found.model_copy(update=dict(run_folder=folder, tracking_uri=f'sqlite:///{folder}/mlflow.db'))

@@ -26,8 +26,10 @@ def parse_value(
     text: str,  # JSON, or any other text
 ) -> Any:
     "What a written value stands for: JSON where it is JSON, else the text itself."
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def split_row(
@@ -39,14 +41,15 @@ def split_row(
 
 
 def row_name(
-    row: str,                 # perhaps with changes
+    row: str,  # perhaps with changes
     changes: dict[str, Any],  # path -> value; a path that the row has already is changed again
 ) -> str:
     "The name of the row with these changes."
     base, old = split_row(row)
     merged = {path: value for path, value in old.items() if path not in changes} | changes
     name = '+'.join([base, *(f'{path}={_text(value)}' for path, value in merged.items())])
-    if split_row(name) != (base, json.loads(json.dumps(merged))): raise ValueError(f'{name!r} would be read as {split_row(name)}')
+    if split_row(name) != (base, json.loads(json.dumps(merged))):
+        raise ValueError(f'{name!r} would be read as {split_row(name)}')
     return name
 
 # %% ../../nbs/foundations/core/03_variation.ipynb #ae2ecc4f
@@ -57,9 +60,13 @@ def _place(data: dict, path: str, unit: str) -> tuple[Any, Any]:
     "The container and the key in it where a path ends."
     above, here, key = None, {name: data[name] for name in _VARIED}, None
     for depth, part in enumerate(parts := path.split('.')):
-        known = {str(k): k for k in (here if isinstance(here, dict) else range(len(here)) if isinstance(here, list) else ())}
+        known = {
+            str(k): k for k in (here if isinstance(here, dict) else range(len(here)) if isinstance(here, list) else ())
+        }
         if part not in known:
-            raise KeyError(f'{unit} has no {path!r}: {".".join(parts[:depth]) or "a recipe"} has {", ".join(known) or "nothing below it"}')
+            raise KeyError(
+                f'{unit} has no {path!r}: {".".join(parts[:depth]) or "a recipe"} has {", ".join(known) or "nothing below it"}'
+            )
         above, key = here, known[part]
         here = here[key]
     return above, key
@@ -79,13 +86,15 @@ def vary(
     changes: dict[str, Any],  # path -> value
 ) -> Recipe:
     "The recipe with these changes, under the name that carries them; it is checked as every recipe."
-    if not changes: return recipe
+    if not changes:
+        return recipe
     data = recipe.model_dump(mode='json')
     for path, value in changes.items():
         above, key = _place(data, path, recipe.unit)
         above[key] = value
     data['row'] = row_name(recipe.row, changes)
-    try: return Recipe.model_validate_json(json.dumps(data))
+    try:
+        return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         wrong = '; '.join(f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors())
         raise ValueError(f'{recipe.unit} cannot become {data["row"]!r}: {wrong}') from error

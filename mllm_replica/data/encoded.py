@@ -16,20 +16,23 @@ IGNORED = -100  # the label of a position without loss, everywhere in this proje
 @dataclass
 class Encoded:
     "One sample as token ids, with labels on the answers only."
+
     id: str
-    input_ids: list[int]                                               # an image is a run of placeholder ids
-    labels: list[int]                                                  # -100: not supervised
-    image_ids: list[Any] = field(default_factory=list)                 # names or rows in a feature cache, in reading order
-    images: list[Any] = field(default_factory=list)                    # undecoded, in reading order
-    image_spans: list[tuple[int, int]] = field(default_factory=list)   # start and stop of each image's run
-    views: int = 1                                                     # consecutive runs that show one image, such as its overview and crops
+    input_ids: list[int]  # an image is a run of placeholder ids
+    labels: list[int]  # -100: not supervised
+    image_ids: list[Any] = field(default_factory=list)  # names or rows in a feature cache, in reading order
+    images: list[Any] = field(default_factory=list)  # undecoded, in reading order
+    image_spans: list[tuple[int, int]] = field(default_factory=list)  # start and stop of each image's run
+    views: int = 1  # consecutive runs that show one image, such as its overview and crops
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):
             raise ValueError(f'sample {self.id!r}: {len(self.input_ids)} input ids but {len(self.labels)} labels')
         count = max(len(self.images), len(self.image_ids))
-        if len(self.image_spans) != count: raise ValueError(f'sample {self.id!r}: {count} images but {len(self.image_spans)} image spans')
-        if count % self.views: raise ValueError(f'sample {self.id!r}: {count} image spans do not divide into images of {self.views} views')
+        if len(self.image_spans) != count:
+            raise ValueError(f'sample {self.id!r}: {count} images but {len(self.image_spans)} image spans')
+        if count % self.views:
+            raise ValueError(f'sample {self.id!r}: {count} image spans do not divide into images of {self.views} views')
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -37,5 +40,5 @@ class Encoded:
     @property
     def image_blocks(self) -> list[tuple[int, int]]:
         "Start and stop of each image with all its views."
-        first, last = self.image_spans[::self.views], self.image_spans[self.views - 1::self.views]
+        first, last = self.image_spans[:: self.views], self.image_spans[self.views - 1 :: self.views]
         return [(start, stop) for (start, _), (_, stop) in zip(first, last)]

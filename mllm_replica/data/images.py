@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 # %% ../../nbs/foundations/data/10_images.ipynb #4dac11a6
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')  # of animations and multi-page files the first picture counts
-MAX_PIXELS = 40_000_000                                  # about 6300 x 6300
+MAX_PIXELS = 40_000_000  # about 6300 x 6300
 
 
 class ImageError(ValueError):
@@ -23,16 +23,20 @@ class ImageError(ValueError):
 # %% ../../nbs/foundations/data/10_images.ipynb #b7ed1ae9
 def resolve_image(
     path: str | Path,  # relative path, as written in the data file
-    root: Path,        # folder that holds the images
+    root: Path,  # folder that holds the images
 ) -> Path:
     "The file behind a relative path, proven to lie under `root`."
     text, root = str(path), Path(root).resolve()
     parts = PurePosixPath(text.replace('\\', '/'))
-    if parts.is_absolute() or PureWindowsPath(text).drive: raise ImageError(f'image path {text!r} is absolute; write it relative to {root}')
-    if '..' in parts.parts: raise ImageError(f"image path {text!r} contains '..'; images must lie under {root}")
-    full = (root/parts).resolve()
-    if not full.is_relative_to(root): raise ImageError(f'image path {text!r} is a link that leads outside {root}; copy the file into the folder')
-    if not full.is_file(): raise ImageError(f'image {text!r} does not exist under {root}')
+    if parts.is_absolute() or PureWindowsPath(text).drive:
+        raise ImageError(f'image path {text!r} is absolute; write it relative to {root}')
+    if '..' in parts.parts:
+        raise ImageError(f"image path {text!r} contains '..'; images must lie under {root}")
+    full = (root / parts).resolve()
+    if not full.is_relative_to(root):
+        raise ImageError(f'image path {text!r} is a link that leads outside {root}; copy the file into the folder')
+    if not full.is_file():
+        raise ImageError(f'image {text!r} does not exist under {root}')
     return full
 
 # %% ../../nbs/foundations/data/10_images.ipynb #44948e98
@@ -41,7 +45,8 @@ def to_rgb(
 ) -> Image.Image:
     "Upright 8-bit RGB: 16 bits scaled, transparency on white, palette and CMYK converted."
     image = ImageOps.exif_transpose(image)
-    if image.mode == 'F': raise ImageError('floating-point pixels have no defined white; store the image with 8 or 16 bits')
+    if image.mode == 'F':
+        raise ImageError('floating-point pixels have no defined white; store the image with 8 or 16 bits')
     if image.mode.startswith('I'):
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8))
@@ -55,28 +60,38 @@ def image_name(
     source: str | Path | bytes | dict | Image.Image,  # as for `open_image`
 ) -> str:
     "What to call an image in a message."
-    if isinstance(source, dict): return str(source.get('path') or 'unnamed image')
+    if isinstance(source, dict):
+        return str(source.get('path') or 'unnamed image')
     return str(source) if isinstance(source, (str, Path)) else 'unnamed image'
 
 
 def _content(source: str | Path | bytes | dict, root: Path | None) -> io.BytesIO | Path:
     "The bytes of a source, or the file that holds them."
-    if isinstance(source, bytes): return io.BytesIO(source)
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     if isinstance(source, (str, Path)):
-        if root is None: raise ImageError(f'image path {str(source)!r} needs the folder it is relative to: pass root=')
+        if root is None:
+            raise ImageError(f'image path {str(source)!r} needs the folder it is relative to: pass root=')
         return resolve_image(source, root)
-    if isinstance(source, dict) and source.get('bytes') is not None: return io.BytesIO(source['bytes'])
-    if isinstance(source, dict) and source.get('path'): return resolve_image(source['path'], root) if root else Path(source['path'])
+    if isinstance(source, dict) and source.get('bytes') is not None:
+        return io.BytesIO(source['bytes'])
+    if isinstance(source, dict) and source.get('path'):
+        return resolve_image(source['path'], root) if root else Path(source['path'])
     raise ImageError(f"expected a path, bytes or a dictionary with 'bytes' or 'path', found {type(source).__name__}")
 
 # %% ../../nbs/foundations/data/10_images.ipynb #77d69cb2
 def open_image(
-    source: str | Path | bytes | dict | Image.Image,  # path under `root`, bytes, or {'bytes', 'path'}; an open image passes through
-    root: Path | None = None,                         # folder that paths are relative to
-    max_pixels: int = MAX_PIXELS,                     # width x height
+    source: str
+    | Path
+    | bytes
+    | dict
+    | Image.Image,  # path under `root`, bytes, or {'bytes', 'path'}; an open image passes through
+    root: Path | None = None,  # folder that paths are relative to
+    max_pixels: int = MAX_PIXELS,  # width x height
 ) -> Image.Image:
     "Decode one image into upright 8-bit RGB, or raise an `ImageError` naming it."
-    if isinstance(source, Image.Image): return to_rgb(source)
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
     name, content = image_name(source), _content(source, root)
     try:
         with warnings.catch_warnings():
@@ -85,16 +100,25 @@ def open_image(
         with opened as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageError(f'{width} x {height} pixels are more than the limit of {max_pixels}; shrink it or raise max_pixels')
+                raise ImageError(
+                    f'{width} x {height} pixels are more than the limit of {max_pixels}; shrink it or raise max_pixels'
+                )
             image.load()
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f'{name}: not a readable {", ".join(FORMATS)} image, whatever its name says; replace or remove it') from error
-    except ImageError as error: raise ImageError(f'{name}: {error}') from error
-    except Image.DecompressionBombError as error: raise ImageError(f'{name}: far more pixels than the limit of {max_pixels}; shrink it') from error
-    except FileNotFoundError as error: raise ImageError(f'{name}: the file does not exist') from error
+        raise ImageError(
+            f'{name}: not a readable {", ".join(FORMATS)} image, whatever its name says; replace or remove it'
+        ) from error
+    except ImageError as error:
+        raise ImageError(f'{name}: {error}') from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f'{name}: far more pixels than the limit of {max_pixels}; shrink it') from error
+    except FileNotFoundError as error:
+        raise ImageError(f'{name}: the file does not exist') from error
     except Exception as error:  # decoders of damaged files raise errors of many types
-        raise ImageError(f'{name}: damaged or truncated ({type(error).__name__}: {error}); replace or remove it') from error
+        raise ImageError(
+            f'{name}: damaged or truncated ({type(error).__name__}: {error}); replace or remove it'
+        ) from error
 
 # %% ../../nbs/foundations/data/10_images.ipynb #1aceeb6e
 def encode_png(

@@ -26,26 +26,33 @@ def word_tokenizer(
     vocabulary = {word: i for i, word in enumerate(['<pad>', '<s>', '</s>', '<unk>', *known])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token='<unk>'))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>'
+    )
 
 # %% ../../nbs/foundations/data/15_language.ipynb #7ce6b420
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     "One token per UTF-8 byte, number 3 + byte; `<unk>` (also padding) 0, `<s>` 1, `</s>` 2."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}  # the byte-level alphabet of GPT-2
+    letters = {b: chr(b) for b in printable} | {
+        b: chr(256 + i) for i, b in enumerate(others)
+    }  # the byte-level alphabet of GPT-2
     vocabulary = {'<unk>': 0, '<s>': 1, '</s>': 2} | {letters[b]: 3 + b for b in range(256)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token='<unk>'))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<unk>', bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token='<unk>', bos_token='<s>', eos_token='</s>', unk_token='<unk>'
+    )
 
 # %% ../../nbs/foundations/data/15_language.ipynb #97b42b32
 class Piece(NamedTuple):
     "A part of a sequence."
-    text: str | None          # None: an image
+
+    text: str | None  # None: an image
     supervised: bool = False  # whether the loss is taken on it
-    end: bool = False         # whether the end token follows it
+    end: bool = False  # whether the end token follows it
 
 
 IMAGE = Piece(None)
@@ -68,8 +75,8 @@ def text_ids(
 def tokenize(
     pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,            # the placeholder
-    visual_tokens: int,             # placeholders per image
+    image_token_id: int,  # the placeholder
+    visual_tokens: int,  # placeholders per image
     max_length: int | None = None,  # tokens after the begin token
 ) -> tuple[list[int], list[int]]:
     "Begin token and pieces → input ids and labels, −100 where no loss is taken. Too long: text is cut, an image that does not fit ends the sequence."
@@ -77,19 +84,24 @@ def tokenize(
     limit = float('inf') if max_length is None else max_length + 1
     for piece in pieces:
         new = [image_token_id] * visual_tokens if piece.text is None else text_ids(tokenizer, piece.text)
-        if len(ids) >= limit or (piece.text is None and len(ids) + len(new) > limit): break
-        if piece.end: new = [*new, tokenizer.eos_token_id]
+        if len(ids) >= limit or (piece.text is None and len(ids) + len(new) > limit):
+            break
+        if piece.end:
+            new = [*new, tokenizer.eos_token_id]
         ids += new
         labels += new if piece.supervised else [IGNORED] * len(new)
     return (ids, labels) if max_length is None else (ids[:limit], labels[:limit])
 
 # %% ../../nbs/foundations/data/15_language.ipynb #34fc2466
-def _spans(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], image_token_id: int) -> list[tuple[str, list[int]]]:
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], image_token_id: int
+) -> list[tuple[str, list[int]]]:
     "Consecutive tokens of one kind: 'image', 'supervised' or 'context'."
     spans: list[tuple[str, list[int]]] = []
     for token, label in zip(input_ids, labels, strict=True):
         kind = 'image' if token == image_token_id else 'context' if label == IGNORED else 'supervised'
-        if not spans or spans[-1][0] != kind: spans.append((kind, []))
+        if not spans or spans[-1][0] != kind:
+            spans.append((kind, []))
         spans[-1][1].append(token)
     return spans
 
@@ -106,8 +118,10 @@ class LabelMask:
         labels: Sequence[int],
         image_token_id: int,  # the placeholder
     ) -> None:
-        self.spans = [(kind, f'image × {len(ids)}' if kind == 'image' else tokenizer.decode(ids))
-                      for kind, ids in _spans(tokenizer, list(input_ids), list(labels), image_token_id)]
+        self.spans = [
+            (kind, f'image × {len(ids)}' if kind == 'image' else tokenizer.decode(ids))
+            for kind, ids in _spans(tokenizer, list(input_ids), list(labels), image_token_id)
+        ]
 
     def __str__(self) -> str:
         marks = {'image': '[{}]', 'supervised': '«{}»', 'context': '{}'}

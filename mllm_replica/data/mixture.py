@@ -15,33 +15,45 @@ import numpy as np
 
 # %% ../../nbs/foundations/data/13_mixture.ipynb #a93b2915
 def sampling_weights(
-    lengths: Sequence[int],            # samples in each data set
-    rule: str | Sequence[float],       # 'uniform', 'length_ratio', 'per_sample_100k' or one weight per data set
+    lengths: Sequence[int],  # samples in each data set
+    rule: str | Sequence[float],  # 'uniform', 'length_ratio', 'per_sample_100k' or one weight per data set
 ) -> list[float]:
     "The chance that a sample comes from each data set; they add up to one."
-    rules = {'uniform': [1.0] * len(lengths), 'length_ratio': list(lengths), 'per_sample_100k': [min(n, 100_000) for n in lengths]}
-    if isinstance(rule, str) and rule not in rules: raise ValueError(f'unknown rule {rule!r}; known: {sorted(rules)}, or a list of weights')
+    rules = {
+        'uniform': [1.0] * len(lengths),
+        'length_ratio': list(lengths),
+        'per_sample_100k': [min(n, 100_000) for n in lengths],
+    }
+    if isinstance(rule, str) and rule not in rules:
+        raise ValueError(f'unknown rule {rule!r}; known: {sorted(rules)}, or a list of weights')
     weights = rules[rule] if isinstance(rule, str) else list(rule)
-    if len(weights) != len(lengths): raise ValueError(f'{len(weights)} weights for {len(lengths)} data sets; they must be as many')
-    if not weights or min(weights) < 0 or sum(weights) <= 0: raise ValueError(f'weights {weights} must be non-negative with a positive sum')
+    if len(weights) != len(lengths):
+        raise ValueError(f'{len(weights)} weights for {len(lengths)} data sets; they must be as many')
+    if not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f'weights {weights} must be non-negative with a positive sum')
     return [weight / sum(weights) for weight in weights]
 
 # %% ../../nbs/foundations/data/13_mixture.ipynb #fa56ea9f
 @dataclass(frozen=True)
 class Mixture:
     "Which samples each training step sees."
-    sizes: dict[str, int]       # samples per source
-    weights: dict[str, float]   # weight per source, any positive sum
+
+    sizes: dict[str, int]  # samples per source
+    weights: dict[str, float]  # weight per source, any positive sum
     seed: int
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.weights) - set(self.sizes))
-        if unknown: raise ValueError(f'the mixture names {unknown}, but the sources are {sorted(self.sizes)}')
+        if unknown:
+            raise ValueError(f'the mixture names {unknown}, but the sources are {sorted(self.sizes)}')
         wrong = {name: weight for name, weight in self.weights.items() if not 0 <= weight < float('inf')}
         if wrong or not sum(self.weights.values()):
-            raise ValueError(f'weights {wrong or self.weights} of the mixture: expected numbers from 0 on, not all of them 0')
+            raise ValueError(
+                f'weights {wrong or self.weights} of the mixture: expected numbers from 0 on, not all of them 0'
+            )
         empty = sorted(name for name, weight in self.weights.items() if weight and self.sizes[name] < 1)
-        if empty: raise ValueError(f'sources {empty} of the mixture have no samples; add some, or set their weight to 0')
+        if empty:
+            raise ValueError(f'sources {empty} of the mixture have no samples; add some, or set their weight to 0')
 
     def _chances(self) -> list[float]:
         return sampling_weights([self.sizes[name] for name in self.weights], list(self.weights.values()))
@@ -68,6 +80,9 @@ class Mixture:
         content = json.loads(Path(path).read_text())
         mixture = cls(content['sizes'], content['weights'], content['seed'])
         found = mixture.digest(content['steps'], content['batch_size'])
-        if found != content['order']: raise ValueError(f"{path}: the recorded order is {content['order']}, here it is {found}; "
-                                                       'the file was edited or NumPy draws differently')
+        if found != content['order']:
+            raise ValueError(
+                f'{path}: the recorded order is {content["order"]}, here it is {found}; '
+                'the file was edited or NumPy draws differently'
+            )
         return mixture

@@ -22,15 +22,16 @@ from .samples import IMAGE
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #ad2dd3a0
 def encode_document(
-    sample: dict[str, Any],                  # with a `document`
-    tokenize: Callable[[str], list[int]],    # text -> ids, without special tokens
-    bos: int,                                # first id
-    eos: int,                                # last id
-    image_token_id: int,                     # id of every position of an image
-    visual_tokens: Callable[[Any], int],     # image -> positions it costs
+    sample: dict[str, Any],  # with a `document`
+    tokenize: Callable[[str], list[int]],  # text -> ids, without special tokens
+    bos: int,  # first id
+    eos: int,  # last id
+    image_token_id: int,  # id of every position of an image
+    visual_tokens: Callable[[Any], int],  # image -> positions it costs
 ) -> Encoded:
     "The encoded form of an interleaved document."
-    if not sample['document']: raise ValueError(f"sample {sample['id']!r} has no document; conversations are encoded by the model's processor")
+    if not sample['document']:
+        raise ValueError(f"sample {sample['id']!r} has no document; conversations are encoded by the model's processor")
     ids, labels, spans = [bos], [-100], []
     for number, piece in enumerate(sample['document'].split(IMAGE)):
         if number:
@@ -47,27 +48,38 @@ def truncate(
     max_length: int,  # positions
 ) -> Encoded:
     "At most `max_length` positions, every image whole; an error if nothing supervised is left."
-    if len(encoded) <= max_length: return encoded
+    if len(encoded) <= max_length:
+        return encoded
     kept = sum(end <= max_length for _, end in encoded.image_blocks) * encoded.views
     stop = min([max_length] + [start for start, end in encoded.image_blocks if end > max_length])
     if all(label == -100 for label in encoded.labels[:stop]):
-        raise ValueError(f'sample {encoded.id!r} has {len(encoded)} positions; cut to {stop} of at most {max_length} nothing supervised is left: '
-                         'raise max_length, use fewer visual tokens or drop the sample')
-    return replace(encoded, input_ids=encoded.input_ids[:stop], labels=encoded.labels[:stop],
-                   image_spans=encoded.image_spans[:kept], images=encoded.images[:kept], image_ids=encoded.image_ids[:kept])
+        raise ValueError(
+            f'sample {encoded.id!r} has {len(encoded)} positions; cut to {stop} of at most {max_length} nothing supervised is left: '
+            'raise max_length, use fewer visual tokens or drop the sample'
+        )
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[:stop],
+        labels=encoded.labels[:stop],
+        image_spans=encoded.image_spans[:kept],
+        images=encoded.images[:kept],
+        image_ids=encoded.image_ids[:kept],
+    )
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #68f560ec
 def pack(
     samples: list[Encoded],
-    length: int,             # positions of a row
+    length: int,  # positions of a row
 ) -> list[list[Encoded]]:
     "Rows of samples that fit into `length`, by best-fit decreasing."
-    rooms, rows = [], []     # rooms: sorted (free positions, row number)
+    rooms, rows = [], []  # rooms: sorted (free positions, row number)
     for sample in sorted(samples, key=len, reverse=True):
-        if len(sample) > length: raise ValueError(f'sample {sample.id!r} has {len(sample)} positions, a row has {length}; truncate it first')
+        if len(sample) > length:
+            raise ValueError(f'sample {sample.id!r} has {len(sample)} positions, a row has {length}; truncate it first')
         place = bisect.bisect_left(rooms, (len(sample), -1))
         free, row = rooms.pop(place) if place < len(rooms) else (length, len(rows))
-        if row == len(rows): rows.append([])
+        if row == len(rows):
+            rows.append([])
         rows[row].append(sample)
         bisect.insort(rooms, (free - len(sample), row))
     return rows
@@ -90,55 +102,73 @@ def _table(rows: list[list[Encoded]], pad_token_id: int, padding_side: str) -> t
     for number, row in enumerate(rows):
         at = 0 if padding_side == 'right' else width - sum(map(len, row))
         for segment, sample in enumerate(row):
-            here = table[:, number, at:at + len(sample)]
+            here = table[:, number, at : at + len(sample)]
             here[0], here[1], here[2], here[3] = sample.input_ids, sample.labels, np.arange(len(sample)), segment
             here[1, :1] = -100
             at += len(sample)
     return torch.from_numpy(table)
 
 
-def _image_inputs(samples: list[Encoded], features: Any, image_tensor: Callable[[list], torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def _image_inputs(
+    samples: list[Encoded], features: Any, image_tensor: Callable[[list], torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
     "`image_features` [N, S, Dv] from a cache, or `pixel_values` [N, C, P, P]; nothing for a batch without images."
     if features is not None:
         ids = [i for sample in samples for i in sample.image_ids]
         return {'image_features': torch.as_tensor(features[ids])} if ids else {}
     images = [image for sample in samples for image in sample.images]
-    if not images: return {}
-    if all(isinstance(image, torch.Tensor) for image in images): return {'pixel_values': torch.stack(images)}
-    if image_tensor is None: raise ValueError(f'the batch has {len(images)} undecoded images: pass image_tensor (the processor has one) or features')
+    if not images:
+        return {}
+    if all(isinstance(image, torch.Tensor) for image in images):
+        return {'pixel_values': torch.stack(images)}
+    if image_tensor is None:
+        raise ValueError(
+            f'the batch has {len(images)} undecoded images: pass image_tensor (the processor has one) or features'
+        )
     return {'pixel_values': image_tensor(images)}
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #927ee839
 def collate(
     batch: list[Encoded],
     pad_token_id: int,
-    padding_side: str = 'right',                                 # 'left' for generation
-    features: Any = None,                                        # a feature cache: features[image_ids] -> [N, S, Dv]
-    packed: bool = False,                                        # several samples per row
-    length: int | None = None,                                   # positions of a packed row; None: the longest sample
+    padding_side: str = 'right',  # 'left' for generation
+    features: Any = None,  # a feature cache: features[image_ids] -> [N, S, Dv]
+    packed: bool = False,  # several samples per row
+    length: int | None = None,  # positions of a packed row; None: the longest sample
     image_tensor: Callable[[list], torch.Tensor] | None = None,  # undecoded images -> [N, C, P, P]
 ) -> dict[str, Any]:
     "One batch: input_ids, labels [B, T], attention_mask ([B, T], or [B, 1, T, T] if packed), position_ids if packed, images, ids."
-    if padding_side not in ('left', 'right'): raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
-    if not batch: raise ValueError('an empty batch cannot be collated')
+    if padding_side not in ('left', 'right'):
+        raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+    if not batch:
+        raise ValueError('an empty batch cannot be collated')
     rows = pack(batch, length or max(map(len, batch))) if packed else [[sample] for sample in batch]
     samples = [sample for row in rows for sample in row]
     input_ids, labels, position_ids, segment_ids = _table(rows, pad_token_id, padding_side)
     if padding_side == 'right' and bool((labels == -100).all()):
         names = [sample.id for sample in samples]
-        raise ValueError(f'no token of this batch is supervised; samples: {names}; their answers are missing or were cut off')
+        raise ValueError(
+            f'no token of this batch is supervised; samples: {names}; their answers are missing or were cut off'
+        )
     out = dict(input_ids=input_ids, labels=labels, ids=[sample.id for sample in samples])
-    out |= dict(attention_mask=segment_mask(segment_ids), position_ids=position_ids) if packed else dict(attention_mask=(segment_ids >= 0).long())
+    out |= (
+        dict(attention_mask=segment_mask(segment_ids), position_ids=position_ids)
+        if packed
+        else dict(attention_mask=(segment_ids >= 0).long())
+    )
     return out | _image_inputs(samples, features, image_tensor)
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #5b4185a4
 def arrange(
     stages: Sequence[Stage],
     encoded: Mapping[str, Sequence[Encoded]],  # source -> its samples
-    **how: Any,                                # further arguments of `collate`
+    **how: Any,  # further arguments of `collate`
 ) -> dict[str, Any]:
     "What `train` is given besides model and stages: data sets, collation, order."
     packed = {stage.pack for stage in stages}
-    if len(packed) > 1: raise NotImplementedError(f'stages pack samples or not, { {stage.name: stage.pack for stage in stages} }: '
-                                                  'one collation serves all; give all the same')
+    if len(packed) > 1:
+        raise NotImplementedError(
+            f'stages pack samples or not, { {stage.name: stage.pack for stage in stages} }: '
+            'one collation serves all; give all the same'
+        )
     return dict(datasets=encoded, collate=partial(collate, packed=packed == {True}, **how), draw=Mixture)

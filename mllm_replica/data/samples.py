@@ -15,108 +15,169 @@ import numpy as np
 from .images import ImageError
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #74ca3be9
-IMAGE = '<image>'            # the placeholder
-ROLES = ('human', 'gpt')     # they take turns, the human begins
+IMAGE = '<image>'  # the placeholder
+ROLES = ('human', 'gpt')  # they take turns, the human begins
 COLUMNS = ('id', 'images', 'conversations', 'document', 'task', 'answer', 'options', 'meta')
-FORMAT = 2                   # raise it when reading or `features` change: older caches are then ignored
+FORMAT = 2  # raise it when reading or `features` change: older caches are then ignored
 
 
 def features() -> 'datasets.Features':
     "The columns of every data set, images undecoded."
     from datasets import Features, Image, List, Value
+
     text = Value('string')
-    return Features(dict(id=text, images=List(Image(decode=False)), conversations=List({'from': text, 'value': text}), document=text,
-                         task=text, answer=text, options=List(text), meta=text))
+    return Features(
+        dict(
+            id=text,
+            images=List(Image(decode=False)),
+            conversations=List({'from': text, 'value': text}),
+            document=text,
+            task=text,
+            answer=text,
+            options=List(text),
+            meta=text,
+        )
+    )
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #6e51eb68
 def _check_turns(sample: dict[str, Any], name: str) -> None:
     "Roles alternate from human to gpt; answers hold text and no placeholder."
     roles = [turn.get('from') for turn in sample['conversations']]
-    if not roles: raise ValueError(f'{name}: has neither conversations nor a document with text')
+    if not roles:
+        raise ValueError(f'{name}: has neither conversations nor a document with text')
     if len(roles) % 2 or any(role != ROLES[i % 2] for i, role in enumerate(roles)):
         raise ValueError(f'{name}: the roles are {roles}; expected human and gpt in turn, ending with gpt')
     for i, turn in enumerate(sample['conversations']):
         value = turn.get('value')
-        if not isinstance(value, str): raise ValueError(f'{name}: turn {i} has value {value!r}; expected text')
-        if i % 2 and not value.strip(): raise ValueError(f'{name}: the answer in turn {i} is empty; write it or drop the turn')
-        if i % 2 and IMAGE in value: raise ValueError(f'{name}: the answer in turn {i} contains {IMAGE}; images belong in human turns')
+        if not isinstance(value, str):
+            raise ValueError(f'{name}: turn {i} has value {value!r}; expected text')
+        if i % 2 and not value.strip():
+            raise ValueError(f'{name}: the answer in turn {i} is empty; write it or drop the turn')
+        if i % 2 and IMAGE in value:
+            raise ValueError(f'{name}: the answer in turn {i} contains {IMAGE}; images belong in human turns')
 
 
 def check_sample(
     sample: dict[str, Any],  # all columns of `features`
-    where: str = '',         # file and line, for the message
+    where: str = '',  # file and line, for the message
 ) -> None:
     "Raise a ValueError naming the sample if it cannot be trained on or asked."
-    name = f'{where}: ' * bool(where) + f"sample {sample['id']!r}"
-    if not sample['id']: raise ValueError(f"{where or 'a sample'}: id is missing or empty; every sample needs one of its own")
-    if sample['document'] and sample['conversations']: raise ValueError(f'{name}: has both document and conversations; keep one')
+    name = f'{where}: ' * bool(where) + f'sample {sample["id"]!r}'
+    if not sample['id']:
+        raise ValueError(f'{where or "a sample"}: id is missing or empty; every sample needs one of its own')
+    if sample['document'] and sample['conversations']:
+        raise ValueError(f'{name}: has both document and conversations; keep one')
     if sample['document']:
         text = sample['document']
-        if not text.replace(IMAGE, '').strip(): raise ValueError(f'{name}: the document has no text, so nothing can be learnt from it')
+        if not text.replace(IMAGE, '').strip():
+            raise ValueError(f'{name}: the document has no text, so nothing can be learnt from it')
     else:
         _check_turns(sample, name)
         text = ' '.join(turn['value'] for turn in sample['conversations'])
     found, given = text.count(IMAGE), len(sample['images'])
-    if found != given: raise ValueError(f'{name}: {given} images but {found} {IMAGE} placeholders; they must be equal')
+    if found != given:
+        raise ValueError(f'{name}: {given} images but {found} {IMAGE} placeholders; they must be equal')
     if sample['options'] and sample['answer'] not in sample['options']:
-        raise ValueError(f"{name}: the answer {sample['answer']!r} is not among the options {sample['options']}")
+        raise ValueError(f'{name}: the answer {sample["answer"]!r} is not among the options {sample["options"]}')
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #ff2b14a5
 def _document(record: dict[str, Any], images: list[Any], where: str) -> tuple[str, list[Any]]:
     "Text with placeholders and the images in reading order, from a list of texts and image numbers."
-    parts = record['document'] if 'document' in record else [i if text is None else text for i, text in enumerate(record['texts'])]
-    if isinstance(parts, str): return parts, [i for i in images if i is not None]
+    parts = (
+        record['document']
+        if 'document' in record
+        else [i if text is None else text for i, text in enumerate(record['texts'])]
+    )
+    if isinstance(parts, str):
+        return parts, [i for i in images if i is not None]
     text, used = [], []
     for part in parts:
         if isinstance(part, str):
-            if IMAGE in part: raise ValueError(f'{where}: the text {part[:40]!r} contains {IMAGE} literally; list image numbers instead')
+            if IMAGE in part:
+                raise ValueError(
+                    f'{where}: the text {part[:40]!r} contains {IMAGE} literally; list image numbers instead'
+                )
             text.append(part)
         elif isinstance(part, int) and 0 <= part < len(images) and images[part] is not None:
             text.append(IMAGE)
             used.append(images[part])
-        else: raise ValueError(f'{where}: document part {part!r} is neither text nor the number of one of the {len(images)} images')
+        else:
+            raise ValueError(
+                f'{where}: document part {part!r} is neither text nor the number of one of the {len(images)} images'
+            )
     return ' '.join(text), used
 
 
 _TYPES = {  # field -> what it may be
-    'document': ((str, list), 'text or a list'), 'texts': ((list,), 'a list'), 'conversations': ((list,), 'a list'),
-    'options': ((list,), 'a list'), 'task': ((str,), 'text'), 'answer': ((str,), 'text'), 'meta': ((str, dict), 'an object or its JSON')}
+    'document': ((str, list), 'text or a list'),
+    'texts': ((list,), 'a list'),
+    'conversations': ((list,), 'a list'),
+    'options': ((list,), 'a list'),
+    'task': ((str,), 'text'),
+    'answer': ((str,), 'text'),
+    'meta': ((str, dict), 'an object or its JSON'),
+}
 
 
 def _check_types(record: Any, where: str) -> None:
     "Raise a ValueError naming the field that is of a wrong type."
-    if not isinstance(record, dict): raise ValueError(f'{where}: expected an object with id, images and conversations, found {type(record).__name__}')
+    if not isinstance(record, dict):
+        raise ValueError(
+            f'{where}: expected an object with id, images and conversations, found {type(record).__name__}'
+        )
     for field, (types, expected) in _TYPES.items():
         value = record.get(field)
-        if value is not None and not isinstance(value, types): raise ValueError(f'{where}: {field} is {value!r:.60}; expected {expected}')
-    for field, kind, expected in (('conversations', dict, "an object with 'from' and 'value'"), ('options', str, 'text')):
+        if value is not None and not isinstance(value, types):
+            raise ValueError(f'{where}: {field} is {value!r:.60}; expected {expected}')
+    for field, kind, expected in (
+        ('conversations', dict, "an object with 'from' and 'value'"),
+        ('options', str, 'text'),
+    ):
         wrong = [part for part in record.get(field) or [] if not isinstance(part, kind)]
-        if wrong: raise ValueError(f'{where}: {field} contains {wrong[0]!r:.60}; expected {expected}')
-    try: held = isinstance(json.loads(record['meta']), dict) if isinstance(record.get('meta'), str) and record['meta'] else True
-    except ValueError: held = False
-    if not held: raise ValueError(f"{where}: meta is {record['meta']!r:.60}; expected an object or its JSON")
+        if wrong:
+            raise ValueError(f'{where}: {field} contains {wrong[0]!r:.60}; expected {expected}')
+    try:
+        held = (
+            isinstance(json.loads(record['meta']), dict)
+            if isinstance(record.get('meta'), str) and record['meta']
+            else True
+        )
+    except ValueError:
+        held = False
+    if not held:
+        raise ValueError(f'{where}: meta is {record["meta"]!r:.60}; expected an object or its JSON')
 
 
 def as_sample(
-    record: dict[str, Any],               # as it stands in the file
-    where: str,                           # file and line, for messages
-    place: Callable[[Any], dict],         # image reference -> {'bytes', 'path'}
+    record: dict[str, Any],  # as it stands in the file
+    where: str,  # file and line, for messages
+    place: Callable[[Any], dict],  # image reference -> {'bytes', 'path'}
 ) -> dict[str, Any]:
     "The checked sample that a record of a data file describes."
     _check_types(record, where)
     images = record.get('images', record.get('image'))
     images = images if isinstance(images, list) else [] if images is None else [images]
     turns, text = record.get('conversations') or [], ''
-    if record.get('document') or record.get('texts'): text, images = _document(record, images, where)
+    if record.get('document') or record.get('texts'):
+        text, images = _document(record, images, where)
     given = record.get('meta') or {}
     extra = {key: value for key, value in record.items() if key not in (*COLUMNS, 'image', 'texts')}
     answer = record.get('answer') or (str(turns[-1].get('value')) if turns else '')
-    sample = dict(id='' if record.get('id') is None else str(record['id']), images=images, conversations=turns, document=text,
-                  task=record.get('task') or '', answer=answer,
-                  options=record.get('options') or [], meta=json.dumps({**(json.loads(given) if isinstance(given, str) else given), **extra}))
+    sample = dict(
+        id='' if record.get('id') is None else str(record['id']),
+        images=images,
+        conversations=turns,
+        document=text,
+        task=record.get('task') or '',
+        answer=answer,
+        options=record.get('options') or [],
+        meta=json.dumps({**(json.loads(given) if isinstance(given, str) else given), **extra}),
+    )
     check_sample(sample, where)
-    try: return sample | {'images': [place(image) for image in images]}
-    except ImageError as error: raise ImageError(f"{where}: sample {sample['id']!r}: {error}") from error
+    try:
+        return sample | {'images': [place(image) for image in images]}
+    except ImageError as error:
+        raise ImageError(f'{where}: sample {sample["id"]!r}: {error}') from error
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #339431e3
 def choose(
@@ -125,6 +186,8 @@ def choose(
     seed: int,
 ) -> 'datasets.Dataset':
     "A seeded choice of `size` samples, in the order of the data set."
-    if size is None: return dataset
-    if size > len(dataset): raise ValueError(f'{size} samples were asked for, the source has {len(dataset)}; lower size or leave it out')
+    if size is None:
+        return dataset
+    if size > len(dataset):
+        raise ValueError(f'{size} samples were asked for, the source has {len(dataset)}; lower size or leave it out')
     return dataset.select(sorted(np.random.default_rng([seed, FORMAT]).permutation(len(dataset))[:size].tolist()))

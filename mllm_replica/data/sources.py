@@ -20,16 +20,22 @@ from .samples import FORMAT, as_sample, choose, features
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a JSON list or of JSON lines; bad text is reported with its line."
     if path.suffix == '.json':
-        try: records = json.loads(path.read_text('utf-8-sig'))
-        except ValueError as error: raise ValueError(f'{path.name}: not valid JSON: {error}') from error
-        if not isinstance(records, list): raise ValueError(f'{path.name}: expected a list of records, found {type(records).__name__}')
+        try:
+            records = json.loads(path.read_text('utf-8-sig'))
+        except ValueError as error:
+            raise ValueError(f'{path.name}: not valid JSON: {error}') from error
+        if not isinstance(records, list):
+            raise ValueError(f'{path.name}: expected a list of records, found {type(records).__name__}')
         yield from ((f'{path.name}: record {i}', record) for i, record in enumerate(records))
         return
     with path.open('rb') as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip(): continue
-            try: yield f'{path.name}:{number}', json.loads(line.decode('utf-8-sig'))
-            except ValueError as error: raise ValueError(f'{path.name}:{number}: broken JSON line: {error}') from error
+            if not line.strip():
+                continue
+            try:
+                yield f'{path.name}:{number}', json.loads(line.decode('utf-8-sig'))
+            except ValueError as error:
+                raise ValueError(f'{path.name}:{number}: broken JSON line: {error}') from error
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -38,35 +44,49 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(path) as shard:
             for member in shard:
                 folder, name = os.path.split(member.name)
-                if member.isfile(): yield f"{folder}/{name.partition('.')[0]}", name.partition('.')[2], shard.extractfile(member).read()
-    except (tarfile.TarError, EOFError) as error: raise ValueError(f'{path.name}: damaged tar file: {error}; fetch or pack it again') from error
+                if member.isfile():
+                    yield f'{folder}/{name.partition(".")[0]}', name.partition('.')[2], shard.extractfile(member).read()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f'{path.name}: damaged tar file: {error}; fetch or pack it again') from error
 
 
 def _tar_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a webdataset shard; members of one sample follow each other and share the name up to the first dot."
+
     def record(key: str, files: dict[str, bytes]) -> tuple[str, Any]:
         "One sample from its members."
         key = key.rpartition('/')[2]
         where = f'{path.name}: {key}'
-        if 'json' not in files: raise ValueError(f'{where}.json is missing beside {sorted(files)}')
-        try: content = json.loads(files.pop('json'))
-        except ValueError as error: raise ValueError(f'{where}.json: broken JSON: {error}') from error
-        if not isinstance(content, dict): raise ValueError(f'{where}.json: expected an object, found {type(content).__name__}')
-        numbered = sorted(files, key=lambda name: (int(name.split('.')[0]) if name.split('.')[0].isdigit() else 0, name))
-        return where, {'id': key} | content | {'images': [{'bytes': files[name], 'path': f'{key}.{name}'} for name in numbered]}
+        if 'json' not in files:
+            raise ValueError(f'{where}.json is missing beside {sorted(files)}')
+        try:
+            content = json.loads(files.pop('json'))
+        except ValueError as error:
+            raise ValueError(f'{where}.json: broken JSON: {error}') from error
+        if not isinstance(content, dict):
+            raise ValueError(f'{where}.json: expected an object, found {type(content).__name__}')
+        numbered = sorted(
+            files, key=lambda name: (int(name.split('.')[0]) if name.split('.')[0].isdigit() else 0, name)
+        )
+        return where, {'id': key} | content | {
+            'images': [{'bytes': files[name], 'path': f'{key}.{name}'} for name in numbered]
+        }
+
     key, files = None, {}
     for base, ending, content in _members(path):
         if files and base != key:
             yield record(key, files)
             files = {}
         key, files[ending] = base, content
-    if files: yield record(key, files)
+    if files:
+        yield record(key, files)
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
     "(where, record) of a parquet file."
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
+
     row = 0
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
@@ -74,20 +94,27 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f'{path.name}: row {row}', record
                 row += 1
     except (ArrowException, OSError) as error:
-        raise ValueError(f'{path.name}: damaged parquet file after row {row}: {error}; fetch or write it again') from error
+        raise ValueError(
+            f'{path.name}: damaged parquet file after row {row}: {error}; fetch or write it again'
+        ) from error
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #af3903cc
-_READERS = {'folder': (('.jsonl', '.json'), _json_records), 'parquet': (('.parquet',), _parquet_records), 'tar': (('.tar',), _tar_records)}
+_READERS = {
+    'folder': (('.jsonl', '.json'), _json_records),
+    'parquet': (('.parquet',), _parquet_records),
+    'tar': (('.tar',), _tar_records),
+}
 
 
 def data_files(
-    source: Source,   # kind 'folder', 'parquet' or 'tar'
+    source: Source,  # kind 'folder', 'parquet' or 'tar'
     data_root: Path,  # folder that `source.name` is relative to
 ) -> list[Path]:
     "The files of a source: `name` itself, or `name/SPLIT*` in sorted order."
     root, endings = Path(data_root).resolve(), _READERS[source.kind][0]
-    place = (root/source.name).resolve()
-    if not place.is_relative_to(root): raise ValueError(f'source {source.name!r} leads outside the data root {root}')
+    place = (root / source.name).resolve()
+    if not place.is_relative_to(root):
+        raise ValueError(f'source {source.name!r} leads outside the data root {root}')
     files = [place] if place.is_file() else sorted(f for f in place.glob(f'{source.split}*') if f.suffix in endings)
     if not files:
         there = sorted(f.name for f in place.glob('*'))[:10] if place.is_dir() else 'no such folder'
@@ -96,21 +123,27 @@ def data_files(
 
 
 def read_files(
-    source: Source,          # kind 'folder', 'parquet' or 'tar'
-    data_root: Path,         # folder that `source.name` is relative to
+    source: Source,  # kind 'folder', 'parquet' or 'tar'
+    data_root: Path,  # folder that `source.name` is relative to
 ) -> Iterator[dict[str, Any]]:
     "The checked samples of a source, in file order; an id that comes twice is an error."
     seen = {}
     for path in data_files(source, data_root):
+
         def place(image: Any) -> dict:
             "Bytes, or a path that is proven to stay in the folder."
-            if isinstance(image, str): image = {'bytes': None, 'path': image}
-            if not isinstance(image, dict): raise ImageError(f'expected a path or bytes, found {image!r}')
-            if image.get('bytes') is not None: return {'bytes': image['bytes'], 'path': image.get('path')}
+            if isinstance(image, str):
+                image = {'bytes': None, 'path': image}
+            if not isinstance(image, dict):
+                raise ImageError(f'expected a path or bytes, found {image!r}')
+            if image.get('bytes') is not None:
+                return {'bytes': image['bytes'], 'path': image.get('path')}
             return {'bytes': None, 'path': str(resolve_image(str(image.get('path')), path.parent))}
+
         for where, record in _READERS[source.kind][1](path):
             sample = as_sample(record, where, place)
-            if sample['id'] in seen: raise ValueError(f"{where}: id {sample['id']!r} is already used in {seen[sample['id']]}")
+            if sample['id'] in seen:
+                raise ValueError(f'{where}: id {sample["id"]!r} is already used in {seen[sample["id"]]}')
             seen[sample['id']] = where
             yield sample
 
@@ -119,39 +152,50 @@ def _read_cached(source: Source, data_root: Path) -> 'datasets.Dataset':
     "The files of a source as a memory-mapped Arrow data set."
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
+
     state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in data_files(source, data_root)]
     key = hashlib.sha256(json.dumps([FORMAT, source.kind, source.split, state]).encode()).hexdigest()[:16]
-    path = settings().run_folder/'data'/f'{Path(source.name).stem}-{key}.arrow'
+    path = settings().run_folder / 'data' / f'{Path(source.name).stem}-{key}.arrow'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f'.{os.getpid()}.tmp')
         try:
             with ArrowWriter(path=str(temporary), features=features()) as writer:
-                for sample in read_files(source, data_root): writer.write(sample)
+                for sample in read_files(source, data_root):
+                    writer.write(sample)
                 count, _ = writer.finalize()
-            if not count: raise ValueError(f'source {source.name!r} ({source.split}) has no samples')
+            if not count:
+                raise ValueError(f'source {source.name!r} ({source.split}) has no samples')
             temporary.replace(path)
-        finally: temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
     return Dataset.from_file(str(path))
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #93e4db76
-PLANNED = ('images', 'mean_text_tokens')   # options of stored sources that the planner reads: images and text tokens of a sample
+PLANNED = (
+    'images',
+    'mean_text_tokens',
+)  # options of stored sources that the planner reads: images and text tokens of a sample
 
 
 def _made(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
     from mllm_replica.data.worlds.making import build_world, read_world
+
     return read_world(build_world(source.name, source.split, seed, source.size, **source.options))
 
 
 def _easy_vqa(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
     from mllm_replica.data.worlds.easy_vqa import easy_vqa
+
     return easy_vqa(source.split, source.size, seed=seed, **source.options)
 
 
 def _stored(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset':
     unknown = sorted(set(source.options) - set(PLANNED))
-    if unknown: raise ValueError(f'source {source.name!r}: kind {source.kind!r} does not know the options {unknown}')
-    if data_root is None: raise ValueError(f'source {source.name!r}: kind {source.kind!r} needs data_root, the folder it is relative to')
+    if unknown:
+        raise ValueError(f'source {source.name!r}: kind {source.kind!r} does not know the options {unknown}')
+    if data_root is None:
+        raise ValueError(f'source {source.name!r}: kind {source.kind!r} needs data_root, the folder it is relative to')
     return choose(_read_cached(source, data_root), source.size, seed)
 
 
@@ -159,9 +203,9 @@ _KINDS = {'world': _made, 'easy_vqa': _easy_vqa, 'folder': _stored, 'parquet': _
 
 
 def load_source(
-    source: Source,                  # from the recipe
-    seed: int,                       # decides procedural scenes and which samples `size` keeps
-    data_root: Path | None = None,   # folder of local data, for the kinds 'folder', 'parquet' and 'tar'
+    source: Source,  # from the recipe
+    seed: int,  # decides procedural scenes and which samples `size` keeps
+    data_root: Path | None = None,  # folder of local data, for the kinds 'folder', 'parquet' and 'tar'
 ) -> 'datasets.Dataset':
     "The samples of a source, images undecoded; columns as in `features`."
     return _KINDS[source.kind](source, seed, data_root)
@@ -169,15 +213,21 @@ def load_source(
 # %% ../../nbs/foundations/data/34_sources.ipynb #b0e7359a
 def check_images(
     dataset: 'datasets.Dataset',
-    allowed: int = 0,             # how many samples may be left out
+    allowed: int = 0,  # how many samples may be left out
 ) -> tuple['datasets.Dataset', list[str]]:
     "The samples whose images all decode, and one message per sample left out; more than `allowed` of them is an error."
     bad = {}
     for row, images in enumerate(dataset['images'][:]):
         try:
-            for image in images: open_image(image)
-        except (ImageError, OSError) as error: bad[row] = f"sample {dataset[row]['id']!r}: {error}"
+            for image in images:
+                open_image(image)
+        except (ImageError, OSError) as error:
+            bad[row] = f'sample {dataset[row]["id"]!r}: {error}'
     if len(bad) > allowed:
         listed = '\n'.join(list(bad.values())[:20])
-        raise ImageError(f'{len(bad)} of {len(dataset)} samples have images that cannot be read, {allowed} may be left out:\n{listed}')
-    return (dataset.select([row for row in range(len(dataset)) if row not in bad]) if bad else dataset), list(bad.values())
+        raise ImageError(
+            f'{len(bad)} of {len(dataset)} samples have images that cannot be read, {allowed} may be left out:\n{listed}'
+        )
+    return (dataset.select([row for row in range(len(dataset)) if row not in bad]) if bad else dataset), list(
+        bad.values()
+    )

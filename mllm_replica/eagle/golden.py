@@ -33,7 +33,7 @@ def under(
     prefix: str,  # of names
 ) -> dict[str, Tensor]:
     "The weights below a prefix, without it."
-    return {name[len(prefix):]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def projector_case(
@@ -63,7 +63,7 @@ def preprocess_case(
         image = Image.fromarray(tensors[name].numpy())
         for theirs, mode in modes.items():
             squares = [to_square(image, config['size'], mode)]
-            found[f"out.{name[3:].removesuffix('_uint8_hwc')}.{theirs}"] = clip_pixels(squares, config['size'])[0]
+            found[f'out.{name[3:].removesuffix("_uint8_hwc")}.{theirs}'] = clip_pixels(squares, config['size'])[0]
     return found
 
 # %% ../../nbs/papers/04_eagle.ipynb #b2706a08
@@ -77,8 +77,13 @@ def splice_case(
     full = lay_out(ids, lengths, tensors['in.attention_mask'], tensors['in.labels'], config['max_length'])
     bare = lay_out(ids, lengths, max_length=config['max_length'])
     embeds = [splice_layout(table, layout, visual.flatten(0, 1)) for layout in (full, bare)]
-    return {'out.full.inputs_embeds': embeds[0], 'out.full.attention_mask': full.attention_mask, 'out.full.labels': full.labels,
-            'out.no_mask_no_labels.inputs_embeds': embeds[1], 'out.with_position_ids.position_ids': full.position_ids}
+    return {
+        'out.full.inputs_embeds': embeds[0],
+        'out.full.attention_mask': full.attention_mask,
+        'out.full.labels': full.labels,
+        'out.no_mask_no_labels.inputs_embeds': embeds[1],
+        'out.with_position_ids.position_ids': full.position_ids,
+    }
 
 # %% ../../nbs/papers/04_eagle.ipynb #3705ca48
 def mining_case(
@@ -106,11 +111,18 @@ def llavahr_case(
 ) -> dict[str, Tensor]:
     "LLaVA-HR's adapters, and its tower of a fast and a slow branch."
     image_size, weights = config['image_size'], official_weights(tensors.weights())
-    experts = dict(fast=build_expert('clip', config['clip']), slow=build_expert('convnext', config['convnext'], image_size))
-    for name, expert in experts.items(): expert.load_state_dict(under(weights, f'{name}_vision_tower.'))
+    experts = dict(
+        fast=build_expert('clip', config['clip']), slow=build_expert('convnext', config['convnext'], image_size)
+    )
+    for name, expert in experts.items():
+        expert.load_state_dict(under(weights, f'{name}_vision_tower.'))
     fusion, _ = build_fusion('llava_hr', shapes_of(experts), experts['fast'].grid, experts['fast'].channels, 'identity')
     fusion.load_state_dict({name: tensor for name, tensor in weights.items() if name.startswith('align_stages')})
-    mixture, image, found = Mixture(experts, fusion, image_size).eval(), tensors['in.image'].clone().requires_grad_(), {}
+    mixture, image, found = (
+        Mixture(experts, fusion, image_size).eval(),
+        tensors['in.image'].clone().requires_grad_(),
+        {},
+    )
     maps = mixture.maps(image)
     scalar(features := fusion(maps)).backward()
     with torch.no_grad():
@@ -118,11 +130,16 @@ def llavahr_case(
             tokens, slow = tensors[f'in.adapter.{name}.fast'], tensors[f'in.adapter.{name}.slow'].permute(0, 2, 3, 1)
             found[f'out.adapter.{name}'] = fusion.align_stages_latent[0](tokens, slow)
             found[f'out.final_align.{name}'] = fusion.align_stages[0](tokens, slow)
-    return (found | {'out.tower.features': features, 'out.tower.slow_feature': maps[1], 'grad.image': image.grad}
-            | gradients(fusion, list(tensors.wanted), 'grad.'))
+    return (
+        found
+        | {'out.tower.features': features, 'out.tower.slow_feature': maps[1], 'grad.image': image.grad}
+        | gradients(fusion, list(tensors.wanted), 'grad.')
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #8766d66e
-_SETTINGS = dict(clip='clip', convnext='convnext', sam='sam', det='eva', pix2struct='pix2struct')   # tower -> its settings in a file
+_SETTINGS = dict(
+    clip='clip', convnext='convnext', sam='sam', det='eva', pix2struct='pix2struct'
+)  # tower -> its settings in a file
 
 
 def settings_of(
@@ -130,12 +147,15 @@ def settings_of(
 ) -> dict[str, dict[str, Any]]:
     "Settings and image size of every tower of a file: all but CLIP see the whole input."
     fields = {name: config[_SETTINGS[name.split('-')[0]]] for name in tower_names(config['towers'])}
-    return {name: dict(config=f, image_size=f['image_size'] if name.startswith('clip') else config['input_size']) for name, f in fields.items()}
+    return {
+        name: dict(config=f, image_size=f['image_size'] if name.startswith('clip') else config['input_size'])
+        for name, f in fields.items()
+    }
 
 
 def mixture_of(
-    config: dict[str, Any],        # towers, their settings, grid, input_size
-    weights: Mapping[str, Tensor], # with `vision_towers.k.` in front
+    config: dict[str, Any],  # towers, their settings, grid, input_size
+    weights: Mapping[str, Tensor],  # with `vision_towers.k.` in front
 ) -> Mixture:
     "The file's mixture, its weights loaded."
     experts = {name: build_expert(name, **settings) for name, settings in settings_of(config).items()}
@@ -145,24 +165,34 @@ def mixture_of(
     check_keys(mixture.state_dict(), ours)
     mixture.load_state_dict(ours)
     for k, expert in enumerate(mixture.vision_towers):
-        if isinstance(expert, EvaExpert): check_rotations(expert, under(weights, f'vision_towers.{k}.'))
+        if isinstance(expert, EvaExpert):
+            check_rotations(expert, under(weights, f'vision_towers.{k}.'))
     return mixture
 
 # %% ../../nbs/papers/04_eagle.ipynb #20b280c8
 def _norm(mixture: Mixture) -> nn.Module:
     "SAM's last norm."
-    return next(expert for expert in mixture.vision_towers if isinstance(expert, SamExpert)).vision_tower['neck']['layer_norm1']
+    return next(expert for expert in mixture.vision_towers if isinstance(expert, SamExpert)).vision_tower['neck'][
+        'layer_norm1'
+    ]
 
 
 def steady(
     mixture: Mixture,
     maps: list[Tensor],  # of its experts
-    before: Tensor,      # [B,h,w,c] what SAM's last norm was given
+    before: Tensor,  # [B,h,w,c] what SAM's last norm was given
 ) -> Tensor:
     "Where SAM's norm divides by more than its epsilon: → bool [B,N,C]. Below, rounding errors grow a thousandfold, in the official code as in ours."
     above = (before.var(-1, correction=0, keepdim=True) > _norm(mixture).eps).expand_as(before).permute(0, 3, 1, 2)
-    return mixture.fusion([F.pixel_unshuffle(above.float(), 2) if isinstance(expert, SamExpert) else torch.ones_like(x)
-                           for expert, x in zip(mixture.vision_towers, maps)]) > 0.999
+    return (
+        mixture.fusion(
+            [
+                F.pixel_unshuffle(above.float(), 2) if isinstance(expert, SamExpert) else torch.ones_like(x)
+                for expert, x in zip(mixture.vision_towers, maps)
+            ]
+        )
+        > 0.999
+    )
 
 
 def fusion_case(
@@ -171,17 +201,27 @@ def fusion_case(
 ) -> dict[str, Tensor | Partial]:
     "Several experts, channels concatenated."
     mixture, base = mixture_of(config, tensors.weights()), 'in.image_base' in tensors
-    given: list[Tensor] = []   # to SAM's norm
+    given: list[Tensor] = []  # to SAM's norm
     _norm(mixture).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
-    image = (enlarged(tensors['in.image_base'], config['input_size']) if base else tensors['in.image'].clone()).requires_grad_()
+    image = (
+        enlarged(tensors['in.image_base'], config['input_size']) if base else tensors['in.image'].clone()
+    ).requires_grad_()
     pixels, maps = mixture.pixels(image), mixture.maps(image)
     scalar(features := mixture.fusion(maps)).backward()
     where = steady(mixture, maps, given[-1])
-    partly = Partial(features, where, f"where SAM's norm is well-conditioned: at all but {int((~where).sum())} of {where.numel()} numbers")
+    partly = Partial(
+        features,
+        where,
+        f"where SAM's norm is well-conditioned: at all but {int((~where).sum())} of {where.numel()} numbers",
+    )
     found = {'out.features': features if where.all() else partly, 'grad.image': image.grad}
-    if base: found['grad.image_pooled'] = F.avg_pool2d(image.grad, 32)
+    if base:
+        found['grad.image_pooled'] = F.avg_pool2d(image.grad, 32)
     for k, (name, x) in enumerate(zip(tower_names(config['towers']), maps)):
-        found |= {f'out.tower_{k}_input': pixels[k], f'out.tower_{k}_raw': tokens_of(x) if name.startswith(('clip', 'convnext')) else x}
+        found |= {
+            f'out.tower_{k}_input': pixels[k],
+            f'out.tower_{k}_raw': tokens_of(x) if name.startswith(('clip', 'convnext')) else x,
+        }
     return found | gradients(mixture, list(tensors.wanted), 'grad.')
 
 # %% ../../nbs/papers/04_eagle.ipynb #f9f52123
@@ -190,27 +230,56 @@ def model_case(
     tensors: Given,
 ) -> dict[str, Tensor | Partial]:
     "Features, loss, gradients and greedy answers of a whole model."
-    mixture, fields = config['fusion'], dict(mm_vision_tower=config['fusion']['towers'], mm_projector_type=config['projector'])
-    model = EagleModel(official_config(config['llm'] | fields, settings_of(mixture), mixture['input_size'], mixture['grid'])).eval()
+    mixture, fields = (
+        config['fusion'],
+        dict(mm_vision_tower=config['fusion']['towers'], mm_projector_type=config['projector']),
+    )
+    model = EagleModel(
+        official_config(config['llm'] | fields, settings_of(mixture), mixture['input_size'], mixture['grid'])
+    ).eval()
     model.load_state_dict(convert_official(tensors.weights(), model))
     given = {name: tensors[f'in.{name}'] for name in ('input_ids', 'attention_mask', 'labels')}
     inputs = model.official_inputs(given['input_ids'], tensors['in.images'], given['attention_mask'], given['labels'])
     out = model(**inputs, return_logits=True, output_hidden_states=True)
     out.loss.backward()
     here = lambda x: Partial(x, inputs['attention_mask'].bool()[..., None], 'at real places')
-    found = {'vision_features': model.fusion(model.vision_model(tensors['in.images'])), 'image_tokens': model.visual_embeds(tensors['in.images']),
-             'hidden_last': here(out.hidden_states[-1]), 'logits': here(out.logits), 'loss': out.loss[None]} | inputs
+    found = {
+        'vision_features': model.fusion(model.vision_model(tensors['in.images'])),
+        'image_tokens': model.visual_embeds(tensors['in.images']),
+        'hidden_last': here(out.hidden_states[-1]),
+        'logits': here(out.logits),
+        'loss': out.loss[None],
+    } | inputs
     images, ids = tensors['in.gen_images'], tensors['in.gen_input_ids']
     row = lay_out(ids, [model.config.visual_token_count()] * len(images))
-    answer = model.generate(row.input_ids, row.attention_mask, images, max_new_tokens=config['generate'], do_sample=False, eos_token_id=None,
-                            output_logits=True, return_dict_in_generate=True)
-    found |= dict(generated_ids=answer.sequences[:, row.input_ids.shape[1]:], gen_step_logits=torch.stack(answer.logits, 1),
-                  gen_prefill_last_logits=answer.logits[0])
+    answer = model.generate(
+        row.input_ids,
+        row.attention_mask,
+        images,
+        max_new_tokens=config['generate'],
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    found |= dict(
+        generated_ids=answer.sequences[:, row.input_ids.shape[1] :],
+        gen_step_logits=torch.stack(answer.logits, 1),
+        gen_prefill_last_logits=answer.logits[0],
+    )
     gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return ({f'out.{name}': tensor for name, tensor in found.items()} |
-            {name: gradient[our_name(name.removeprefix('grad.'))] for name in tensors.wanted if name.startswith('grad.')})
+    return {f'out.{name}': tensor for name, tensor in found.items()} | {
+        name: gradient[our_name(name.removeprefix('grad.'))] for name in tensors.wanted if name.startswith('grad.')
+    }
 
 
-ORIGIN = 'NVlabs/Eagle'   # named in the files
-parity_cases = tower_cases | {'projector': projector_case, 'preprocess': preprocess_case, 'splice': splice_case, 'mgm': mining_case,
-                              'llavahr': llavahr_case, 'fusion': fusion_case, 'model': model_case}
+ORIGIN = 'NVlabs/Eagle'  # named in the files
+parity_cases = tower_cases | {
+    'projector': projector_case,
+    'preprocess': preprocess_case,
+    'splice': splice_case,
+    'mgm': mining_case,
+    'llavahr': llavahr_case,
+    'fusion': fusion_case,
+    'model': model_case,
+}

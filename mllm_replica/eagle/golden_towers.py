@@ -27,8 +27,8 @@ def scalar(
 
 
 def watch(
-    module: nn.Module,          # an expert
-    parts: Mapping[str, str],   # name of a result -> path of the part that gives it
+    module: nn.Module,  # an expert
+    parts: Mapping[str, str],  # name of a result -> path of the part that gives it
 ) -> dict[str, Tensor]:
     "A dict that is filled with the parts' outputs at every forward pass."
     seen: dict[str, Tensor] = {}
@@ -38,13 +38,17 @@ def watch(
 
 
 def gradients(
-    module: nn.Module,   # whose parameters have official names
-    wanted: list[str],   # names of recorded tensors
-    prefix: str,         # of the names, before the parameter's
+    module: nn.Module,  # whose parameters have official names
+    wanted: list[str],  # names of recorded tensors
+    prefix: str,  # of the names, before the parameter's
 ) -> dict[str, Tensor]:
     "The gradients of the recorded parameters."
     names = dict(module.named_parameters())
-    return {name: names[name[len(prefix):]].grad for name in wanted if name.startswith(prefix) and name[len(prefix):] in names}
+    return {
+        name: names[name[len(prefix) :]].grad
+        for name in wanted
+        if name.startswith(prefix) and name[len(prefix) :] in names
+    }
 
 
 def loaded(kind: str, config: dict[str, Any], tensors: Given, image_size: int | None = None) -> Expert:
@@ -64,11 +68,17 @@ def clip_case(
         expert = loaded('clip', config, tensors, size)
         embeddings = expert.vision_tower['vision_model'].embeddings
         image = tensors[f'in.image_{size}'].clone().requires_grad_()
-        seen = watch(expert, {f'layer_{i}': f'vision_tower.vision_model.encoder.layers.{i}' for i in range(len(expert.layers))})
+        seen = watch(
+            expert, {f'layer_{i}': f'vision_tower.vision_model.encoder.layers.{i}' for i in range(len(expert.layers))}
+        )
         features = tokens_of(expert(image))
         scalar(features).backward()
         first = (embeddings.class_embedding + embeddings.position_embedding.weight[0]).expand(len(image), 1, -1)
-        seen |= dict(embeddings_with_cls=torch.cat([first, expert.embed(image)], 1), pre_ln_patches=expert.start(image), features=features)
+        seen |= dict(
+            embeddings_with_cls=torch.cat([first, expert.embed(image)], 1),
+            pre_ln_patches=expert.start(image),
+            features=features,
+        )
         found |= {f'out.{size}.{name}': tensor for name, tensor in seen.items()} | {f'grad.{size}.image': image.grad}
         found |= gradients(expert, list(tensors.wanted), f'grad.{size}.')
     return found
@@ -80,11 +90,15 @@ def convnext_case(
 ) -> dict[str, Tensor]:
     "ConvNeXt, on an image that is no square."
     expert, image = loaded('convnext', config, tensors), tensors['in.image'].clone().requires_grad_()
-    seen = watch(expert, {'stem': 'vision_tower.stem.1'} | {f'stage_{i}_tokens': f'vision_tower.stages.{i}' for i in range(4)})
+    seen = watch(
+        expert, {'stem': 'vision_tower.stem.1'} | {f'stage_{i}_tokens': f'vision_tower.stages.{i}' for i in range(4)}
+    )
     features = tokens_of(expert(image))
     scalar(features).backward()
     found = {f'out.{name}': x.permute(0, 3, 1, 2) if name == 'stem' else x.flatten(1, 2) for name, x in seen.items()}
-    return found | {'out.features': features, 'grad.image': image.grad} | gradients(expert, list(tensors.wanted), 'grad.')
+    return (
+        found | {'out.features': features, 'grad.image': image.grad} | gradients(expert, list(tensors.wanted), 'grad.')
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #c08b39e8
 def sam_case(
@@ -94,12 +108,23 @@ def sam_case(
     "SAM: windows with padding, and a global layer."
     expert, image = loaded('sam', config, tensors), tensors['in.image'].clone().requires_grad_()
     layers = range(config['sam']['num_hidden_layers'])
-    seen = watch(expert, {f'layer_{i}': f'vision_tower.layers.{i}' for i in layers} | {'neck_nhwc': 'vision_tower.neck.layer_norm1'})
+    seen = watch(
+        expert,
+        {f'layer_{i}': f'vision_tower.layers.{i}' for i in layers} | {'neck_nhwc': 'vision_tower.neck.layer_norm1'},
+    )
     features = expert(image)
     scalar(features).backward()
     patches = expert.vision_tower['patch_embed']['projection'](image).permute(0, 2, 3, 1)
-    seen |= dict(embeddings=patches + expert.vision_tower.pos_embed, features_no_shuffle=seen['neck_nhwc'].flatten(1, 2), features=features)
-    return {f'out.{name}': x for name, x in seen.items()} | {'grad.image': image.grad} | gradients(expert, list(tensors.wanted), 'grad.')
+    seen |= dict(
+        embeddings=patches + expert.vision_tower.pos_embed,
+        features_no_shuffle=seen['neck_nhwc'].flatten(1, 2),
+        features=features,
+    )
+    return (
+        {f'out.{name}': x for name, x in seen.items()}
+        | {'grad.image': image.grad}
+        | gradients(expert, list(tensors.wanted), 'grad.')
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #6edb51d3
 def eva_case(
@@ -114,11 +139,14 @@ def eva_case(
     blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(embeddings_nhwc=inputs[0]))
     features = expert(image)
     scalar(features).backward()
-    return ({f'out.{name}': x for name, x in seen.items()} | {'out.features_nchw': features, 'grad.image': image.grad}
-            | gradients(expert, list(tensors.wanted), 'grad.'))
+    return (
+        {f'out.{name}': x for name, x in seen.items()}
+        | {'out.features_nchw': features, 'grad.image': image.grad}
+        | gradients(expert, list(tensors.wanted), 'grad.')
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #40e35498
-PADDED = 2048   # rows of the official processor
+PADDED = 2048  # rows of the official processor
 
 
 def enlarged(base: Tensor, size: int) -> Tensor:
@@ -137,16 +165,28 @@ def pix2struct_case(
     resized = F.interpolate(features, (32, 32), mode='bilinear', align_corners=True)
     scalar(resized).backward()
     patches, side = expert.patches(expert.prepare(image)), expert.grid
-    index = torch.cartesian_prod(torch.arange(1., side + 1), torch.arange(1., side + 1)).expand(len(image), -1, -1)
-    rows = F.pad(torch.cat([index, patches], -1), (0, 0, 0, PADDED - side ** 2))
+    index = torch.cartesian_prod(torch.arange(1.0, side + 1), torch.arange(1.0, side + 1)).expand(len(image), -1, -1)
+    rows = F.pad(torch.cat([index, patches], -1), (0, 0, 0, PADDED - side**2))
     values = rows[..., 2:]
     mask = (rows.sum(-1) != 0).float()
-    with torch.no_grad(): hidden = expert.vision_tower(rows, attention_mask=mask).last_hidden_state
+    with torch.no_grad():
+        hidden = expert.vision_tower(rows, attention_mask=mask).last_hidden_state
     number = tensors.wanted['out.hidden_padding_rows'][1]
-    return {'out.features': resized, 'out.hidden_2025': tokens_of(features), 'out.hidden_padding_rows': hidden[:, side ** 2:][:, :number],
-            'out.attention_mask_sum': mask.sum(1), 'out.flattened_patches_rows': rows[:, config['rows']],
-            'out.flattened_patches_mean': values.mean()[None], 'out.flattened_patches_sumsq_per_row': values.square().sum(-1),
-            } | gradients(expert, list(tensors.wanted), 'grad.')
+    return {
+        'out.features': resized,
+        'out.hidden_2025': tokens_of(features),
+        'out.hidden_padding_rows': hidden[:, side**2 :][:, :number],
+        'out.attention_mask_sum': mask.sum(1),
+        'out.flattened_patches_rows': rows[:, config['rows']],
+        'out.flattened_patches_mean': values.mean()[None],
+        'out.flattened_patches_sumsq_per_row': values.square().sum(-1),
+    } | gradients(expert, list(tensors.wanted), 'grad.')
 
 
-tower_cases = {'clip': clip_case, 'convnext': convnext_case, 'sam': sam_case, 'eva': eva_case, 'pix2struct': pix2struct_case}
+tower_cases = {
+    'clip': clip_case,
+    'convnext': convnext_case,
+    'sam': sam_case,
+    'eva': eva_case,
+    'pix2struct': pix2struct_case,
+}

@@ -26,30 +26,42 @@ from ..owl2.encoder import WholeCheckpoint
 # %% ../../nbs/papers/04_eagle.ipynb #679efb7b
 # Shapes: B samples, T places of a row, N images, c crops of an image, P pictures (all crops of all images), S side of a picture in pixels,
 # C channels of a map of side s, F kept numbers of a picture, M visual tokens of a picture, D width of the language model.
-EXPERT = dict(name=None, kind=None, config={}, image_size=None, options={})   # as for `build_expert`; kind None: the name; options: its kwargs
-MIXTURES = {'x4': ('clip-448', 'convnext-1024', 'det-1024', 'pix2struct-1024'),
-            'x5': ('clip-448', 'convnext-1024', 'sam-1024', 'det-1024', 'pix2struct-1024')}   # as released
+EXPERT = dict(
+    name=None, kind=None, config={}, image_size=None, options={}
+)  # as for `build_expert`; kind None: the name; options: its kwargs
+MIXTURES = {
+    'x4': ('clip-448', 'convnext-1024', 'det-1024', 'pix2struct-1024'),
+    'x5': ('clip-448', 'convnext-1024', 'sam-1024', 'det-1024', 'pix2struct-1024'),
+}  # as released
 
 
 class EagleVisionConfig(PreTrainedConfig):
     "Experts in their order, and the side of the pictures that come in."
+
     model_type = 'eagle_vision'
 
-    experts: list[Any] | tuple[Any, ...] | None = None   # names of published experts, or dicts with keys of `EXPERT`; None: those of X5
-    image_size: int = 1024                               # pixels
+    experts: list[Any] | tuple[Any, ...] | None = (
+        None  # names of published experts, or dicts with keys of `EXPERT`; None: those of X5
+    )
+    image_size: int = 1024  # pixels
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = MIXTURES['x5'] if self.experts is None else self.experts
-        experts = [complete({'name': expert} if isinstance(expert, str) else expert, EXPERT, 'an expert') for expert in given]
+        experts = [
+            complete({'name': expert} if isinstance(expert, str) else expert, EXPERT, 'an expert') for expert in given
+        ]
         if unnamed := [expert for expert in experts if not expert['name'] or '.' in expert['name']]:
             raise ValueError(f'expert {unnamed[0]}: give it a name, without a dot')
         check_names([expert['name'] for expert in experts])
-        self.experts = json.loads(json.dumps([expert | {'kind': expert['kind'] or expert['name']} for expert in experts]))
+        self.experts = json.loads(
+            json.dumps([expert | {'kind': expert['kind'] or expert['name']} for expert in experts])
+        )
         super().__post_init__(**kwargs)
 
 
 class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
     "The experts of a mixture: pictures → a map each."
+
     config_class = EagleVisionConfig
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
@@ -57,12 +69,15 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
 
     def __init__(self, config: EagleVisionConfig) -> None:
         super().__init__(config)
-        made = {e['name']: build_expert(e['kind'], e['config'], e['image_size'], **e['options']) for e in config.experts}
+        made = {
+            e['name']: build_expert(e['kind'], e['config'], e['image_size'], **e['options']) for e in config.experts
+        }
         self.image_size, self.shapes, self.fusion = config.image_size, shapes_of(made), None
         self.vision_towers = nn.ModuleList(made.values())
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None: "Nothing: each expert draws its own weights when it is made."
+    def _init_weights(self, module: nn.Module) -> None:
+        "Nothing: each expert draws its own weights when it is made."
 
     def forward(
         self,
@@ -82,9 +97,10 @@ CONNECTOR = dict(fusion='channel', projector='mlp2x_gelu', grid=None, aligned=[]
 
 class EagleConfig(VisionLanguageConfig):
     "Settings of Eagle; `connector_config` has the keys of `CONNECTOR`."
+
     model_type = 'eagle'
 
-    tiles: int = 1   # an image is also cut into tiles × tiles pictures
+    tiles: int = 1  # an image is also cut into tiles × tiles pictures
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_config is None or isinstance(self.vision_config, dict):
@@ -93,19 +109,23 @@ class EagleConfig(VisionLanguageConfig):
         connector = complete(self.connector_config, CONNECTOR, 'connector_config')
         connector['grid'] = connector['grid'] or max(1, self.vision_config.image_size // 32)
         self.connector_config = json.loads(json.dumps(connector))
-        if connector['fusion'] not in FUSIONS: raise ValueError(f"fusion {connector['fusion']!r} is unknown: {', '.join(FUSIONS)}")
-        if self.tiles < 1: raise ValueError(f'tiles is {self.tiles}; expected at least 1, an image that is not cut')
+        if connector['fusion'] not in FUSIONS:
+            raise ValueError(f'fusion {connector["fusion"]!r} is unknown: {", ".join(FUSIONS)}')
+        if self.tiles < 1:
+            raise ValueError(f'tiles is {self.tiles}; expected at least 1, an image that is not cut')
         names = [expert['name'] for expert in self.vision_config.experts]
         if unknown := sorted(set(connector['aligned']) - set(names)):
             raise ValueError(f'experts {", ".join(unknown)} are to be aligned; the mixture has {", ".join(names)}')
         if connector['aligned'] and (connector['fusion'] == 'sequence' or connector['projector'] == 'identity'):
-            raise ValueError('an expert is aligned in the places of one grid by a projector that learns; '
-                             f"expected another fusion than {connector['fusion']!r}, or another projector than {connector['projector']!r}")
+            raise ValueError(
+                'an expert is aligned in the places of one grid by a projector that learns; '
+                f'expected another fusion than {connector["fusion"]!r}, or another projector than {connector["projector"]!r}'
+            )
 
     @property
     def crops(self) -> int:
         "Pictures per image, c: itself and its tiles."
-        return 1 if self.tiles == 1 else self.tiles ** 2 + 1
+        return 1 if self.tiles == 1 else self.tiles**2 + 1
 
     def visual_token_count(self) -> int:
         "Positions that one image takes."
@@ -119,25 +139,39 @@ def pictures(
     "All crops of all images [P,3,S,S], and how many each image has."
     if not isinstance(pixel_values, Tensor):
         if wrong := [tuple(x.shape) for x in pixel_values if x.dim() != 4 or not len(x)]:
-            raise ValueError(f'an image of a list has the shape {wrong[0]}; expected its crops [c, 3, S, S], at least one')
+            raise ValueError(
+                f'an image of a list has the shape {wrong[0]}; expected its crops [c, 3, S, S], at least one'
+            )
         return torch.cat(list(pixel_values)), [len(x) for x in pixel_values]
-    if pixel_values.dim() == 4: return pixel_values, [1] * len(pixel_values)
-    if pixel_values.dim() != 5: raise ValueError(f'pixel_values {list(pixel_values.shape)}; expected [N, 3, S, S] or, with crops, [N, c, 3, S, S]')
+    if pixel_values.dim() == 4:
+        return pixel_values, [1] * len(pixel_values)
+    if pixel_values.dim() != 5:
+        raise ValueError(
+            f'pixel_values {list(pixel_values.shape)}; expected [N, 3, S, S] or, with crops, [N, c, 3, S, S]'
+        )
     return pixel_values.flatten(0, 1), [pixel_values.shape[1]] * len(pixel_values)
 
 # %% ../../nbs/papers/04_eagle.ipynb #190659a4
 class EagleModel(WholeCheckpoint, VisionLanguageModel):
     "Experts → fusion → projector → language model."
+
     config_class = EagleConfig
     connector_name = 'mm_projector'
 
     def build_connector(self, config: EagleConfig) -> nn.Module:
         "The projector; the fusion and the aligned experts' own projectors beside it."
         settings, width, shapes = config.connector_config, config.text_config.hidden_size, self.vision_model.shapes
-        fusion, project = build_fusion(settings['fusion'], shapes, settings['grid'], width, settings['projector'], **settings['options'])
+        fusion, project = build_fusion(
+            settings['fusion'], shapes, settings['grid'], width, settings['projector'], **settings['options']
+        )
         (self.vision_model if fusion.injects else self).fusion = fusion
-        self.aligners = nn.ModuleDict({shape.name: build_projector(settings['projector'], shape.channels, width) for shape in shapes
-                                       if shape.name in settings['aligned']})
+        self.aligners = nn.ModuleDict(
+            {
+                shape.name: build_projector(settings['projector'], shape.channels, width)
+                for shape in shapes
+                if shape.name in settings['aligned']
+            }
+        )
         return project
 
     @property
@@ -147,9 +181,13 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
 
     def aligning(self) -> str | None:
         "The expert that is pre-aligned now: its own projector learns, the common one does not. None: all experts work together."
-        if not self.aligners or not self.training or any(p.requires_grad for p in self.mm_projector.parameters()): return None
-        learning = [name for name, aligner in self.aligners.items() if any(p.requires_grad for p in aligner.parameters())]
-        if len(learning) > 1: raise ValueError(f'the own projectors of {", ".join(learning)} learn at once; align one expert per stage')
+        if not self.aligners or not self.training or any(p.requires_grad for p in self.mm_projector.parameters()):
+            return None
+        learning = [
+            name for name, aligner in self.aligners.items() if any(p.requires_grad for p in aligner.parameters())
+        ]
+        if len(learning) > 1:
+            raise ValueError(f'the own projectors of {", ".join(learning)} learn at once; align one expert per stage')
         return learning[0] if learning else None
 
     def visual_features(
@@ -159,17 +197,23 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
         "What the fusion reads of all maps: → [N,c,F]."
         crops, counts = pictures(pixel_values)
         maps = zip(self.vision_model(crops), self.fusion.experts)
-        return torch.cat([resize(x, self.fusion.side(expert)).flatten(1) for x, expert in maps], 1).unflatten(0, (len(counts), -1))
+        return torch.cat([resize(x, self.fusion.side(expert)).flatten(1) for x, expert in maps], 1).unflatten(
+            0, (len(counts), -1)
+        )
 
     def maps_of(
         self,
         image_features: Tensor,  # [N,c,F]
     ) -> list[Tensor]:
         "`visual_features` as maps again: → [P,C,s,s] for each expert."
-        shapes = [(expert.channels, self.fusion.side(expert), self.fusion.side(expert)) for expert in self.fusion.experts]
+        shapes = [
+            (expert.channels, self.fusion.side(expert), self.fusion.side(expert)) for expert in self.fusion.experts
+        ]
         sizes = [channels * side * side for channels, side, _ in shapes]
         if image_features.dim() != 3 or image_features.shape[2] != sum(sizes):
-            raise ValueError(f'image_features {list(image_features.shape)}; expected [images, crops, {sum(sizes)}], the maps of these experts')
+            raise ValueError(
+                f'image_features {list(image_features.shape)}; expected [images, crops, {sum(sizes)}], the maps of these experts'
+            )
         return [x.unflatten(1, shape) for x, shape in zip(image_features.flatten(0, 1).split(sizes, 1), shapes)]
 
 # %% ../../nbs/papers/04_eagle.ipynb #ae79f78a
@@ -177,30 +221,37 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
 def visual_embeds(
     self: EagleModel,
     pixel_values: Tensor | Sequence[Tensor] | None = None,  # [N,3,S,S], [N,c,3,S,S], or N times [c,3,S,S]
-    image_features: Tensor | None = None,                   # [N,c,F] instead of pixels
+    image_features: Tensor | None = None,  # [N,c,F] instead of pixels
 ) -> Tensor:
     "Visual tokens of all pictures in the decoder's width: → [P,M,D]."
     dtype, name = self.get_input_embeddings().weight.dtype, self.aligning()
     if name is not None:
-        if pixel_values is None: raise ValueError(f'expert {name!r} is being aligned: it must see pixel_values; image_features are of frozen experts')
+        if pixel_values is None:
+            raise ValueError(
+                f'expert {name!r} is being aligned: it must see pixel_values; image_features are of frozen experts'
+            )
         k = [shape.name for shape in self.vision_model.shapes].index(name)
         tower = self.vision_model.vision_towers[k]
         x = tower(self.vision_model.sized(pictures(pixel_values)[0], tower.image_size))
         return self.aligners[name](tokens_of(resize(x.to(dtype), self.config.connector_config['grid'])))
-    if image_features is not None: return self.mm_projector(self.fusion.fuse([x.to(dtype) for x in self.maps_of(image_features)]))
+    if image_features is not None:
+        return self.mm_projector(self.fusion.fuse([x.to(dtype) for x in self.maps_of(image_features)]))
     return self.mm_projector(self.fusion([x.to(dtype) for x in self.vision_model(pictures(pixel_values)[0])]))
 
 
 @patch
 def embed(
     self: EagleModel,
-    input_ids: Tensor,                                      # [B,T] with placeholders
+    input_ids: Tensor,  # [B,T] with placeholders
     pixel_values: Tensor | Sequence[Tensor] | None = None,  # as for `visual_embeds`
-    image_features: Tensor | None = None,                   # [N,c,F] instead of pixels
+    image_features: Tensor | None = None,  # [N,c,F] instead of pixels
 ) -> Tensor:
     "Text embeddings with the visual tokens in their places: [B,T] → [B,T,D]."
-    pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
-    if pixel_values is None and image_features is None: return VisionLanguageModel.embed(self, input_ids)
+    pixel_values, image_features = (
+        None if given is None or not len(given) else given for given in (pixel_values, image_features)
+    )
+    if pixel_values is None and image_features is None:
+        return VisionLanguageModel.embed(self, input_ids)
     counts = [image_features.shape[1]] * len(image_features) if pixel_values is None else pictures(pixel_values)[1]
     visual, placeholder = self.visual_embeds(pixel_values, image_features), self.config.image_token_id
     check_places((input_ids == placeholder).sum(1).tolist(), [count * visual.shape[1] for count in counts])
@@ -210,17 +261,24 @@ def embed(
 @patch
 def official_inputs(
     self: EagleModel,
-    input_ids: Tensor,                         # [B,T] with one `placeholder` per image
-    pixel_values: Tensor | Sequence[Tensor],   # as for `visual_embeds`
-    attention_mask: Tensor | None = None,      # [B,T]
-    labels: Tensor | None = None,              # [B,T]
-    **layout: Any,                             # as for `lay_out`: max_length, padding_side, placeholder
+    input_ids: Tensor,  # [B,T] with one `placeholder` per image
+    pixel_values: Tensor | Sequence[Tensor],  # as for `visual_embeds`
+    attention_mask: Tensor | None = None,  # [B,T]
+    labels: Tensor | None = None,  # [B,T]
+    **layout: Any,  # as for `lay_out`: max_length, padding_side, placeholder
 ) -> dict[str, Tensor | None]:
     "Arguments of `forward` from rows of the released code, which has one placeholder per image and cuts a row anywhere."
     visual = self.visual_embeds(pixel_values)
-    places = lay_out(input_ids, [count * visual.shape[1] for count in pictures(pixel_values)[1]], attention_mask, labels, **layout)
+    places = lay_out(
+        input_ids, [count * visual.shape[1] for count in pictures(pixel_values)[1]], attention_mask, labels, **layout
+    )
     embeds = splice_layout(self.get_input_embeddings(), places, visual.flatten(0, 1))
-    return dict(inputs_embeds=embeds, attention_mask=places.attention_mask, position_ids=places.position_ids, labels=places.labels)
+    return dict(
+        inputs_embeds=embeds,
+        attention_mask=places.attention_mask,
+        position_ids=places.position_ids,
+        labels=places.labels,
+    )
 
 
 register(EagleConfig, EagleModel, EagleProcessor)

@@ -24,6 +24,7 @@ from ..owl2.processor import SYSTEM, image_first, to_square
 # %% ../../nbs/papers/04_eagle.ipynb #6786cc9b
 class Template(NamedTuple):
     "The texts around the turns; {} is the turn."
+
     opening: str
     question: str
     answer: str
@@ -32,36 +33,44 @@ class Template(NamedTuple):
 _HEADER = '<|start_header_id|>{role}<|end_header_id|>\n\n'
 TEMPLATES = {
     'vicuna_v1': Template(f'{SYSTEM} ', 'USER: {} ASSISTANT:', ' {}</s>'),
-    'llama3': Template('<|begin_of_text|>' + _HEADER.format(role='system') + f'{SYSTEM}<|eot_id|>',
-                       _HEADER.format(role='user') + '{}<|eot_id|>' + _HEADER.format(role='assistant'), '{}<|eot_id|>'),
-    'yi_34b_chatml_direct': Template('<|im_start|>system\nAnswer the questions.<|im_end|>', '<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n',
-                                     '{}<|im_end|>'),
+    'llama3': Template(
+        '<|begin_of_text|>' + _HEADER.format(role='system') + f'{SYSTEM}<|eot_id|>',
+        _HEADER.format(role='user') + '{}<|eot_id|>' + _HEADER.format(role='assistant'),
+        '{}<|eot_id|>',
+    ),
+    'yi_34b_chatml_direct': Template(
+        '<|im_start|>system\nAnswer the questions.<|im_end|>',
+        '<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n',
+        '{}<|im_end|>',
+    ),
     'plain': Template('', '{}\n', '{}\n'),
 }
-WITHOUT_BEGIN = ('yi_34b_chatml_direct',)   # its tokenizer puts no begin token in front
+WITHOUT_BEGIN = ('yi_34b_chatml_direct',)  # its tokenizer puts no begin token in front
 
 # %% ../../nbs/papers/04_eagle.ipynb #49277be1
 Part = tuple[str, str]  # a pattern of the template, and the turn in it
 
 
 def rounds(
-    template: str,                    # a key of `TEMPLATES`
+    template: str,  # a key of `TEMPLATES`
     turns: Sequence[dict[str, str]],  # {'from', 'value'}: human and gpt in turn
 ) -> list[tuple[list[Part], Part | None]]:
     "Question by question what the model reads and what it answers."
-    if template not in TEMPLATES: raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}')
+    if template not in TEMPLATES:
+        raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}')
     opening, question, answer = TEMPLATES[template]
     out = []
     for asked, answered in zip_longest(turns[::2], turns[1::2]):
         text = asked['value']
         part = ('{}', IMAGE * text.count(IMAGE)) if template == 'plain' and answered else (question, text)
         out.append(([part], answered and (answer, answered['value'])))
-    if opening: out[0][0].insert(0, (opening, ''))
+    if opening:
+        out[0][0].insert(0, (opening, ''))
     return out
 
 
 def prompt_text(
-    template: str,                    # as for `rounds`
+    template: str,  # as for `rounds`
     turns: Sequence[dict[str, str]],
 ) -> str:
     "The whole conversation as one text, to be read by people."
@@ -86,52 +95,64 @@ def part_ids(
 ) -> list[int | None]:
     "Token ids of consecutive parts, None where an image stands."
     pieces: list[str | None] = ['']
-    for pattern, text in parts:   # text, mark, text, mark, …, text
-        first, *rest = [piece if _MARK.fullmatch(piece) else piece.replace('{}', text) for piece in _MARK.split(pattern)]
+    for pattern, text in parts:  # text, mark, text, mark, …, text
+        first, *rest = [
+            piece if _MARK.fullmatch(piece) else piece.replace('{}', text) for piece in _MARK.split(pattern)
+        ]
         pieces = [*pieces[:-1], pieces[-1] + first, *rest]
     ids: list[int | None] = []
     for i, piece in enumerate(pieces):
-        if i % 2: ids.append(_mark_id(tokenizer, piece))
+        if i % 2:
+            ids.append(_mark_id(tokenizer, piece))
         else:
-            for number, chunk in enumerate(piece.split(IMAGE)): ids += [None] * (number > 0) + text_ids(tokenizer, chunk)
+            for number, chunk in enumerate(piece.split(IMAGE)):
+                ids += [None] * (number > 0) + text_ids(tokenizer, chunk)
     return ids
 
 # %% ../../nbs/papers/04_eagle.ipynb #19fe8793
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase,
-    template: str,                    # as for `rounds`
+    template: str,  # as for `rounds`
     turns: Sequence[dict[str, str]],
-    begin: bool = True,               # whether a begin token comes first
+    begin: bool = True,  # whether a begin token comes first
 ) -> Iterator[tuple[list[int | None], bool]]:
     "Token ids, None for an image, part by part, and whether the loss is taken on the part."
-    if begin: yield [tokenizer.bos_token_id], False
+    if begin:
+        yield [tokenizer.bos_token_id], False
     for asked, answer in rounds(template, turns):
         prompt = part_ids(tokenizer, asked)
         yield prompt, False
-        if answer is None: continue
+        if answer is None:
+            continue
         whole = part_ids(tokenizer, [*asked, answer])
-        if whole[:len(prompt)] != prompt:
-            raise ValueError(f'the tokenizer joins the end of the question and the answer {answer[1][:30]!r} in one token, '
-                             f'so no loss can begin there; use a tokenizer that fits the template {template!r}')
-        yield whole[len(prompt):], True
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                f'the tokenizer joins the end of the question and the answer {answer[1][:30]!r} in one token, '
+                f'so no loss can begin there; use a tokenizer that fits the template {template!r}'
+            )
+        yield whole[len(prompt) :], True
 
 # %% ../../nbs/papers/04_eagle.ipynb #095da515
 def with_images(
     turns: Sequence[dict[str, str]],  # human and gpt in turn
-    images: int,                      # how many the sample has
-    name: str,                        # of the sample, for errors
+    images: int,  # how many the sample has
+    name: str,  # of the sample, for errors
 ) -> list[dict[str, str]]:
     "The turns with one `<image>` per image, in front of their questions."
     roles = [turn['from'] for turn in turns]
     if not roles or any(role != ROLES[i % 2] for i, role in enumerate(roles)):
         raise ValueError(f'{name}: the roles are {roles}; expected human and gpt in turn, the human first')
     for i, turn in enumerate(turns[1::2]):
-        if not turn['value'].strip(): raise ValueError(f'{name}: the answer in turn {2 * i + 1} is empty; write it or drop the turn')
-        if IMAGE in turn['value']: raise ValueError(f'{name}: the answer in turn {2 * i + 1} contains {IMAGE}; images belong in human turns')
+        if not turn['value'].strip():
+            raise ValueError(f'{name}: the answer in turn {2 * i + 1} is empty; write it or drop the turn')
+        if IMAGE in turn['value']:
+            raise ValueError(f'{name}: the answer in turn {2 * i + 1} contains {IMAGE}; images belong in human turns')
     values = [turn['value'] for turn in turns]
     found = sum(value.count(IMAGE) for value in values)
-    if not found: values[0] = IMAGE * images + values[0]
-    elif found != images: raise ValueError(f'{name}: {found} {IMAGE} placeholders, {images} images; they must be equal')
+    if not found:
+        values[0] = IMAGE * images + values[0]
+    elif found != images:
+        raise ValueError(f'{name}: {found} {IMAGE} placeholders, {images} images; they must be equal')
     return [dict(turn, value=image_first(value)) for turn, value in zip(turns, values)]
 
 # %% ../../nbs/papers/04_eagle.ipynb #362032b0
@@ -144,24 +165,29 @@ class EagleProcessor(VisionLanguageProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,                       # places per image
-        image_size: int,                          # side of the mixture's input, pixels
-        image_token_id: int = -1,                 # placeholder, as in the configuration
+        visual_tokens: int,  # places per image
+        image_size: int,  # side of the mixture's input, pixels
+        image_token_id: int = -1,  # placeholder, as in the configuration
         image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,    # per channel
-        template: str = 'vicuna_v1',              # a key of `TEMPLATES`, or 'words'
-        mode: str = 'pad',                        # how a picture becomes a square, one of `MODES`
-        begin: bool | None = None,                # whether a begin token comes first; None: as the template's tokenizer does
-        tiles: int = 1,                           # tiles in a row and in a column of an image
+        image_std: Sequence[float] = CLIP_STD,  # per channel
+        template: str = 'vicuna_v1',  # a key of `TEMPLATES`, or 'words'
+        mode: str = 'pad',  # how a picture becomes a square, one of `MODES`
+        begin: bool | None = None,  # whether a begin token comes first; None: as the template's tokenizer does
+        tiles: int = 1,  # tiles in a row and in a column of an image
     ) -> None:
-        if template not in (*TEMPLATES, 'words'): raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}, words')
-        if mode not in MODES: raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
-        if tiles < 1: raise ValueError(f'tiles is {tiles}; expected at least 1, an image that is not cut')
+        if template not in (*TEMPLATES, 'words'):
+            raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}, words')
+        if mode not in MODES:
+            raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
+        if tiles < 1:
+            raise ValueError(f'tiles is {tiles}; expected at least 1, an image that is not cut')
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
         self.template, self.mode, self.tiles = template, mode, tiles
         self.begin = template not in WITHOUT_BEGIN if begin is None else begin
-        if self.begin and tokenizer.bos_token is None: raise ValueError('the tokenizer has no begin token; set begin=False, or name its begin token')
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if self.begin and tokenizer.bos_token is None:
+            raise ValueError('the tokenizer has no begin token; set begin=False, or name its begin token')
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
     def image_tensor(
         self,
@@ -170,20 +196,26 @@ class EagleProcessor(VisionLanguageProcessor):
         "Pixel values: N images → [N,3,S,S], or [N,c,3,S,S] with c = tiles² + 1 crops, the whole picture first."
         size, squares = self.image_size, []
         for image in images:
-            if self.tiles > 1: image = open_image(image)   # read twice
+            if self.tiles > 1:
+                image = open_image(image)  # read twice
             squares.append(to_square(image, size, self.mode, self.image_mean))
-            if self.tiles == 1: continue
+            if self.tiles == 1:
+                continue
             large = to_square(image, size * self.tiles, self.mode, self.image_mean)
-            squares += [large.crop((x, y, x + size, y + size)) for y in range(0, large.height, size) for x in range(0, large.width, size)]
+            squares += [
+                large.crop((x, y, x + size, y + size))
+                for y in range(0, large.height, size)
+                for x in range(0, large.width, size)
+            ]
         pixels = clip_pixels(squares, size, self.image_mean, self.image_std)
-        return pixels if self.tiles == 1 else pixels.unflatten(0, (-1, self.tiles ** 2 + 1))
+        return pixels if self.tiles == 1 else pixels.unflatten(0, (-1, self.tiles**2 + 1))
 
     @classmethod
     def from_config(
         cls,
         config: VisionLanguageConfig,
         tokenizer: PreTrainedTokenizerBase,
-        **kwargs: Any,                     # further settings of the processor
+        **kwargs: Any,  # further settings of the processor
     ) -> 'EagleProcessor':
         "The processor that fits a model's configuration."
         return super().from_config(config, tokenizer, **{'tiles': config.tiles, **kwargs})
@@ -193,18 +225,20 @@ class EagleProcessor(VisionLanguageProcessor):
 def parts(
     self: EagleProcessor,
     sample: dict[str, Any],  # conversation or document
-    training: bool,          # False: leave out the last answer
-    name: str,               # of the sample, for errors
+    training: bool,  # False: leave out the last answer
+    name: str,  # of the sample, for errors
 ) -> Iterator[tuple[list[int | None], bool]]:
     "Token ids, None for an image, part by part, and whether the loss is taken on the part."
     document, turns = sample.get('document'), sample.get('conversations') or []
     if not document:
-        if not training and turns and turns[-1]['from'] == 'gpt': turns = turns[:-1]
+        if not training and turns and turns[-1]['from'] == 'gpt':
+            turns = turns[:-1]
         turns = with_images(turns, len(sample.get('images') or []), name)
         if self.template != 'words':
             yield from conversation_ids(self.tokenizer, self.template, turns, self.begin)
             return
-    if self.begin: yield [self.tokenizer.bos_token_id], False
+    if self.begin:
+        yield [self.tokenizer.bos_token_id], False
     for piece in self.pieces(dict(document=document, conversations=turns), training=True):
         ids = [None] if piece.text is None else text_ids(self.tokenizer, piece.text)
         yield ids + [self.tokenizer.eos_token_id] * piece.end, piece.supervised
@@ -214,23 +248,39 @@ def parts(
 def encode(
     self: EagleProcessor,
     sample: dict[str, Any],  # id; conversations or document; images
-    training: bool = True,   # False: the prompt alone, to be answered
+    training: bool = True,  # False: the prompt alone, to be answered
 ) -> Encoded:
     "Token ids, labels, pictures and their places of one sample, which stays as it is."
-    name, images = f"sample {sample['id']!r}", list(sample.get('images') or [])
+    name, images = f'sample {sample["id"]!r}', list(sample.get('images') or [])
     ids, labels, spans = [], [], []
     for tokens, supervised in self.parts(sample, training, name):
         for token in tokens:
             new = [self.image_token_id] * self.visual_tokens if token is None else [token]
-            if token is None: spans.append((len(ids), len(ids) + len(new)))
+            if token is None:
+                spans.append((len(ids), len(ids) + len(new)))
             ids += new
             labels += new if supervised else [IGNORED] * len(new)
-    if len(spans) != len(images): raise ValueError(f'{name}: {len(spans)} {IMAGE} placeholders, {len(images)} images; they must be equal')
+    if len(spans) != len(images):
+        raise ValueError(f'{name}: {len(spans)} {IMAGE} placeholders, {len(images)} images; they must be equal')
     unknown = self.tokenizer.unk_token_id
     if unknown is not None and unknown in ids and unknown != self.tokenizer.pad_token_id:
         texts = [sample['document']] if sample.get('document') else [turn['value'] for turn in sample['conversations']]
-        words = sorted({word for text in texts for word in text.replace(IMAGE, ' ').split() if unknown in text_ids(self.tokenizer, word)})
+        words = sorted(
+            {
+                word
+                for text in texts
+                for word in text.replace(IMAGE, ' ').split()
+                if unknown in text_ids(self.tokenizer, word)
+            }
+        )
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
-    if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=image_keys(images, sample['id']),
-                   image_spans=spans)
+    if training and all(label == IGNORED for label in labels):
+        raise ValueError(f'{name}: nothing is supervised; expected an answer')
+    return Encoded(
+        id=str(sample['id']),
+        input_ids=ids,
+        labels=labels,
+        images=images,
+        image_ids=image_keys(images, sample['id']),
+        image_spans=spans,
+    )

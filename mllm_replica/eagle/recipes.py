@@ -13,76 +13,211 @@ from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/04_eagle.ipynb #321f98a7
 _VIT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=48)
-_TOWERS: dict[str, dict[str, Any]] = {   # in the order in which a mixture has them
-    'clip': dict(kind='clip', config=_VIT | dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, image_size=32, patch_size=8)),
+_TOWERS: dict[str, dict[str, Any]] = {  # in the order in which a mixture has them
+    'clip': dict(
+        kind='clip',
+        config=_VIT | dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, image_size=32, patch_size=8),
+    ),
     'convnext': dict(kind='convnext', config=dict(depths=[2], dims=[32], ls_init_value=1.0), image_size=48),
-    'sam': dict(kind='sam', config=_VIT | dict(patch_size=4, output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=128)),
-    'eva02': dict(kind='eva', config=dict(patch_size=8, window_size=3, embed_dim=64, depth=2, num_heads=4, pretrain_img_size=48,
-                                             window_block_indexes=[]), image_size=48),
-    'pix2struct': dict(kind='pix2struct', config=dict(hidden_size=64, patch_embed_hidden_size=192, d_ff=128, d_kv=16, num_hidden_layers=2,
-                                                      num_attention_heads=4, seq_len=8), image_size=48, options=dict(max_patches=36)),
-    'dinov2': dict(kind='dinov2', config=_VIT | dict(patch_size=8, mlp_ratio=2))}
-_TAUGHT = {   # topics and steps
-    'clip': (shelves.TOPICS[:3], 500), 'convnext': (shelves.TOPICS[:3], 150), 'sam': (('place',), 100), 'eva02': (('shape', 'place'), 400),
-    'pix2struct': (('letter',), 400), 'dinov2': ((), 100)}
-_TEXT = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-             initializer_range=0.08, rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-_CELLS, _GRID, _SIDE, _CLIP, _NOISE = 3, 6, 48, {336: 32, 448: 48}, 2.0   # sides in cells, tokens, pixels; CLIP's pixels; the camera's noise
+    'sam': dict(
+        kind='sam',
+        config=_VIT | dict(patch_size=4, output_channels=16, window_size=3, global_attn_indexes=[1], mlp_dim=128),
+    ),
+    'eva02': dict(
+        kind='eva',
+        config=dict(
+            patch_size=8,
+            window_size=3,
+            embed_dim=64,
+            depth=2,
+            num_heads=4,
+            pretrain_img_size=48,
+            window_block_indexes=[],
+        ),
+        image_size=48,
+    ),
+    'pix2struct': dict(
+        kind='pix2struct',
+        config=dict(
+            hidden_size=64,
+            patch_embed_hidden_size=192,
+            d_ff=128,
+            d_kv=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            seq_len=8,
+        ),
+        image_size=48,
+        options=dict(max_patches=36),
+    ),
+    'dinov2': dict(kind='dinov2', config=_VIT | dict(patch_size=8, mlp_ratio=2)),
+}
+_TAUGHT = {  # topics and steps
+    'clip': (shelves.TOPICS[:3], 500),
+    'convnext': (shelves.TOPICS[:3], 150),
+    'sam': (('place',), 100),
+    'eva02': (('shape', 'place'), 400),
+    'pix2struct': (('letter',), 400),
+    'dinov2': ((), 100),
+}
+_TEXT = dict(
+    model_type='llama',
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    initializer_range=0.08,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_CELLS, _GRID, _SIDE, _CLIP, _NOISE = (
+    3,
+    6,
+    48,
+    {336: 32, 448: 48},
+    2.0,
+)  # sides in cells, tokens, pixels; CLIP's pixels; the camera's noise
 _ASSUMPTIONS = ('experts are taught parts of what is asked, on the same pictures', 'no role words and no end tokens')
 
 
-def _stage(name: str, scale: str, trainable: tuple[str, ...], mixture: str, steps: int, lr: float, batch: int = 32, **more: Any) -> Stage:
+def _stage(
+    name: str, scale: str, trainable: tuple[str, ...], mixture: str, steps: int, lr: float, batch: int = 32, **more: Any
+) -> Stage:
     "A stage of the small model."
     steps, batch = (steps, batch) if scale == 'tiny' else (3, 8)
-    return Stage(name=name, trainable=trainable, mixture={mixture: 1.0}, steps=steps, batch_size=batch, lr=lr, min_lr=lr / 10,
-                 warmup_steps=steps // 15, max_length=256, **more)
+    return Stage(
+        name=name,
+        trainable=trainable,
+        mixture={mixture: 1.0},
+        steps=steps,
+        batch_size=batch,
+        lr=lr,
+        min_lr=lr / 10,
+        warmup_steps=steps // 15,
+        max_length=256,
+        **more,
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #0bfefce7
 def _config(model: dict[str, Any], words: int) -> Any:
     "Configuration of a small mixture."
     from mllm_replica.eagle.model import EagleConfig
-    experts = [dict(_TOWERS[name], name=name) | ({'image_size': model['clip']} if name == 'clip' else {}) for name in model['experts']]
-    return EagleConfig(vision_config=dict(experts=experts, image_size=_SIDE), text_config=model['text'] | {'vocab_size': words},
-                       connector_config=dict(fusion=model['fusion'], grid=_GRID, aligned=model['experts'] if model['aligned'] else []))
+
+    experts = [
+        dict(_TOWERS[name], name=name) | ({'image_size': model['clip']} if name == 'clip' else {})
+        for name in model['experts']
+    ]
+    return EagleConfig(
+        vision_config=dict(experts=experts, image_size=_SIDE),
+        text_config=model['text'] | {'vocab_size': words},
+        connector_config=dict(fusion=model['fusion'], grid=_GRID, aligned=model['experts'] if model['aligned'] else []),
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #20a41c10
 def _sources(scale: str) -> dict[str, Source]:
     "What experts are taught, what mixtures are asked, and a test for each topic."
+
     def world(size: int, split: str, *tasks: str) -> Source:
         "Shelves with one question per task; the smoke scale takes a few."
         options = dict(tasks=list(tasks), turns=len(tasks))
         return Source(kind='world', name='shelves', split=split, size=size if scale == 'tiny' else 24, options=options)
-    return {'named': world(4000, 'train', 'name'), 'asked': world(4000, 'train', *shelves.TOPICS),
-            **{f'test_{topic}': world(300, 'test', topic) for topic in shelves.TOPICS}}
+
+    return {
+        'named': world(4000, 'train', 'name'),
+        'asked': world(4000, 'train', *shelves.TOPICS),
+        **{f'test_{topic}': world(300, 'test', topic) for topic in shelves.TOPICS},
+    }
 
 
-def _mixture(table: str, row: str, scale: str, seed: int, experts: Sequence[str], fusion: str = 'channel', unfreeze: bool = True,
-             prealign: bool = False, clip: int = _CLIP[448]) -> Recipe:
+def _mixture(
+    table: str,
+    row: str,
+    scale: str,
+    seed: int,
+    experts: Sequence[str],
+    fusion: str = 'channel',
+    unfreeze: bool = True,
+    prealign: bool = False,
+    clip: int = _CLIP[448],
+) -> Recipe:
     "The recipe of a small mixture."
     from mllm_replica.eagle.stages import EXPERTS, JOINT, alignment
-    model = dict(experts=[name for name in _TOWERS if name in experts], fusion=fusion, aligned=prealign, clip=clip, noise=_NOISE, text=_TEXT)
+
+    model = dict(
+        experts=[name for name in _TOWERS if name in experts],
+        fusion=fusion,
+        aligned=prealign,
+        clip=clip,
+        noise=_NOISE,
+        text=_TEXT,
+    )
     slow = {'lr_scale': {EXPERTS: 0.1}}
-    align = [_stage(f'align {name}', scale, alignment(_config(model, 9), name), 'asked', 80, 3e-3, **slow) for name in model['experts'] * prealign]
-    stages = (*align, _stage('project', scale, JOINT['project'], 'asked', 40, 3e-3),
-              _stage('tune', scale, JOINT['tune' if unfreeze else 'tune_frozen'], 'asked', 400, 3e-3, **slow if unfreeze else {}))
-    tests = tuple(Benchmark(name=topic, source=f'test_{topic}', metric='word_accuracy', max_new_tokens=_CELLS ** 2) for topic in shelves.TOPICS)
-    return Recipe(paper='eagle', table=table, row=row, scale=scale, seed=seed, model=model, sources=_sources(scale), stages=stages, benchmarks=tests,
-                  assumptions=_ASSUMPTIONS)
+    align = [
+        _stage(f'align {name}', scale, alignment(_config(model, 9), name), 'asked', 80, 3e-3, **slow)
+        for name in model['experts'] * prealign
+    ]
+    stages = (
+        *align,
+        _stage('project', scale, JOINT['project'], 'asked', 40, 3e-3),
+        _stage(
+            'tune', scale, JOINT['tune' if unfreeze else 'tune_frozen'], 'asked', 400, 3e-3, **slow if unfreeze else {}
+        ),
+    )
+    tests = tuple(
+        Benchmark(name=topic, source=f'test_{topic}', metric='word_accuracy', max_new_tokens=_CELLS**2)
+        for topic in shelves.TOPICS
+    )
+    return Recipe(
+        paper='eagle',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=model,
+        sources=_sources(scale),
+        stages=stages,
+        benchmarks=tests,
+        assumptions=_ASSUMPTIONS,
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #a531961a
-_FUSIONS = dict(channel_concat='channel', sequence_append='sequence', llava_hr='llava_hr', mini_gemini='mini_gemini', deformable='deformable')
+_FUSIONS = dict(
+    channel_concat='channel',
+    sequence_append='sequence',
+    llava_hr='llava_hr',
+    mini_gemini='mini_gemini',
+    deformable='deformable',
+)
 _RELEASED = {4: ('clip', 'convnext', 'eva02', 'pix2struct'), 5: ('clip', 'convnext', 'sam', 'eva02', 'pix2struct')}
-_BEST = {'x3': ('clip', 'convnext', 'sam'), 'x4': ('clip', 'convnext', 'sam', 'eva02')}   # first and second of the search's first round
+_BEST = {
+    'x3': ('clip', 'convnext', 'sam'),
+    'x4': ('clip', 'convnext', 'sam', 'eva02'),
+}  # first and second of the search's first round
 # of which mixture, and how many experts
-_KEPT = {'x5_7b': (5, 5), 'x5_keep012': (5, 3), 'x5_keep01': (5, 2), 'x5_keep0': (5, 1), 'x4_8b_plus': (4, 4), 'x4_keep01': (4, 2)}
+_KEPT = {
+    'x5_7b': (5, 5),
+    'x5_keep012': (5, 3),
+    'x5_keep01': (5, 2),
+    'x5_keep0': (5, 1),
+    'x4_8b_plus': (4, 4),
+    'x4_keep01': (4, 2),
+}
 
 
 def _varied(table: str, row: str, params: dict[str, Any]) -> dict[str, Any]:
     "What a row says of a mixture, as `_mixture` wants it."
-    if table == '2': return dict(experts=['clip'], clip=_CLIP[params['res']], unfreeze=params['unfreeze'])
-    if table == '4': return dict(experts=params['experts'], fusion=_FUSIONS[params['fusion']])
-    if table == '5': return dict(experts=['clip', params['expert']], unfreeze=params['unfreeze'], prealign=params['prealign'])
-    if table == 'experts': return dict(experts=[row])
+    if table == '2':
+        return dict(experts=['clip'], clip=_CLIP[params['res']], unfreeze=params['unfreeze'])
+    if table == '4':
+        return dict(experts=params['experts'], fusion=_FUSIONS[params['fusion']])
+    if table == '5':
+        return dict(experts=['clip', params['expert']], unfreeze=params['unfreeze'], prealign=params['prealign'])
+    if table == 'experts':
+        return dict(experts=[row])
     if table == 'external':
         whole, kept = _KEPT[row]
         return dict(experts=_RELEASED[whole][:kept])
@@ -90,23 +225,37 @@ def _varied(table: str, row: str, params: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/papers/04_eagle.ipynb #d0b1bec4
 _TINY = ('2', '4', '5', 'experts', 'external', 'fig4')
-_MODELS = {('6', 'eagle_x5_pa_13b'): 'Eagle-X5-13B', ('6', 'eagle_x5_7b_quoted'): 'Eagle-X5-7B', ('8', 'eagle_x5'): 'Eagle-X5-8B',
-           ('8_released', 'eagle_x4_8b_plus_llama3_8b'): 'Eagle-X4-8B-Plus', ('8_released', 'eagle_x4_13b_plus_vicuna_13b'): 'Eagle-X4-13B-Plus',
-           ('8_released', 'eagle_x5_34b_plus_yi_34b'): 'Eagle-X5-34B-Plus'}
-_MODELS |= {('6_released', f'eagle_x{n}_{size}'): f'Eagle-X{n}-{size.upper()}' for n in (4, 5) for size in ('7b', '13b')}
+_MODELS = {
+    ('6', 'eagle_x5_pa_13b'): 'Eagle-X5-13B',
+    ('6', 'eagle_x5_7b_quoted'): 'Eagle-X5-7B',
+    ('8', 'eagle_x5'): 'Eagle-X5-8B',
+    ('8_released', 'eagle_x4_8b_plus_llama3_8b'): 'Eagle-X4-8B-Plus',
+    ('8_released', 'eagle_x4_13b_plus_vicuna_13b'): 'Eagle-X4-13B-Plus',
+    ('8_released', 'eagle_x5_34b_plus_yi_34b'): 'Eagle-X5-34B-Plus',
+}
+_MODELS |= {
+    ('6_released', f'eagle_x{n}_{size}'): f'Eagle-X{n}-{size.upper()}' for n in (4, 5) for size in ('7b', '13b')
+}
 
 
 def _reason(table: str, row: str, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
-    if table == 'data': return 'describes data'
-    if scale == 'small': return 'has no recipe at scale small'
-    if row == 'internvit': return 'another encoder, of 6B parameters'
-    if row == 'clip_tiling': return 'how the paper cuts tiles is not known'
+    if table == 'data':
+        return 'describes data'
+    if scale == 'small':
+        return 'has no recipe at scale small'
+    if row == 'internvit':
+        return 'another encoder, of 6B parameters'
+    if row == 'clip_tiling':
+        return 'how the paper cuts tiles is not known'
     if scale in ('smoke', 'tiny'):
-        if table == 'cost': return 'sizes of small experts are ours'
+        if table == 'cost':
+            return 'sizes of small experts are ours'
         return None if table in _TINY else 'not testable on small models'
-    if table == 'external': return 'trained by others than the authors'
-    if row in ('x3', 'x4'): return 'its experts are not known of the paper'
+    if table == 'external':
+        return 'trained by others than the authors'
+    if row in ('x3', 'x4'):
+        return 'its experts are not known of the paper'
     return None if table in (*_TINY, 'cost') or (table, row) in _MODELS else 'another model'
 
 
@@ -125,7 +274,14 @@ def tables(
     return [table for table in tables_of('eagle') if None in rows(table, scale).values()]
 
 # %% ../../nbs/papers/04_eagle.ipynb #a92ada11
-_NAMES = dict(clip='clip-448', convnext='convnext-1024', sam='sam-1024', eva02='det-1024', pix2struct='pix2struct-1024', dinov2='dinov2-448')
+_NAMES = dict(
+    clip='clip-448',
+    convnext='convnext-1024',
+    sam='sam-1024',
+    eva02='det-1024',
+    pix2struct='pix2struct-1024',
+    dinov2='dinov2-448',
+)
 _PAIRS, _PLUS_PAIRS = 558_000, 2_500_000
 _ASKED = {'ablation': 934_000, 'released': 1_809_000, 'plus': 7_000_000}
 
@@ -135,26 +291,71 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     from mllm_replica.eagle.model import MIXTURES
     from mllm_replica.eagle.released import paper_config
     from mllm_replica.eagle.stages import JOINT, alignment
+
     name, plus = _MODELS.get((table, row)), table.startswith('8')
     varied = {} if name else _varied(table, row, params)
-    experts = [_NAMES[e] for e in _NAMES if e in varied.get('experts', ())] or list(MIXTURES[name.split('-')[1].lower()])
+    experts = [_NAMES[e] for e in _NAMES if e in varied.get('experts', ())] or list(
+        MIXTURES[name.split('-')[1].lower()]
+    )
     prealign = varied.get('prealign', bool(params.get('prealign')))
-    model = dict(name='Eagle-X4-8B-Plus' if name == 'Eagle-X5-8B' else name or 'Eagle-X5-7B', experts=experts, fusion=varied.get('fusion', 'channel'),
-                 sizes={'clip-448': 336 if name or varied.get('clip') == _CLIP[336] else 448} if 'clip-448' in experts else {},
-                 aligned=experts if prealign else [])
+    model = dict(
+        name='Eagle-X4-8B-Plus' if name == 'Eagle-X5-8B' else name or 'Eagle-X5-7B',
+        experts=experts,
+        fusion=varied.get('fusion', 'channel'),
+        sizes={'clip-448': 336 if name or varied.get('clip') == _CLIP[336] else 448} if 'clip-448' in experts else {},
+        aligned=experts if prealign else [],
+    )
     config = paper_config(**model)
     large, asked = '34b' in row, _ASKED['plus' if plus else 'released' if name else 'ablation']
     how: dict[str, Any] = dict(precision='bf16', max_length=max(2048, config.visual_token_count() + 1024))
+
     def once(kind: str, size: int, batch: int, lr: float, trainable: tuple[str, ...]) -> Stage:
         "A stage that sees its samples once."
-        return Stage(name=kind, trainable=trainable, mixture={'pairs' if kind == 'project' else 'asked': 1.0}, steps=size // batch, batch_size=batch,
-                     lr=lr, warmup_steps=round(0.03 * (size // batch)), **how)
+        return Stage(
+            name=kind,
+            trainable=trainable,
+            mixture={'pairs' if kind == 'project' else 'asked': 1.0},
+            steps=size // batch,
+            batch_size=batch,
+            lr=lr,
+            warmup_steps=round(0.03 * (size // batch)),
+            **how,
+        )
+
     stages = [once(f'align {e}', asked, 128, 2e-5, alignment(config, e)) for e in model['aligned']]
-    stages += [once('project', _PLUS_PAIRS if plus else _PAIRS, 1024 if large else 256, 2e-4 if large else 1e-3, JOINT['project']),
-               once('tune', asked, 1024 if large else 128, 2e-5, JOINT['tune' if varied.get('unfreeze', True) else 'tune_frozen'])]
-    said = ('pre-alignment: its data are named, its schedule is not; one pass over the conversations as in the last stage',) * prealign
-    return Recipe(paper='eagle', table=table, row=row, scale='paper', seed=seed, model=model, stages=tuple(stages), benchmarks=(), assumptions=said,
-                  sources={kind: Source(kind='folder', name=f'eagle/{kind}', options={'images': 1}) for kind in ('pairs', 'asked')})
+    stages += [
+        once(
+            'project',
+            _PLUS_PAIRS if plus else _PAIRS,
+            1024 if large else 256,
+            2e-4 if large else 1e-3,
+            JOINT['project'],
+        ),
+        once(
+            'tune',
+            asked,
+            1024 if large else 128,
+            2e-5,
+            JOINT['tune' if varied.get('unfreeze', True) else 'tune_frozen'],
+        ),
+    ]
+    said = (
+        'pre-alignment: its data are named, its schedule is not; one pass over the conversations as in the last stage',
+    ) * prealign
+    return Recipe(
+        paper='eagle',
+        table=table,
+        row=row,
+        scale='paper',
+        seed=seed,
+        model=model,
+        stages=tuple(stages),
+        benchmarks=(),
+        assumptions=said,
+        sources={
+            kind: Source(kind='folder', name=f'eagle/{kind}', options={'images': 1}) for kind in ('pairs', 'asked')
+        },
+    )
 
 
 def recipe(
@@ -165,8 +366,13 @@ def recipe(
 ) -> Recipe:
     "The recipe of one unit; a row that cannot run says why."
     params, reason = load_table('eagle', table).row(row).params, rows(table, scale)[row]
-    if reason: raise ValueError(f'eagle table {table} row {row} cannot run at scale {scale}: {reason}')
-    return _paper(table, row, params, seed) if scale == 'paper' else _mixture(table, row, scale, seed, **_varied(table, row, params))
+    if reason:
+        raise ValueError(f'eagle table {table} row {row} cannot run at scale {scale}: {reason}')
+    return (
+        _paper(table, row, params, seed)
+        if scale == 'paper'
+        else _mixture(table, row, scale, seed, **_varied(table, row, params))
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #9c186f44
 def _taught(recipe: Recipe, name: str, processor: Any) -> dict[str, Any]:
@@ -175,6 +381,7 @@ def _taught(recipe: Recipe, name: str, processor: Any) -> dict[str, Any]:
     from mllm_replica.eagle.experts.towers import build_expert
     from mllm_replica.eagle.small import CellNames, HiddenPatches
     from mllm_replica.training.starts import pretrained
+
     torch.manual_seed(recipe.seed)
     tower = dict(_TOWERS[name])
     expert = build_expert(tower['kind'], tower['config'], tower.get('image_size'), **tower.get('options', {}))
@@ -182,7 +389,9 @@ def _taught(recipe: Recipe, name: str, processor: Any) -> dict[str, Any]:
     topics = [shelves.TOPICS.index(topic) for topic in asked]
     pupil = CellNames(expert, _CELLS, _GRID, len(processor.tokenizer), topics) if topics else HiddenPatches(expert)
     stage = _stage('teach', recipe.scale, (r'.',), 'named', steps, 3e-3, 64)
-    return pretrained(recipe, pupil, [stage], processor, expert=name, topics=topics, noise=processor.noise).expert.state_dict()
+    return pretrained(
+        recipe, pupil, [stage], processor, expert=name, topics=topics, noise=processor.noise
+    ).expert.state_dict()
 
 
 def _reader(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
@@ -191,6 +400,7 @@ def _reader(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from mllm_replica.eagle.small import SymbolReader
     from mllm_replica.training.starts import pretrained
+
     torch.manual_seed(recipe.seed)
     reader = SymbolReader(AutoModelForCausalLM.from_config(config.text_config), _CELLS, _GRID)
     stage = _stage('read', recipe.scale, (r'.',), 'asked', 1000, 3e-3)
@@ -207,9 +417,13 @@ def build(
     from mllm_replica.eagle.model import EagleModel
     from mllm_replica.eagle.released import paper_config
     from mllm_replica.eagle.small import ShelfProcessor
+
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
-        if not meta: raise NotImplementedError(f'{recipe.unit}: loading weights for training at scale paper is not wired; planned only')
+        if not meta:
+            raise NotImplementedError(
+                f'{recipe.unit}: loading weights for training at scale paper is not wired; planned only'
+            )
         return EagleModel(paper_config(**made)), None
     tokenizer = word_tokenizer(vocabulary())
     config = _config(made, len(tokenizer))
@@ -218,9 +432,11 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = EagleModel(config)
-        if meta: return model, processor
+        if meta:
+            return model, processor
         model.language_model.load_state_dict(_reader(recipe, config, processor))
-        for name, tower in zip(made['experts'], model.vision_model.vision_towers): tower.load_state_dict(_taught(recipe, name, processor))
+        for name, tower in zip(made['experts'], model.vision_model.vision_towers):
+            tower.load_state_dict(_taught(recipe, name, processor))
     return model, processor
 
 # %% ../../nbs/papers/04_eagle.ipynb #53ee454b
@@ -228,20 +444,25 @@ def starts(
     recipe: Recipe,
 ) -> list[str]:
     "What a unit starts from."
-    if recipe.scale == 'paper': return []
+    if recipe.scale == 'paper':
+        return []
     experts = recipe.model['experts']
-    return [*experts, f'reader-{_GRID ** 2 * (len(experts) if recipe.model["fusion"] == "sequence" else 1)}']
+    return [*experts, f'reader-{_GRID**2 * (len(experts) if recipe.model["fusion"] == "sequence" else 1)}']
 
 
 def teach(
     recipe: Recipe,
-    start: str,     # of `starts`
+    start: str,  # of `starts`
 ) -> None:
     "Train it on first use."
     import torch
-    with torch.device('meta'): model, processor = build(recipe)
-    if start in recipe.model['experts']: _taught(recipe, start, processor)
-    else: _reader(recipe, model.config, processor)
+
+    with torch.device('meta'):
+        model, processor = build(recipe)
+    if start in recipe.model['experts']:
+        _taught(recipe, start, processor)
+    else:
+        _reader(recipe, model.config, processor)
 
 # %% ../../nbs/papers/04_eagle.ipynb #63b7a9b4
 def measure(
@@ -256,25 +477,43 @@ def measure(
     from mllm_replica.models.cost import count
     from mllm_replica.models.vlm import visual_token_count
     from mllm_replica.scoring.evaluation import collate_prompts
-    batch = collate_prompts([processor.encode(next(samples('shelves', 'test', recipe.seed, 1, tasks=['place'])), training=False)], processor)
-    with torch.no_grad(): flops = count(lambda: model.eval()(**{k: v.to(model.device) for k, v in batch.items()}).logits).forward
+
+    batch = collate_prompts(
+        [processor.encode(next(samples('shelves', 'test', recipe.seed, 1, tasks=['place'])), training=False)], processor
+    )
+    with torch.no_grad():
+        flops = count(lambda: model.eval()(**{k: v.to(model.device) for k, v in batch.items()}).logits).forward
     experts = sum(p.numel() for p in model.vision_model.vision_towers.parameters())
     mean = lambda names: sum(scores[name] for name in names) / len(names)
-    return {'mean': mean(scores), 'other': mean(scores.keys() - {'letter'}), 'places': visual_token_count(model.config), 'parameters': experts / 1e3,
-            'mflop': flops / 1e6, 'per_gflop': 1e9 / flops}
+    return {
+        'mean': mean(scores),
+        'other': mean(scores.keys() - {'letter'}),
+        'places': visual_token_count(model.config),
+        'parameters': experts / 1e3,
+        'mflop': flops / 1e6,
+        'per_gflop': 1e9 / flops,
+    }
 
 # %% ../../nbs/papers/04_eagle.ipynb #0e2e3163
 def search(
     scale: str = 'tiny',
-    seeds: Sequence[int] = (0, 1, 2),    # development seeds: what was chosen by its score is not measured by it
+    seeds: Sequence[int] = (0, 1, 2),  # development seeds: what was chosen by its score is not measured by it
     metric: str = 'mean',
-    **options: Any,                      # of `greedy_search`: rounds, workers, engine …
+    **options: Any,  # of `greedy_search`: rounds, workers, engine …
 ) -> Any:
     "Begin with CLIP and ConvNeXt, and add the best of the other experts again and again."
     from mllm_replica.core.variation import vary
     from mllm_replica.running.study import greedy_search
+
     start = ('clip', 'convnext')
+
     def mixture(made: tuple[str, ...]) -> Recipe:
         "The recipe of a set."
-        return vary(recipe('fig4', 'x2', scale, 0), {} if made == start else {'model.experts': [name for name in _TOWERS if name in made]})
-    return greedy_search([name for name in _TOWERS if name not in start], start, mixture, metric, seeds=seeds, **options)
+        return vary(
+            recipe('fig4', 'x2', scale, 0),
+            {} if made == start else {'model.experts': [name for name in _TOWERS if name in made]},
+        )
+
+    return greedy_search(
+        [name for name in _TOWERS if name not in start], start, mixture, metric, seeds=seeds, **options
+    )

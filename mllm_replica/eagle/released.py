@@ -19,66 +19,133 @@ from .model import MIXTURES, EagleConfig, EagleModel
 from ..models.official import check_keys, read_weights
 
 # %% ../../nbs/papers/04_eagle.ipynb #f646189d
-_VICUNA = dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-               max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-               pad_token_id=0)
+_VICUNA = dict(
+    model_type='llama',
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LANGUAGE_MODELS = {
     'vicuna-7b': _VICUNA,
-    'vicuna-13b': _VICUNA | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    'llama3-8b': _VICUNA | dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
-                                bos_token_id=128000, eos_token_id=128009),
-    'yi-34b': _VICUNA | dict(vocab_size=64000, hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
-                             num_key_value_heads=8, rope_theta=5000000.0),
+    'vicuna-13b': _VICUNA
+    | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    'llama3-8b': _VICUNA
+    | dict(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        bos_token_id=128000,
+        eos_token_id=128009,
+    ),
+    'yi-34b': _VICUNA
+    | dict(
+        vocab_size=64000,
+        hidden_size=7168,
+        intermediate_size=20480,
+        num_hidden_layers=60,
+        num_attention_heads=56,
+        num_key_value_heads=8,
+        rope_theta=5000000.0,
+    ),
 }
-RELEASED = {'Eagle-X4-7B': ('x4', 'vicuna-7b'), 'Eagle-X5-7B': ('x5', 'vicuna-7b'), 'Eagle-X4-13B': ('x4', 'vicuna-13b'),
-            'Eagle-X5-13B': ('x5', 'vicuna-13b'), 'Eagle-X5-13B-Chat': ('x5', 'vicuna-13b'), 'Eagle-X4-8B-Plus': ('x4', 'llama3-8b'),
-            'Eagle-X4-13B-Plus': ('x4', 'vicuna-13b'), 'Eagle-X5-34B-Plus': ('x5', 'yi-34b')}   # name -> key of `MIXTURES`, language model
+RELEASED = {
+    'Eagle-X4-7B': ('x4', 'vicuna-7b'),
+    'Eagle-X5-7B': ('x5', 'vicuna-7b'),
+    'Eagle-X4-13B': ('x4', 'vicuna-13b'),
+    'Eagle-X5-13B': ('x5', 'vicuna-13b'),
+    'Eagle-X5-13B-Chat': ('x5', 'vicuna-13b'),
+    'Eagle-X4-8B-Plus': ('x4', 'llama3-8b'),
+    'Eagle-X4-13B-Plus': ('x4', 'vicuna-13b'),
+    'Eagle-X5-34B-Plus': ('x5', 'yi-34b'),
+}  # name -> key of `MIXTURES`, language model
 
 
 def paper_config(
-    name: str = 'Eagle-X5-7B',             # a key of `RELEASED`
+    name: str = 'Eagle-X5-7B',  # a key of `RELEASED`
     experts: Sequence[str] | None = None,  # published experts in their order; None: those of the released model
-    sizes: Mapping[str, int] = {},         # of experts, pixels, where they differ from the released ones: {'clip-448': 448} as in the paper
-    image_size: int = 1024,                # pixels
-    tiles: int = 1,                        # as in `EagleConfig`
-    **connector: Any,                      # fusion, grid, aligned … as in `CONNECTOR`
+    sizes: Mapping[
+        str, int
+    ] = {},  # of experts, pixels, where they differ from the released ones: {'clip-448': 448} as in the paper
+    image_size: int = 1024,  # pixels
+    tiles: int = 1,  # as in `EagleConfig`
+    **connector: Any,  # fusion, grid, aligned … as in `CONNECTOR`
 ) -> EagleConfig:
     "The configuration of a released model, or of one of the paper's variants."
-    if name not in RELEASED: raise ValueError(f'released model {name!r} is unknown: {", ".join(RELEASED)}')
+    if name not in RELEASED:
+        raise ValueError(f'released model {name!r} is unknown: {", ".join(RELEASED)}')
     mixture, language = RELEASED[name]
     chosen = MIXTURES[mixture] if experts is None else experts
-    if unknown := sorted(set(sizes) - set(chosen)): raise ValueError(f'sizes of {", ".join(unknown)}, which are not among {", ".join(chosen)}')
+    if unknown := sorted(set(sizes) - set(chosen)):
+        raise ValueError(f'sizes of {", ".join(unknown)}, which are not among {", ".join(chosen)}')
     vision = dict(experts=[dict(name=expert, image_size=sizes.get(expert)) for expert in chosen], image_size=image_size)
-    return EagleConfig(vision_config=vision, connector_config=dict(grid=32) | connector, text_config=LANGUAGE_MODELS[language], tiles=tiles)
+    return EagleConfig(
+        vision_config=vision,
+        connector_config=dict(grid=32) | connector,
+        text_config=LANGUAGE_MODELS[language],
+        tiles=tiles,
+    )
 
 # %% ../../nbs/papers/04_eagle.ipynb #14b72b38
 _NEEDED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_OPTIONAL = ('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'hidden_act', 'attention_bias', 'bos_token_id',
-             'eos_token_id', 'pad_token_id', 'tie_word_embeddings')
-_AS_RELEASED = dict(mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type='flat', rope_scaling=None)
+_OPTIONAL = (
+    'num_key_value_heads',
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'rope_theta',
+    'hidden_act',
+    'attention_bias',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'tie_word_embeddings',
+)
+_AS_RELEASED = dict(
+    mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type='flat', rope_scaling=None
+)
 
 
 def official_config(
-    config: Mapping[str, Any],                   # content of a released config.json
+    config: Mapping[str, Any],  # content of a released config.json
     experts: Mapping[str, dict[str, Any]] = {},  # name -> what differs from the published expert: config, image_size
-    image_size: int = 1024,                      # pixels
-    grid: int = 32,                              # side of the common grid
+    image_size: int = 1024,  # pixels
+    grid: int = 32,  # side of the common grid
 ) -> EagleConfig:
     "Our configuration of a released checkpoint."
     missing = [name for name in ('mm_vision_tower', 'mm_projector_type', *_NEEDED) if config.get(name) is None]
-    if missing: raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
+    if missing:
+        raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
     for name, expected in _AS_RELEASED.items():
         if (value := config.get(name, expected)) != expected:
             raise NotImplementedError(f'config.json: {name} is {value!r}; released models have {expected!r}')
     names = tower_names(config['mm_vision_tower'])
-    if unknown := sorted(set(experts) - set(names)): raise ValueError(f'settings of {", ".join(unknown)}; the checkpoint has {", ".join(names)}')
-    text = {'model_type': 'llama'} | {name: config[name] for name in (*_NEEDED, *_OPTIONAL) if config.get(name) is not None}
-    return EagleConfig(vision_config=dict(experts=[dict(name=name) | experts.get(name, {}) for name in names], image_size=image_size),
-                       connector_config=dict(projector=config['mm_projector_type'], grid=grid), text_config=text)
+    if unknown := sorted(set(experts) - set(names)):
+        raise ValueError(f'settings of {", ".join(unknown)}; the checkpoint has {", ".join(names)}')
+    text = {'model_type': 'llama'} | {
+        name: config[name] for name in (*_NEEDED, *_OPTIONAL) if config.get(name) is not None
+    }
+    return EagleConfig(
+        vision_config=dict(experts=[dict(name=name) | experts.get(name, {}) for name in names], image_size=image_size),
+        connector_config=dict(projector=config['mm_projector_type'], grid=grid),
+        text_config=text,
+    )
 
 
-_BEGINNINGS = ((r'^model\.vision_tower\.', 'vision_model.'), (r'^model\.mm_projector\.', 'mm_projector.'),
-               (r'^(model\.|lm_head\.)', r'language_model.\1'))
+_BEGINNINGS = (
+    (r'^model\.vision_tower\.', 'vision_model.'),
+    (r'^model\.mm_projector\.', 'mm_projector.'),
+    (r'^(model\.|lm_head\.)', r'language_model.\1'),
+)
 
 
 def our_name(
@@ -90,25 +157,32 @@ def our_name(
 
 def convert_official(
     state: Mapping[str, Tensor],  # official names
-    model: EagleModel,            # that is to have them; on the meta device
+    model: EagleModel,  # that is to have them; on the meta device
 ) -> dict[str, Tensor]:
     "The tensors under our names; an error says everything that does not fit."
     check_towers([expert['name'] for expert in model.config.vision_config.experts], state)
     for k, expert in enumerate(model.vision_model.vision_towers):
         prefix = f'model.vision_tower.vision_towers.{k}.'
-        if isinstance(expert, EvaExpert): check_rotations(expert, {name: w for name, w in state.items() if name.startswith(prefix)})
+        if isinstance(expert, EvaExpert):
+            check_rotations(expert, {name: w for name, w in state.items() if name.startswith(prefix)})
     ours = {our_name(name): tensor for name, tensor in official_weights(state).items()}
     check_keys(model.state_dict(), ours)
     return ours
 
 
 def load_official(
-    folder: str | Path,                # a released checkpoint: config.json and weights
+    folder: str | Path,  # a released checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
-    **settings: Any,                   # experts, image_size, grid, as for `official_config`
+    **settings: Any,  # experts, image_size, grid, as for `official_config`
 ) -> EagleModel:
     "A released checkpoint as our model; nothing is loaded unless every key fits."
-    config, state = official_config(json.loads((Path(folder)/'config.json').read_text()), **settings), read_weights(Path(folder))
-    with torch.device('meta'): empty = EagleModel(config)
+    config, state = (
+        official_config(json.loads((Path(folder) / 'config.json').read_text()), **settings),
+        read_weights(Path(folder)),
+    )
+    with torch.device('meta'):
+        empty = EagleModel(config)
     state = convert_official(state, empty)
-    return EagleModel.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
+    return EagleModel.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
+    ).eval()

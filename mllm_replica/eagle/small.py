@@ -27,26 +27,26 @@ class CellNames(nn.Module):
     def __init__(
         self,
         expert: Expert,
-        cells: int,             # c
-        grid: int,              # g, a multiple of c
-        vocab_size: int,        # V
+        cells: int,  # c
+        grid: int,  # g, a multiple of c
+        vocab_size: int,  # V
         topics: Sequence[int],  # which of the K topics
     ) -> None:
         super().__init__()
         self.expert, self.part, self.grid, self.topics = expert, grid // cells, grid, list(topics)
-        self.names = nn.Linear(self.part ** 2 * expert.channels, len(self.topics) * vocab_size)
+        self.names = nn.Linear(self.part**2 * expert.channels, len(self.topics) * vocab_size)
 
     def forward(
         self,
         pixel_values: Tensor,  # [B,3,S,S]
-        labels: Tensor,        # [B,T] K·c² words, topic by topic, −100 elsewhere
+        labels: Tensor,  # [B,T] K·c² words, topic by topic, −100 elsewhere
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of pictures."
         seen = resize(self.expert(resize(pixel_values, self.expert.image_size)), self.grid)
-        cells = tokens_of(F.pixel_unshuffle(seen, self.part))                                                     # [B,c²,(g/c)²C]
-        words = labels[labels != IGNORED].view(len(labels), -1, cells.shape[1])[:, self.topics]                   # [B,K',c²]
-        logits = self.names(cells).unflatten(-1, (len(self.topics), -1))                                          # [B,c²,K',V]
+        cells = tokens_of(F.pixel_unshuffle(seen, self.part))  # [B,c²,(g/c)²C]
+        words = labels[labels != IGNORED].view(len(labels), -1, cells.shape[1])[:, self.topics]  # [B,K',c²]
+        logits = self.names(cells).unflatten(-1, (len(self.topics), -1))  # [B,c²,K',V]
         return CausalLMOutputWithPast(loss=F.cross_entropy(logits.permute(0, 3, 2, 1), words))
 
 # %% ../../nbs/papers/04_eagle.ipynb #e9702ee6
@@ -59,7 +59,7 @@ class HiddenPatches(nn.Module):
     ) -> None:
         super().__init__()
         self.expert, self.side = expert, expert.image_size // expert.grid
-        self.pixels = nn.Linear(expert.channels, 3 * self.side ** 2)
+        self.pixels = nn.Linear(expert.channels, 3 * self.side**2)
 
     def forward(
         self,
@@ -80,57 +80,67 @@ class SymbolReader(nn.Module):
     def __init__(
         self,
         language_model: nn.Module,
-        cells: int,                 # c
-        grid: int,                  # g, a multiple of c
+        cells: int,  # c
+        grid: int,  # g, a multiple of c
     ) -> None:
         super().__init__()
         self.language_model, self.cells, self.grid = language_model, cells, grid
 
     def forward(
         self,
-        input_ids: Tensor,       # [B,T] −1 in the places of the picture
-        labels: Tensor,          # [B,T] answers: the words of all cells, topic by topic, −100 elsewhere
+        input_ids: Tensor,  # [B,T] −1 in the places of the picture
+        labels: Tensor,  # [B,T] answers: the words of all cells, topic by topic, −100 elsewhere
         attention_mask: Tensor,  # [B,T]
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of questions."
         embeddings, places = self.language_model.get_input_embeddings(), input_ids < 0
-        symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells, self.cells)).sum(1)      # [B,c,c,D]
-        for dim in (1, 2): symbols = symbols.repeat_interleave(self.grid // self.cells, dim)                      # [B,g,g,D]
-        copies = int(places.sum()) // (len(places) * self.grid ** 2)
-        embeds = embeddings(input_ids.clamp(min=0)).masked_scatter(places[..., None], symbols.flatten(1, 2).repeat(1, copies, 1))
+        symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells, self.cells)).sum(
+            1
+        )  # [B,c,c,D]
+        for dim in (1, 2):
+            symbols = symbols.repeat_interleave(self.grid // self.cells, dim)  # [B,g,g,D]
+        copies = int(places.sum()) // (len(places) * self.grid**2)
+        embeds = embeddings(input_ids.clamp(min=0)).masked_scatter(
+            places[..., None], symbols.flatten(1, 2).repeat(1, copies, 1)
+        )
         return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
 
 # %% ../../nbs/papers/04_eagle.ipynb #7be6fd12
 class ShelfProcessor(EagleProcessor):
     "Eagle's processor for shelves."
-    noise = 0.0   # of the camera: standard deviation in units of normalised pixels
+
+    noise = 0.0  # of the camera: standard deviation in units of normalised pixels
 
     def image_tensor(
         self,
-        images: Sequence[Any],   # PIL images or undecoded sources
+        images: Sequence[Any],  # PIL images or undecoded sources
     ) -> Tensor:
         "Pixel values with noise: N images → [N,3,S,S]."
         pixels = super().image_tensor(images)
         for picture in pixels if self.noise else ():
-            picture += self.noise * torch.randn(picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes())))
+            picture += self.noise * torch.randn(
+                picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes()))
+            )
         return pixels
 
     def parts(
         self,
         sample: dict[str, Any],
-        training: bool,          # False: leave out the last answer
-        name: str,               # of the sample, for errors
+        training: bool,  # False: leave out the last answer
+        name: str,  # of the sample, for errors
     ) -> Iterator[tuple[list[int | None], bool]]:
         "As Eagle's, without end tokens."
-        for ids, supervised in super().parts(sample, training, name): yield [i for i in ids if i != self.tokenizer.eos_token_id], supervised
+        for ids, supervised in super().parts(sample, training, name):
+            yield [i for i in ids if i != self.tokenizer.eos_token_id], supervised
 
     def encode(
         self,
         sample: dict[str, Any],
-        training: bool = True,   # False: the prompt alone, to be answered
+        training: bool = True,  # False: the prompt alone, to be answered
     ) -> Encoded:
         "Token ids, labels and pixels of one sample."
         encoded = super().encode(sample, training)
-        if training and encoded.images: encoded.images = list(self.image_tensor(encoded.images))
+        if training and encoded.images:
+            encoded.images = list(self.image_tensor(encoded.images))
         return encoded

@@ -13,25 +13,32 @@ from .model import EagleConfig
 
 # %% ../../nbs/papers/04_eagle.ipynb #29ec16d5
 EXPERTS = r'^vision_model\.vision_towers\.'
-PROJECTOR = r'^(mm_projector|fusion|vision_model\.fusion)\.'   # the fusion's own weights learn with it
+PROJECTOR = r'^(mm_projector|fusion|vision_model\.fusion)\.'  # the fusion's own weights learn with it
 LANGUAGE = r'^language_model\.'
-JOINT = {'project': (PROJECTOR,), 'tune': (EXPERTS, PROJECTOR, LANGUAGE), 'tune_frozen': (PROJECTOR, LANGUAGE)}   # frozen: the experts
+JOINT = {
+    'project': (PROJECTOR,),
+    'tune': (EXPERTS, PROJECTOR, LANGUAGE),
+    'tune_frozen': (PROJECTOR, LANGUAGE),
+}  # frozen: the experts
 
 
 def alignment(
     config: EagleConfig,
-    name: str,            # of an expert in `aligned`
+    name: str,  # of an expert in `aligned`
 ) -> tuple[str, str]:
     "What learns while one expert is aligned: itself and its own projector."
     aligned, experts = config.connector_config['aligned'], [expert['name'] for expert in config.vision_config.experts]
-    if name not in aligned: raise ValueError(f'expert {name!r} has no projector of its own; the configuration aligns {", ".join(aligned) or "none"}')
+    if name not in aligned:
+        raise ValueError(
+            f'expert {name!r} has no projector of its own; the configuration aligns {", ".join(aligned) or "none"}'
+        )
     return rf'{EXPERTS}{experts.index(name)}\.', rf'^aligners\.{re.escape(name)}\.'
 
 
 def alignment_stages(
     config: EagleConfig,
     names: Sequence[str] | None = None,  # experts, one stage each; None: all that the configuration aligns
-    **settings: Any,                     # of each `Stage`: mixture, steps, batch_size, lr …
+    **settings: Any,  # of each `Stage`: mixture, steps, batch_size, lr …
 ) -> tuple[Stage, ...]:
     "Pre-alignment: a stage for each expert; their order is of no account, no two share a weight that learns."
     chosen = config.connector_config['aligned'] if names is None else names

@@ -18,9 +18,10 @@ class GatedMLP(nn.Module):
     "SwiGLU with a normalised inner layer."
 
     def __init__(
-        self, width: int,  # D
-        inner: int,        # width between
-        eps: float,        # of the norm
+        self,
+        width: int,  # D
+        inner: int,  # width between
+        eps: float,  # of the norm
     ):
         super().__init__()
         self.w1, self.w2, self.w3 = Linear(width, inner), Linear(inner, width), Linear(width, inner)
@@ -35,9 +36,12 @@ class ResamplerLayer(nn.Module):
     "Queries attend to themselves and to the features; then a gated MLP."
 
     def __init__(
-        self, width: int, num_heads: int,  # D, H
-        intermediate_size: int,            # inner width of the MLP
-        eps: float, dropout: float,        # of the MLP's norm; of attention probabilities in training
+        self,
+        width: int,
+        num_heads: int,  # D, H
+        intermediate_size: int,  # inner width of the MLP
+        eps: float,
+        dropout: float,  # of the MLP's norm; of attention probabilities in training
     ):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
@@ -46,11 +50,15 @@ class ResamplerLayer(nn.Module):
         self.output = nn.ModuleDict({'out_proj': Linear(width, width), 'norm2': LayerNorm(width), 'mlp': mlp})
         self.norm1, self.normk = LayerNorm(width), LayerNorm(width)
 
-    def forward(self, queries: Tensor, features: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(
+        self, queries: Tensor, features: Tensor, record: dict[str, Tensor] | None = None, name: str = ''
+    ) -> Tensor:
         "Queries [B, M, D], features [B, N, D] → [B, M, D]."
         x = self.norm1(queries)
         both = torch.cat([x, self.normk(features)], 1)
-        query, key, value = (split_heads(self.attention[n](y), self.num_heads) for n, y in (('query', x), ('key', both), ('value', both)))
+        query, key, value = (
+            split_heads(self.attention[n](y), self.num_heads) for n, y in (('query', x), ('key', both), ('value', both))
+        )
         if record is not None:
             record[f'{name}.attn'] = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
@@ -62,8 +70,12 @@ class ConvNorm(nn.Module):
     "Convolution, layer norm over the channels, SiLU if `act`; parts named as in timm."
 
     def __init__(
-        self, in_channels: int, channels: int, kernel_size: int = 1, groups: int = 1,  # as in `Conv`
-        act: bool = True,   # SiLU at the end
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 1,
+        groups: int = 1,  # as in `Conv`
+        act: bool = True,  # SiLU at the end
     ):
         super().__init__()
         self.conv, self.bn, self.act = Conv(in_channels, channels, kernel_size, groups), LayerNorm(channels), act
@@ -78,8 +90,9 @@ class SqueezeExcite(nn.Module):
     "Scale every channel by a gate computed from the mean over the map."
 
     def __init__(
-        self, channels: int,  # C
-        inner: int,           # width between
+        self,
+        channels: int,  # C
+        inner: int,  # width between
     ):
         super().__init__()
         self.fc1, self.fc2 = Conv(channels, inner, bias=True), Conv(inner, channels, bias=True)
@@ -101,7 +114,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
         "[B, s, s, in_channels] → [B, s, s, channels]."
         y = self.se(self.conv2(self.conv1(x)))
-        if record is not None: record[f'{name}.after_se'] = y.permute(0, 3, 1, 2)
+        if record is not None:
+            record[f'{name}.after_se'] = y.permute(0, 3, 1, 2)
         return F.silu(self.conv3(y) + self.downsample(x))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e2f872a5
@@ -124,7 +138,8 @@ class ConvNeXtBlock(nn.Module):
 class PlainBlock(ConvNorm):
     "Full 3×3 convolution, norm, SiLU."
 
-    def __init__(self, in_channels: int, channels: int): super().__init__(in_channels, channels, 3)
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__(in_channels, channels, 3)
 
     def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
         "[B, s, s, in_channels] → [B, s, s, channels]."
@@ -133,7 +148,7 @@ class PlainBlock(ConvNorm):
 # %% ../../nbs/papers/02_honeybee.ipynb #7ffaf159
 def uniform_points(
     num_tokens: int,  # M
-    side: int,        # s, cells along one side of the map
+    side: int,  # s, cells along one side of the map
 ) -> Tensor:
     "Reference points on an even grid from the first to the last cell centre: [1, M, 2], (x, y) in 0…1."
     steps = torch.linspace(0.5, side - 0.5, side_of(num_tokens, 'num_query_tokens')) / side
@@ -143,7 +158,7 @@ def uniform_points(
 
 def bilinear(
     locations: Tensor,  # [..., 2], (x, y) in 0…1 over the map
-    side: int,          # s
+    side: int,  # s
 ) -> tuple[Tensor, Tensor]:
     "Four cells around each location and their weights, 0 outside the map: [..., 2] → two of [..., 4]."
     position = locations * side - 0.5
@@ -157,59 +172,71 @@ def bilinear(
 
 # %% ../../nbs/papers/02_honeybee.ipynb #899e7f1e
 def sample_values(
-    values: Tensor,     # [B, N, D], already projected
+    values: Tensor,  # [B, N, D], already projected
     locations: Tensor,  # [B, M, H, K, 2]
-    weights: Tensor,    # [B, M, H, K]
+    weights: Tensor,  # [B, M, H, K]
 ) -> Tensor:
     "Each head reads its slice of the values: → [B, M, D]."
     side, num_heads = math.isqrt(values.shape[1]), weights.shape[2]
-    maps = split_heads(values, num_heads).transpose(2, 3).reshape(-1, values.shape[-1] // num_heads, side, side)   # [B·H, D/H, s, s]
-    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                                                       # [B·H, M, K, 2]
-    read = F.grid_sample(maps, grid, align_corners=False)                                                          # [B·H, D/H, M, K]
-    mixed = (read * weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)).sum(-1)                                    # [B·H, D/H, M]
+    maps = (
+        split_heads(values, num_heads).transpose(2, 3).reshape(-1, values.shape[-1] // num_heads, side, side)
+    )  # [B·H, D/H, s, s]
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [B·H, M, K, 2]
+    read = F.grid_sample(maps, grid, align_corners=False)  # [B·H, D/H, M, K]
+    mixed = (read * weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)).sum(-1)  # [B·H, D/H, M]
     return mixed.unflatten(0, (-1, num_heads)).flatten(1, 2).transpose(1, 2)
 
 
 def sample_then_project(
-    features: Tensor,       # [B, N, D]
+    features: Tensor,  # [B, N, D]
     projection: nn.Linear,  # D → D, to the values
-    locations: Tensor,      # [B, M, H, K, 2]
-    weights: Tensor,        # [B, M, H, K]
+    locations: Tensor,  # [B, M, H, K, 2]
+    weights: Tensor,  # [B, M, H, K]
 ) -> Tensor:
     "Equals `sample_values(projection(features), …)`: each head mixes whole features, the mixtures are projected → [B, M, D]."
     B, N, D = features.shape
     M, H = weights.shape[1:3]
     index, corner = bilinear(locations, math.isqrt(N))
     index = index + N * torch.arange(B, device=index.device).view(-1, 1, 1, 1, 1)
-    weight = (corner * weights.unsqueeze(-1)).flatten(3)                                    # [B, M, H, 4K]
-    mixed = F.embedding_bag(index.view(B * M * H, -1), features.flatten(0, 1), per_sample_weights=weight.flatten(0, 2), mode='sum')
-    per_head = projection.weight.to(features.dtype).unflatten(0, (H, -1))                   # [H, D/H, D]
+    weight = (corner * weights.unsqueeze(-1)).flatten(3)  # [B, M, H, 4K]
+    mixed = F.embedding_bag(
+        index.view(B * M * H, -1), features.flatten(0, 1), per_sample_weights=weight.flatten(0, 2), mode='sum'
+    )
+    per_head = projection.weight.to(features.dtype).unflatten(0, (H, -1))  # [H, D/H, D]
     values = torch.bmm(mixed.view(B * M, H, D).transpose(0, 1), per_head.transpose(1, 2)).transpose(0, 1)
     bias = weight.sum(-1, keepdim=True) * projection.bias.to(features.dtype).unflatten(0, (H, -1))
     return values.reshape(B, M, D) + bias.flatten(2)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ba97fae2
-_READ_COST = 4   # a multiplication of a sampled corner costs as much as so many in a matrix product (measured on a CPU)
+_READ_COST = 4  # a multiplication of a sampled corner costs as much as so many in a matrix product (measured on a CPU)
 
 
 class DeformableAttention(nn.Module):
     "Every query reads K points per head around its reference point."
 
     def __init__(
-        self, width: int, num_heads: int,  # D, H
-        num_points: int,                   # K
+        self,
+        width: int,
+        num_heads: int,  # D, H
+        num_points: int,  # K
     ):
         super().__init__()
         self.num_heads, self.num_points = num_heads, num_points
-        self.sampling_offsets, self.attention_weights = Linear(width, num_heads * num_points * 2), Linear(width, num_heads * num_points)
+        self.sampling_offsets, self.attention_weights = (
+            Linear(width, num_heads * num_points * 2),
+            Linear(width, num_heads * num_points),
+        )
         self.value_proj, self.output_proj = Linear(width, width), Linear(width, width)
 
-    def forward(self, query: Tensor, features: Tensor, points: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(
+        self, query: Tensor, features: Tensor, points: Tensor, record: dict[str, Tensor] | None = None, name: str = ''
+    ) -> Tensor:
         "Query [B, M, D], features [B, N, D], points [1, M, 2] → [B, M, D]."
         (B, M, D), N, H, K = query.shape, features.shape[1], self.num_heads, self.num_points
         offsets = self.sampling_offsets(query)
         weights = self.attention_weights(query).view(B, M, H, K).softmax(-1)
-        if record is not None: record[f'{name}.sampling_offsets'], record[f'{name}.cross_weights'] = offsets, weights.unsqueeze(3)
+        if record is not None:
+            record[f'{name}.sampling_offsets'], record[f'{name}.cross_weights'] = offsets, weights.unsqueeze(3)
         locations = points[:, :, None, None] + offsets.view(B, M, H, K, 2) / math.isqrt(N)
         if (N - M) * D > _READ_COST * 4 * M * H * K and type(self.value_proj) is Linear:
             return self.output_proj(sample_then_project(features, self.value_proj, locations, weights))
@@ -220,7 +247,9 @@ class SelfAttention(nn.Module):
     "Full attention among the queries; values do not see the positions."
 
     def __init__(
-        self, width: int, num_heads: int,  # D, H
+        self,
+        width: int,
+        num_heads: int,  # D, H
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -229,7 +258,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         "[B, M, D] twice → [B, M, D]."
         placed = x + positions
-        query, key, value = (split_heads(p(y), self.num_heads) for p, y in ((self.q_proj, placed), (self.k_proj, placed), (self.v_proj, x)))
+        query, key, value = (
+            split_heads(p(y), self.num_heads)
+            for p, y in ((self.q_proj, placed), (self.k_proj, placed), (self.v_proj, x))
+        )
         return self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #b6f184b7
@@ -237,18 +269,33 @@ class DeformableLayer(nn.Module):
     "Self-attention, deformable attention, MLP; norms after the residuals."
 
     def __init__(
-        self, width: int, num_heads: int, num_points: int,  # D, H, K
-        ffn_dim: int,    # inner width of the MLP
+        self,
+        width: int,
+        num_heads: int,
+        num_points: int,  # D, H, K
+        ffn_dim: int,  # inner width of the MLP
         dropout: float,  # in training
     ):
         super().__init__()
         self.dropout = dropout
-        self.self_attn, self.encoder_attn = SelfAttention(width, num_heads), DeformableAttention(width, num_heads, num_points)
+        self.self_attn, self.encoder_attn = (
+            SelfAttention(width, num_heads),
+            DeformableAttention(width, num_heads, num_points),
+        )
         self.fc1, self.fc2 = Linear(width, ffn_dim), Linear(ffn_dim, width)
-        self.self_attn_layer_norm, self.encoder_attn_layer_norm, self.final_layer_norm = (LayerNorm(width) for _ in range(3))
+        self.self_attn_layer_norm, self.encoder_attn_layer_norm, self.final_layer_norm = (
+            LayerNorm(width) for _ in range(3)
+        )
 
-    def forward(self, x: Tensor, positions: Tensor, features: Tensor, points: Tensor,
-                record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        features: Tensor,
+        points: Tensor,
+        record: dict[str, Tensor] | None = None,
+        name: str = '',
+    ) -> Tensor:
         "x and positions [B, M, D], features [B, N, D], points [1, M, 2] → [B, M, D]."
         dropout = partial(F.dropout, p=self.dropout, training=self.training)
         mixed = self.self_attn(x, positions)
@@ -256,5 +303,6 @@ class DeformableLayer(nn.Module):
         read = self.encoder_attn(x + positions, features, points, record, name)
         x = self.encoder_attn_layer_norm(x + dropout(read))
         x = self.final_layer_norm(x + dropout(self.fc2(F.relu(self.fc1(x)))))
-        if record is not None: record.update({f'{name}.self_out': mixed, f'{name}.cross_out': read, name: x})
+        if record is not None:
+            record.update({f'{name}.self_out': mixed, f'{name}.cross_out': read, name: x})
         return x

@@ -14,7 +14,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .blocks import Bottleneck, ConvNeXtBlock, DeformableLayer, PlainBlock, ResamplerLayer, bilinear, uniform_points
+from mllm_replica.honeybee.blocks import (
+    Bottleneck,
+    ConvNeXtBlock,
+    DeformableLayer,
+    PlainBlock,
+    ResamplerLayer,
+    bilinear,
+    uniform_points,
+)
 from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f873f51a
@@ -22,21 +30,26 @@ from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 
 
 def initialise(
-    module: nn.Module,         # any projector of this file
-    style: str = 'official',   # 'official', or 'scaled' for small modules trained from scratch
+    module: nn.Module,  # any projector of this file
+    style: str = 'official',  # 'official', or 'scaled' for small modules trained from scratch
 ) -> nn.Module:
     "Draw the initial weights in place; reference points and layer scales are left as they are."
-    if style not in ('official', 'scaled'): raise ValueError(f"style {style!r} is unknown: 'official' or 'scaled'")
+    if style not in ('official', 'scaled'):
+        raise ValueError(f"style {style!r} is unknown: 'official' or 'scaled'")
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding)):
             scaled = style == 'scaled' and not isinstance(part, nn.Embedding)
             nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5 if scaled else 0.02)
-            if getattr(part, 'bias', None) is not None: nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm): part.reset_parameters()
+            if getattr(part, 'bias', None) is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
     for name, parameter in module.named_parameters():
         kind = name.rpartition('.')[2]
-        if kind in ('pos_emb', 'v_pos_emb', 'eos_tokens', 'vit_eos'): nn.init.trunc_normal_(parameter, std=0.02)
-        if kind == 'query_tokens': nn.init.normal_(parameter, std=0.0 if style == 'official' else 0.02)
+        if kind in ('pos_emb', 'v_pos_emb', 'eos_tokens', 'vit_eos'):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        if kind == 'query_tokens':
+            nn.init.normal_(parameter, std=0.0 if style == 'official' else 0.02)
     return module
 
 # %% ../../nbs/papers/02_honeybee.ipynb #462ba3f6
@@ -56,10 +69,10 @@ class Projector(nn.Module):
     def __init__(
         self,
         encoder_hidden_size: int,  # width of the vision features
-        output_hidden_size: int,   # width of the language model
-        num_input_tokens: int,     # N, without the class token
-        num_query_tokens: int,     # M
-        num_eos_tokens: int,       # E
+        output_hidden_size: int,  # width of the language model
+        num_input_tokens: int,  # N, without the class token
+        num_query_tokens: int,  # M
+        num_eos_tokens: int,  # E
     ):
         super().__init__()
         self.encoder_hidden_size, self.output_hidden_size = encoder_hidden_size, output_hidden_size
@@ -70,17 +83,20 @@ class Projector(nn.Module):
         "Refuse anything but [B, N, D]."
         expected = (self.num_input_tokens, self.encoder_hidden_size)
         if features.ndim != 3 or features.shape[1:] != expected:
-            raise ValueError(f'visual features have shape {list(features.shape)}, {type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
-                             'images × patches (no class token) × width of the vision encoder')
+            raise ValueError(
+                f'visual features have shape {list(features.shape)}, {type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
+                'images × patches (no class token) × width of the vision encoder'
+            )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e3a74de4
 def mlp(
-    width_in: int,   # width of the input
+    width_in: int,  # width of the input
     width_out: int,  # width of every later layer
-    depth: int,      # number of linear layers, at least 1
+    depth: int,  # number of linear layers, at least 1
 ) -> nn.Sequential:
     "Linear layers with SiLU between: [..., width_in] → [..., width_out]."
-    if depth < 1: raise ValueError(f'an MLP needs a depth of at least 1, not {depth}')
+    if depth < 1:
+        raise ValueError(f'an MLP needs a depth of at least 1, not {depth}')
     more = [part for _ in range(depth - 1) for part in (nn.SiLU(), Linear(width_out, width_out))]
     return nn.Sequential(Linear(width_in, width_out), *more)
 
@@ -89,11 +105,14 @@ class FeatureProjector(Projector):
     "Normalise, add positions, `project`, append end tokens."
 
     def __init__(
-        self, encoder_hidden_size: int, output_hidden_size: int, num_input_tokens: int,  # as in `Projector`
+        self,
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,  # as in `Projector`
         num_query_tokens: int,  # M
-        num_eos_tokens: int,    # E
-        pos_emb: bool,          # add a learnt position table
-        prenorm: bool,          # normalise the features first
+        num_eos_tokens: int,  # E
+        pos_emb: bool,  # add a learnt position table
+        prenorm: bool,  # normalise the features first
     ):
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, num_eos_tokens)
         self.prenorm = LayerNorm(encoder_hidden_size, eps=1e-6) if prenorm else nn.Identity()
@@ -104,7 +123,8 @@ class FeatureProjector(Projector):
         "[B, N, D] → [B, M+E, output_hidden_size]."
         self.check(features)
         x = self.prenorm(features)
-        if self.pos_emb is not None: x = x + self.pos_emb
+        if self.pos_emb is not None:
+            x = x + self.pos_emb
         return _append(self.project(x, record), self.eos_tokens)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fa7f4a5f
@@ -112,15 +132,20 @@ class MLPProjector(FeatureProjector):
     "Every feature by itself through `depth` linear layers; depth 1 is the linear projector."
 
     def __init__(
-        self, encoder_hidden_size: int, output_hidden_size: int, num_input_tokens: int,  # as in `Projector`
+        self,
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,  # as in `Projector`
         num_query_tokens: int | None = None,  # must be N
-        num_eos_tokens: int = 0,              # E
-        depth: int = 2,                       # number of linear layers
-        pos_emb: bool = False,                # add a learnt position table
-        prenorm: bool = False,                # normalise the features first
+        num_eos_tokens: int = 0,  # E
+        depth: int = 2,  # number of linear layers
+        pos_emb: bool = False,  # add a learnt position table
+        prenorm: bool = False,  # normalise the features first
     ):
         if num_query_tokens not in (None, num_input_tokens):
-            raise ValueError(f'a linear or MLP projector keeps all {num_input_tokens} features, {num_query_tokens} query tokens are not possible')
+            raise ValueError(
+                f'a linear or MLP projector keeps all {num_input_tokens} features, {num_query_tokens} query tokens are not possible'
+            )
         sizes = encoder_hidden_size, output_hidden_size, num_input_tokens, num_input_tokens, num_eos_tokens
         super().__init__(*sizes, pos_emb, prenorm)
         self.net = mlp(encoder_hidden_size, output_hidden_size, depth)
@@ -135,23 +160,29 @@ class Resampler(Projector):
     "Learnt queries read the whole map by cross-attention."
 
     def __init__(
-        self, encoder_hidden_size: int, output_hidden_size: int, num_input_tokens: int,  # as in `Projector`
-        num_query_tokens: int = 64,      # M, any number
-        num_eos_tokens: int = 0,         # E
-        hidden_size: int = 1024,         # D
+        self,
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,  # as in `Projector`
+        num_query_tokens: int = 64,  # M, any number
+        num_eos_tokens: int = 0,  # E
+        hidden_size: int = 1024,  # D
         num_hidden_layers: int = 6,
-        num_attention_heads: int = 16,   # H
-        intermediate_size: int = 4096,   # inner width of the MLPs
+        num_attention_heads: int = 16,  # H
+        intermediate_size: int = 4096,  # inner width of the MLPs
         attention_probs_dropout_prob: float = 0.1,  # in training
-        layer_norm_eps: float = 1e-6,    # of the norm inside the MLPs
-        pos_emb: bool = False,           # add a learnt position table to the features
+        layer_norm_eps: float = 1e-6,  # of the norm inside the MLPs
+        pos_emb: bool = False,  # add a learnt position table to the features
     ):
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, num_eos_tokens)
         options = hidden_size, num_attention_heads, intermediate_size, layer_norm_eps, attention_probs_dropout_prob
         self.query_tokens = _table(num_query_tokens, hidden_size)
         self.pos_emb = _table(num_input_tokens * pos_emb, encoder_hidden_size)
         self.vit_eos = _table(num_eos_tokens, output_hidden_size)
-        self.visual_input_fc, self.visual_output_fc = Linear(encoder_hidden_size, hidden_size), Linear(hidden_size, output_hidden_size)
+        self.visual_input_fc, self.visual_output_fc = (
+            Linear(encoder_hidden_size, hidden_size),
+            Linear(hidden_size, output_hidden_size),
+        )
         layers = [nn.ModuleDict({'crossattention': ResamplerLayer(*options)}) for _ in range(num_hidden_layers)]
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(layers)})
         initialise(self)
@@ -159,12 +190,14 @@ class Resampler(Projector):
     def forward(self, features: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
         "[B, N, D] → [B, M+E, output_hidden_size]."
         self.check(features)
-        if self.pos_emb is not None: features = features + self.pos_emb
+        if self.pos_emb is not None:
+            features = features + self.pos_emb
         features = self.visual_input_fc(features)
         x = self.query_tokens.expand(len(features), -1, -1)
         for i, layer in enumerate(self.encoder['layers']):
             x = layer['crossattention'](x, features, record, f'layer{i}')
-            if record is not None: record[f'layer{i}'] = x
+            if record is not None:
+                record[f'layer{i}'] = x
         return _append(self.visual_output_fc(x), self.vit_eos)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ebca5dc7
@@ -176,7 +209,8 @@ def _stage(x: Tensor, side: int, blocks: nn.ModuleDict, record: dict[str, Tensor
     x = x.unflatten(1, (side, side))
     for key, block in blocks.items():
         x = block(x, record, f'{name}.{key}')
-        if record is not None: record[f'{name}.{key}'] = record[name] = x.permute(0, 3, 1, 2)
+        if record is not None:
+            record[f'{name}.{key}'] = record[name] = x.permute(0, 3, 1, 2)
     return x.flatten(1, 2)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #82693345
@@ -184,20 +218,27 @@ class CAbstractor(FeatureProjector):
     "Convolution blocks, pooling to √M × √M, convolution blocks, MLP."
 
     def __init__(
-        self, encoder_hidden_size: int, output_hidden_size: int, num_input_tokens: int,  # as in `Projector`, N a square
+        self,
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,  # as in `Projector`, N a square
         num_query_tokens: int = 144,  # M, a square; may exceed N
-        num_eos_tokens: int = 0,      # E
-        depth: int = 3,               # blocks before and after pooling; 0 for none
-        mlp_depth: int = 2,           # linear layers at the end
-        hidden_size: int = 1024,      # width of the blocks
-        pos_emb: bool = True,         # add a learnt position table
-        prenorm: bool = False,        # normalise the features first
-        block: str = 'resnet',        # a key of `BLOCKS`
+        num_eos_tokens: int = 0,  # E
+        depth: int = 3,  # blocks before and after pooling; 0 for none
+        mlp_depth: int = 2,  # linear layers at the end
+        hidden_size: int = 1024,  # width of the blocks
+        pos_emb: bool = True,  # add a learnt position table
+        prenorm: bool = False,  # normalise the features first
+        block: str = 'resnet',  # a key of `BLOCKS`
     ):
-        if block not in BLOCKS: raise ValueError(f'block {block!r} is unknown: {", ".join(BLOCKS)}')
+        if block not in BLOCKS:
+            raise ValueError(f'block {block!r} is unknown: {", ".join(BLOCKS)}')
         sizes = encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, num_eos_tokens
         super().__init__(*sizes, pos_emb, prenorm)
-        self.side, self.pooled_side = side_of(num_input_tokens, 'num_input_tokens'), side_of(num_query_tokens, 'num_query_tokens')
+        self.side, self.pooled_side = (
+            side_of(num_input_tokens, 'num_input_tokens'),
+            side_of(num_query_tokens, 'num_query_tokens'),
+        )
         widths = [encoder_hidden_size] + [hidden_size] * (2 * depth)
         blocks = [BLOCKS[block](*pair) for pair in zip(widths, widths[1:])]
         row = lambda part: nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
@@ -209,7 +250,8 @@ class CAbstractor(FeatureProjector):
         "[B, N, D] → [B, M, output_hidden_size]."
         x = _stage(x, self.side, self.net['0'], record, 'stage1')
         x = grid_pool(x, self.num_query_tokens)
-        if record is not None: record['pooled'] = x.unflatten(1, (self.pooled_side, -1)).permute(0, 3, 1, 2)
+        if record is not None:
+            record['pooled'] = x.unflatten(1, (self.pooled_side, -1)).permute(0, 3, 1, 2)
         return self.readout(_stage(x, self.pooled_side, self.net['2'], record, 'stage2'))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fe6f6433
@@ -217,18 +259,21 @@ class DAbstractor(Projector):
     "Queries with reference points read the map by deformable attention."
 
     def __init__(
-        self, encoder_hidden_size: int, output_hidden_size: int, num_input_tokens: int,  # as in `Projector`, N a square
-        num_query_tokens: int = 144,          # M, a square
-        num_eos_tokens: int = 0,              # E, join before the last projection
-        d_model: int = 1024,                  # D
+        self,
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,  # as in `Projector`, N a square
+        num_query_tokens: int = 144,  # M, a square
+        num_eos_tokens: int = 0,  # E, join before the last projection
+        d_model: int = 1024,  # D
         decoder_layers: int = 6,
-        decoder_attention_heads: int = 8,     # H
-        decoder_ffn_dim: int = 1024,          # inner width of the MLPs
-        decoder_n_points: int = 4,            # K
-        dropout: float = 0.1,                 # in training
-        pos_emb: bool = True,                 # add a learnt position table to the features
-        pooled_v_target: str = 'query',       # 'query', 'tgt' or 'none'
-        reference_points: str = 'uniform',    # where the learnt points start: 'uniform', or 'centre' for the ablation
+        decoder_attention_heads: int = 8,  # H
+        decoder_ffn_dim: int = 1024,  # inner width of the MLPs
+        decoder_n_points: int = 4,  # K
+        dropout: float = 0.1,  # in training
+        pos_emb: bool = True,  # add a learnt position table to the features
+        pooled_v_target: str = 'query',  # 'query', 'tgt' or 'none'
+        reference_points: str = 'uniform',  # where the learnt points start: 'uniform', or 'centre' for the ablation
     ):
         if pooled_v_target not in ('query', 'tgt', 'none'):
             raise ValueError(f"pooled_v_target {pooled_v_target!r} is unknown: 'query', 'tgt' or 'none'")
@@ -239,9 +284,14 @@ class DAbstractor(Projector):
         points = uniform_points(num_query_tokens, side_of(num_input_tokens, 'num_input_tokens'))
         self.reference_points = nn.Parameter(points if reference_points == 'uniform' else torch.full_like(points, 0.5))
         project = lambda width_in, width_out: nn.Identity() if width_in == width_out else Linear(width_in, width_out)
-        self.input_proj, self.output_proj = nn.ModuleList([project(encoder_hidden_size, d_model)]), project(d_model, output_hidden_size)
+        self.input_proj, self.output_proj = (
+            nn.ModuleList([project(encoder_hidden_size, d_model)]),
+            project(d_model, output_hidden_size),
+        )
         self.v_pos_emb, self.eos_tokens = _table(num_input_tokens * pos_emb, d_model), _table(num_eos_tokens, d_model)
-        self.query_position_embeddings = nn.Embedding(num_query_tokens, d_model * (2 if pooled_v_target == 'none' else 1))
+        self.query_position_embeddings = nn.Embedding(
+            num_query_tokens, d_model * (2 if pooled_v_target == 'none' else 1)
+        )
         options = d_model, decoder_attention_heads, decoder_n_points, decoder_ffn_dim, dropout
         self.layers = nn.ModuleList(DeformableLayer(*options) for _ in range(decoder_layers))
         initialise(self)
@@ -250,17 +300,19 @@ class DAbstractor(Projector):
 @patch
 def forward(
     self: DAbstractor,
-    features: Tensor,                          # [B, N, D]
-    record: dict[str, Tensor] | None = None,   # filled with intermediate results
+    features: Tensor,  # [B, N, D]
+    record: dict[str, Tensor] | None = None,  # filled with intermediate results
 ) -> Tensor:
     "[B, N, D] → [B, M+E, output_hidden_size]."
     self.check(features)
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast('cuda' if features.is_cuda else 'cpu', enabled=False):
         values = self.input_proj[0](features.to(dtype))
-        if self.v_pos_emb is not None: values = values + self.v_pos_emb
+        if self.v_pos_emb is not None:
+            values = values + self.v_pos_emb
         table = self.query_position_embeddings.weight.to(dtype).expand(len(values), -1, -1)
-        if self.pooled_v_target == 'none': positions, x = table.chunk(2, -1)
+        if self.pooled_v_target == 'none':
+            positions, x = table.chunk(2, -1)
         else:
             pooled = grid_pool(values, self.num_query_tokens)
             positions, x = (pooled, table) if self.pooled_v_target == 'query' else (table, pooled)
@@ -271,50 +323,71 @@ def forward(
 # %% ../../nbs/papers/02_honeybee.ipynb #77e9eea8
 PROJECTORS = {'mlp': MLPProjector, 'resampler': Resampler, 'c-abs': CAbstractor, 'd-abs': DAbstractor}
 _SIZES = ('encoder_hidden_size', 'output_hidden_size', 'num_input_tokens')
-_NO_EFFECT = {'projector_type', 'feature_layer_index', 'manual_init_refPoints', 'learnable_mRP', 'use_pretrained_backbone', 'disable_custom_kernels',
-              'initializer_range', 'use_cls', 'except_cls'}   # the range reaches end tokens alone, below
-_ONE_VALUE = {'num_feature_levels': 1, 'activation_function': 'relu', 'attention_dropout': 0.0, 'activation_dropout': 0.0, 'prenorm': False}
+_NO_EFFECT = {
+    'projector_type',
+    'feature_layer_index',
+    'manual_init_refPoints',
+    'learnable_mRP',
+    'use_pretrained_backbone',
+    'disable_custom_kernels',
+    'initializer_range',
+    'use_cls',
+    'except_cls',
+}  # the range reaches end tokens alone, below
+_ONE_VALUE = {
+    'num_feature_levels': 1,
+    'activation_function': 'relu',
+    'attention_dropout': 0.0,
+    'activation_dropout': 0.0,
+    'prenorm': False,
+}
 
 
 def projector_fields(
     projector_type: str,  # a key of `PROJECTORS`
 ) -> list[str]:
     "Fields of a configuration that shape this projector."
-    if projector_type not in PROJECTORS: raise ValueError(f'projector_type {projector_type!r} is unknown: {", ".join(PROJECTORS)}')
+    if projector_type not in PROJECTORS:
+        raise ValueError(f'projector_type {projector_type!r} is unknown: {", ".join(PROJECTORS)}')
     return [name for name in inspect.signature(PROJECTORS[projector_type]).parameters if name not in _SIZES]
 
 
 def build_projector(
-    config: dict,              # official field names; missing fields have the official defaults
+    config: dict,  # official field names; missing fields have the official defaults
     encoder_hidden_size: int,  # width of the vision features
-    output_hidden_size: int,   # width of the language model
-    num_input_tokens: int,     # N, without the class token
+    output_hidden_size: int,  # width of the language model
+    num_input_tokens: int,  # N, without the class token
 ) -> Projector:
     "The projector that a configuration describes, freshly initialised."
-    if 'projector_type' not in config: raise ValueError(f'projector_config has no projector_type: give one of {", ".join(PROJECTORS)}')
-    if 'num_queries' in config: config = {'num_query_tokens': config['num_queries']} | config   # the name of Deformable DETR
+    if 'projector_type' not in config:
+        raise ValueError(f'projector_config has no projector_type: give one of {", ".join(PROJECTORS)}')
+    if 'num_queries' in config:
+        config = {'num_query_tokens': config['num_queries']} | config  # the name of Deformable DETR
     kind, known = config['projector_type'], projector_fields(config['projector_type'])
     sizes = dict(zip(_SIZES, (encoder_hidden_size, output_hidden_size, num_input_tokens)))
     only = _ONE_VALUE | sizes | {'num_queries': config.get('num_query_tokens')}
     for name in set(config) - set(known) - _NO_EFFECT:
-        if name not in only: raise ValueError(f'projector_config field {name!r} is unknown for {kind!r}; known: {", ".join(known)}')
+        if name not in only:
+            raise ValueError(f'projector_config field {name!r} is unknown for {kind!r}; known: {", ".join(known)}')
         if config[name] != only[name]:
-            raise ValueError(f'projector_config field {name!r} is {config[name]!r}, only {only[name]!r} is possible here')
+            raise ValueError(
+                f'projector_config field {name!r} is {config[name]!r}, only {only[name]!r} is possible here'
+            )
     projector = PROJECTORS[kind](**sizes, **{name: config[name] for name in known if name in config})
-    if getattr(projector, 'eos_tokens', None) is not None and 'initializer_range' in config:   # it reaches these alone
+    if getattr(projector, 'eos_tokens', None) is not None and 'initializer_range' in config:  # it reaches these alone
         nn.init.trunc_normal_(projector.eos_tokens, std=config['initializer_range'])
     return projector
 
 # %% ../../nbs/papers/02_honeybee.ipynb #cd2d8f42
 def influence_maps(
     projector: Projector,  # any
-    features: Tensor,      # [B, N, D]
+    features: Tensor,  # [B, N, D]
 ) -> Tensor:
     "Norm of the gradient of each token (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N]."
     features = features.detach().requires_grad_()
     direction = torch.randn(projector.output_hidden_size, generator=torch.Generator().manual_seed(0)).to(features)
     with torch.enable_grad():
-        tokens = (projector(features)[:, :projector.num_query_tokens] * direction).sum((0, 2)).unbind()
+        tokens = (projector(features)[:, : projector.num_query_tokens] * direction).sum((0, 2)).unbind()
     gradients = [torch.autograd.grad(token, features, retain_graph=True)[0].norm(dim=-1) for token in tokens]
     maps = torch.stack(gradients, 1)
     return maps / maps.sum(-1, keepdim=True)
@@ -323,10 +396,11 @@ def influence_maps(
 @torch.no_grad()
 def attention_maps(
     projector: Projector,  # call `.eval()` first
-    features: Tensor,      # [B, N, D]
+    features: Tensor,  # [B, N, D]
 ) -> Tensor:
     "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; `influence_maps` where there is no attention."
-    if not isinstance(projector, (Resampler, DAbstractor)): return influence_maps(projector, features)
+    if not isinstance(projector, (Resampler, DAbstractor)):
+        return influence_maps(projector, features)
     record, (B, N, _), M = {}, features.shape, projector.num_query_tokens
     projector(features, record)
     if isinstance(projector, Resampler):
@@ -342,14 +416,17 @@ def attention_maps(
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e0e7f472
 def locality(
-    maps: Tensor,             # [B, M, N], each summing to 1 over N
+    maps: Tensor,  # [B, M, N], each summing to 1 over N
     side: int | None = None,  # s; None: the root of N
 ) -> dict[str, float]:
     "Mean spread of attention maps: `mean_distance` in sides of the map, `entropy` as a fraction of the uniform map's."
     side = side or side_of(maps.shape[-1], 'number of features')
-    if side * side != maps.shape[-1]: raise ValueError(f'maps over {maps.shape[-1]} features are no square of side {side}')
+    if side * side != maps.shape[-1]:
+        raise ValueError(f'maps over {maps.shape[-1]} features are no square of side {side}')
     maps = maps.double()
-    cells = torch.cartesian_prod(*[(torch.arange(side, dtype=maps.dtype, device=maps.device) + 0.5) / side] * 2)   # [N, 2]
+    cells = torch.cartesian_prod(
+        *[(torch.arange(side, dtype=maps.dtype, device=maps.device) + 0.5) / side] * 2
+    )  # [N, 2]
     centre = maps @ cells
     distance = (maps * torch.cdist(centre, cells.expand(len(maps), -1, -1))).sum(-1)
     entropy = torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])

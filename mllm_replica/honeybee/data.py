@@ -11,59 +11,82 @@ from ..data.samples import IMAGE as PLACEHOLDER
 from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templatize, vsr_question
 from ..models.vision import image_key
 
-_LISTED = dict(mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',   # how MMBench and SEED put their question
-               seed='{question}\nThere are several options:\n{option}\n\n')
+_LISTED = dict(
+    mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',  # how MMBench and SEED put their question
+    seed='{question}\nThere are several options:\n{option}\n\n',
+)
 
 
 def examples_of(
-    sample: dict[str, Any],             # as stored
-    template: str,                      # key of `TEMPLATES`
-    rng: random.Random | None = None,   # shuffles the options (training); None: as they come
+    sample: dict[str, Any],  # as stored
+    template: str,  # key of `TEMPLATES`
+    rng: random.Random | None = None,  # shuffles the options (training); None: as they come
 ) -> list[dict[str, Any]]:
     "The template's fields, for every question of a sample."
     given, turns, found = json.loads(sample['meta'] or '{}'), sample['conversations'], []
     for i, (asked, said) in enumerate(zip(turns[::2], turns[1::2])):
         question, answer = asked['value'].replace(PLACEHOLDER, '').strip(), said['value']
-        name = f"{sample['id']}.{i}" if len(turns) > 2 else sample['id']
+        name = f'{sample["id"]}.{i}' if len(turns) > 2 else sample['id']
         fields = {'context': given.get('hint') or 'N/A'} | given | dict(id=name, question=question, answer=answer)
-        if template in ('vsr', 'eval-vsr'): fields['question_interro'] = vsr_question(question)
-        if sample['options'] and answer not in sample['options']: raise ValueError(f"{answer!r} is not among the options {sample['options']}")
-        missing = ['N/A'] * (5 - len(sample['options'])) if template == 'mmb' else []   # MMBench always lists A to E
-        if sample['options']: fields['option'], fields['answer'] = optionize([*sample['options'], *missing], sample['options'].index(answer), rng)
-        if sample['options'] and template in _LISTED: fields['question'] = _LISTED[template].format(**fields)
-        if 'box' in given: fields['bbox'] = bbox_text(given['box'], given['width'], given['height'])
+        if template in ('vsr', 'eval-vsr'):
+            fields['question_interro'] = vsr_question(question)
+        if sample['options'] and answer not in sample['options']:
+            raise ValueError(f'{answer!r} is not among the options {sample["options"]}')
+        missing = ['N/A'] * (5 - len(sample['options'])) if template == 'mmb' else []  # MMBench always lists A to E
+        if sample['options']:
+            fields['option'], fields['answer'] = optionize(
+                [*sample['options'], *missing], sample['options'].index(answer), rng
+            )
+        if sample['options'] and template in _LISTED:
+            fields['question'] = _LISTED[template].format(**fields)
+        if 'box' in given:
+            fields['bbox'] = bbox_text(given['box'], given['width'], given['height'])
         found.append(fields | dict(caption=answer, phrase=answer))
     return found
 
 
 def in_template(
-    dataset: 'datasets.Dataset',   # from `mllm_replica.data.sources.load_source`
-    template: str,                 # key of `TEMPLATES`
+    dataset: 'datasets.Dataset',  # from `mllm_replica.data.sources.load_source`
+    template: str,  # key of `TEMPLATES`
     seed: int,
-    turns: int = 1,                # questions per sample; -1: all of an image
-    dedup: bool = False,           # no answer twice in a sample; needs turns > 1
-    training: bool = True,         # False: options and directions as they come
+    turns: int = 1,  # questions per sample; -1: all of an image
+    dedup: bool = False,  # no answer twice in a sample; needs turns > 1
+    training: bool = True,  # False: options and directions as they come
 ) -> 'datasets.Dataset':
     "The data set with a `prompt` per sample; `answer` is what its last turn should say."
-    if template not in TEMPLATES: raise ValueError(f'no template {template!r}; known: {", ".join(TEMPLATES)}')
+    if template not in TEMPLATES:
+        raise ValueError(f'no template {template!r}; known: {", ".join(TEMPLATES)}')
     pairs, found = [], {'row': [], 'id': [], 'prompt': [], 'answer': []}
     for row, sample in enumerate(dataset):
-        shuffle = random.Random(f"{seed} {sample['id']}") if training else None
-        try: examples = examples_of(sample, template, shuffle)
-        except (KeyError, ValueError) as error: raise ValueError(f"sample {sample['id']!r}, template {template!r}: {error}") from error
-        pairs += [(image_key(sample['images'][0]) if sample['images'] else f'text {row}', example | {'row': row, 'seen': bool(sample['images'])})
-                  for example in examples]
+        shuffle = random.Random(f'{seed} {sample["id"]}') if training else None
+        try:
+            examples = examples_of(sample, template, shuffle)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f'sample {sample["id"]!r}, template {template!r}: {error}') from error
+        pairs += [
+            (
+                image_key(sample['images'][0]) if sample['images'] else f'text {row}',
+                example | {'row': row, 'seen': bool(sample['images'])},
+            )
+            for example in examples
+        ]
     for number, group in enumerate(group_turns(pairs, turns, 'answer' if dedup else None)):
         rng = random.Random(f'{seed} {number}')
         examples = drawn(group['examples'], rng)
         first = examples[0]
         pattern = rng.randrange(len(TEMPLATES[template])) if training else 0
-        try: prompt = templatize(template, examples, first['seen'], pattern)
+        try:
+            prompt = templatize(template, examples, first['seen'], pattern)
         except KeyError as error:
-            raise ValueError(f"sample {first['id']!r}: template {template!r} wants {error}, the record has {sorted(first)}") from error
-        except ValueError as error: raise ValueError(f"sample {first['id']!r}: {error}") from error
+            raise ValueError(
+                f'sample {first["id"]!r}: template {template!r} wants {error}, the record has {sorted(first)}'
+            ) from error
+        except ValueError as error:
+            raise ValueError(f'sample {first["id"]!r}: {error}') from error
         for name, value in (first | {'prompt': prompt, 'answer': examples[-1]['answer']}).items():
-            if name in found: found[name].append(value)
+            if name in found:
+                found[name].append(value)
     rows = dataset.select(found.pop('row')).remove_columns(['id', 'answer'])
-    for name, values in found.items(): rows = rows.add_column(name, values)
+    for name, values in found.items():
+        rows = rows.add_column(name, values)
     return rows

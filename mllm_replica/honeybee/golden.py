@@ -18,7 +18,7 @@ from ..models.parity import Given, Partial
 from ..models.vision import clip_pixels, hidden_states, interpolate_positions
 
 # %% ../../nbs/papers/02_honeybee.ipynb #474bb593
-ORIGIN = 'khanrc/honeybee'   # official repository, named in the files
+ORIGIN = 'khanrc/honeybee'  # official repository, named in the files
 
 
 def projector_case(
@@ -35,7 +35,11 @@ def projector_case(
     loss.backward()
     outputs = {'last_hidden_state': output, 'scalar_loss': loss[None], **record}
     weights = {f'grad.w.{name}': parameter.grad for name, parameter in projector.named_parameters()}
-    return {f'out.{name}': tensor for name, tensor in outputs.items()} | weights | {'grad.in.visual_features': features.grad}
+    return (
+        {f'out.{name}': tensor for name, tensor in outputs.items()}
+        | weights
+        | {'grad.in.visual_features': features.grad}
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #53b208ea
 def reference_points_case(
@@ -54,7 +58,10 @@ def positions_case(
     tensors: Given,
 ) -> dict[str, Tensor]:
     "Enlarged position tables."
-    return {f'out.pos{i}': interpolate_positions(tensors[f'in.pos{i}'], case['scale']) for i, case in enumerate(config['cases'])}
+    return {
+        f'out.pos{i}': interpolate_positions(tensors[f'in.pos{i}'], case['scale'])
+        for i, case in enumerate(config['cases'])
+    }
 
 
 def preprocess_case(
@@ -63,7 +70,10 @@ def preprocess_case(
 ) -> dict[str, Tensor]:
     "Pixel values of uint8 images [height,width,3]."
     images = {name.removeprefix('in.image'): Image.fromarray(tensors[name].numpy()) for name in list(tensors)}
-    return {f'out.pixel_values{i}': clip_pixels([image], config['image_size'], config['mean'], config['std'])[0] for i, image in images.items()}
+    return {
+        f'out.pixel_values{i}': clip_pixels([image], config['image_size'], config['mean'], config['std'])[0]
+        for i, image in images.items()
+    }
 
 # %% ../../nbs/papers/02_honeybee.ipynb #322d178e
 def build_official(
@@ -77,11 +87,15 @@ def build_official(
     check_keys(model.state_dict(), convert_official(state, ours))
     model.load_state_dict(convert_official(state, ours))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return model, {official: parameters[name] for official, tensor in state.items() for name in convert_official({official: tensor}, ours)}
+    return model, {
+        official: parameters[name]
+        for official, tensor in state.items()
+        for name in convert_official({official: tensor}, ours)
+    }
 
 
 def merged_mask(
-    input_ids: Tensor,              # [B,T]
+    input_ids: Tensor,  # [B,T]
     attention_mask: Tensor | None,  # [B,T]; None: no padding
     image_token_id: int,
 ) -> Tensor:
@@ -102,11 +116,19 @@ def greedy_answers(
 ) -> dict[str, Tensor]:
     "New ids and logits of every step; nothing if the file asks for no answer."
     prompt, mask, pixels = (_input(tensors, f'gen_{name}') for name in ('input_ids', 'attention_mask', 'pixel_values'))
-    if prompt is None: return {}
+    if prompt is None:
+        return {}
     settings = {name: config['generation'][name] for name in ('max_new_tokens', 'eos_token_id', 'pad_token_id')}
-    answer = model.generate(input_ids=prompt, attention_mask=merged_mask(prompt, mask, model.config.image_token_id), pixel_values=pixels,
-                            do_sample=False, return_dict_in_generate=True, output_scores=True, **settings)
-    return dict(generated_ids=answer.sequences[:, prompt.shape[1]:], gen_scores=torch.stack(answer.scores, 1))
+    answer = model.generate(
+        input_ids=prompt,
+        attention_mask=merged_mask(prompt, mask, model.config.image_token_id),
+        pixel_values=pixels,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **settings,
+    )
+    return dict(generated_ids=answer.sequences[:, prompt.shape[1] :], gen_scores=torch.stack(answer.scores, 1))
 
 
 def full_case(
@@ -115,23 +137,45 @@ def full_case(
 ) -> dict[str, Tensor | Partial]:
     "Intermediate results, logits, loss and gradients of a whole model, and its greedy answers; of a batch of text, what has no image in it."
     model, parameters = build_official(config, tensors.weights())
-    pixels, ids, mask, labels = (_input(tensors, name) for name in ('pixel_values', 'input_ids', 'attention_mask', 'labels'))
-    if pixels is not None: pixels = pixels.clone().requires_grad_()
+    pixels, ids, mask, labels = (
+        _input(tensors, name) for name in ('pixel_values', 'input_ids', 'attention_mask', 'labels')
+    )
+    if pixels is not None:
+        pixels = pixels.clone().requires_grad_()
     result = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels, return_logits=True)
-    outputs, inputs = dict(merged_attention_mask=merged_mask(ids, mask, model.config.image_token_id).float()), {'grad.in.pixel_values': pixels}
+    outputs, inputs = (
+        dict(merged_attention_mask=merged_mask(ids, mask, model.config.image_token_id).float()),
+        {'grad.in.pixel_values': pixels},
+    )
     if labels is not None:
         result.loss.backward()
-        outputs['loss'], inputs = result.loss[None], inputs | {f'grad.w.{name}': parameter for name, parameter in parameters.items()}
+        outputs['loss'], inputs = (
+            result.loss[None],
+            inputs | {f'grad.w.{name}': parameter for name, parameter in parameters.items()},
+        )
     with torch.no_grad():
         outputs['inputs_embeds'] = model.embed(ids, pixels)
-        if pixels is not None: outputs |= dict(vision_hidden_states=torch.stack(hidden_states(model.vision_model, pixels)),
-                                               visual_features=model.visual_features(pixels), visual_embeds=model.visual_embeds(pixels))
+        if pixels is not None:
+            outputs |= dict(
+                vision_hidden_states=torch.stack(hidden_states(model.vision_model, pixels)),
+                visual_features=model.visual_features(pixels),
+                visual_embeds=model.visual_embeds(pixels),
+            )
     real = (ids != config.get('pad_token_id', 0)) if mask is None else mask.bool()
-    outputs |= greedy_answers(model, config, tensors) | dict(logits=Partial(result.logits, real[..., None], 'at positions with a real token'))
-    zeros = lambda tensor: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad   # of what the loss does not see
+    outputs |= greedy_answers(model, config, tensors) | dict(
+        logits=Partial(result.logits, real[..., None], 'at positions with a real token')
+    )
+    zeros = lambda tensor: (
+        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    )  # of what the loss does not see
     gradients = {name: zeros(tensor) for name, tensor in inputs.items() if tensor is not None}
     return {f'out.{name}': tensor for name, tensor in outputs.items()} | gradients
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5c30b2ed
-parity_cases = {'projector': projector_case, 'full': full_case, 'reference_points': reference_points_case, 'clip_pos_interp': positions_case,
-                'image_preprocess': preprocess_case}
+parity_cases = {
+    'projector': projector_case,
+    'full': full_case,
+    'reference_points': reference_points_case,
+    'clip_pos_interp': positions_case,
+    'image_preprocess': preprocess_case,
+}

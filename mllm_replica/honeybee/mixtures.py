@@ -15,15 +15,45 @@ GROUPS = {  # task group -> data set -> percent of the instruction mixture (Tabl
     't_inst': dict(sharegpt=2.6),
 }
 _ONE_EACH = ('gqa', 'scienceqa', 'refcoco', 'coyo', 'llava150k', 'sharegpt')  # Table 4, D2
-_GROUPED = ('vqav2', 'gqa', 'ocrvqa')         # several questions in one sample
+_GROUPED = ('vqav2', 'gqa', 'ocrvqa')  # several questions in one sample
 PRETRAIN = dict(blipcapfilt=1.0, coyo_pairs=1.0)
-_SIZES = dict(vqav2=444_000, gqa=943_000, ocrvqa=802_000, vsr=8_000, scienceqa=13_000, aokvqa=17_000, refcoco=321_000,
-              refcoco_plus=321_000, refcocog=321_000, vg=5_000_000, coyo=100_000_000,
-              llava150k=158_000, sharegpt=40_000)  # rounded; only the balancing rules read them
-TEMPLATE_OF = dict(vqav2='vqa', gqa='gqa', ocrvqa='ocrvqa', vsr='vsr', scienceqa='sqa', aokvqa='aokvqa', refcoco='refcoco', refcoco_plus='refcocop',
-                   refcocog='refcocog', vg='vgloc', coyo='coyo100m', coyo_pairs='coyo100m', blipcapfilt='blip')  # the others are conversations
-ASKED = dict(mme=('mme', 'yes_no', 20), pope=('eval-vqa', 'yes_no', 20), seed=('seed', 'exact_match', 20), mmbench=('mmb', 'letter', 128),
-             scienceqa=('eval-sqa', 'letter', 128))  # benchmark -> template, metric, new tokens
+_SIZES = dict(
+    vqav2=444_000,
+    gqa=943_000,
+    ocrvqa=802_000,
+    vsr=8_000,
+    scienceqa=13_000,
+    aokvqa=17_000,
+    refcoco=321_000,
+    refcoco_plus=321_000,
+    refcocog=321_000,
+    vg=5_000_000,
+    coyo=100_000_000,
+    llava150k=158_000,
+    sharegpt=40_000,
+)  # rounded; only the balancing rules read them
+TEMPLATE_OF = dict(
+    vqav2='vqa',
+    gqa='gqa',
+    ocrvqa='ocrvqa',
+    vsr='vsr',
+    scienceqa='sqa',
+    aokvqa='aokvqa',
+    refcoco='refcoco',
+    refcoco_plus='refcocop',
+    refcocog='refcocog',
+    vg='vgloc',
+    coyo='coyo100m',
+    coyo_pairs='coyo100m',
+    blipcapfilt='blip',
+)  # the others are conversations
+ASKED = dict(
+    mme=('mme', 'yes_no', 20),
+    pope=('eval-vqa', 'yes_no', 20),
+    seed=('seed', 'exact_match', 20),
+    mmbench=('mmb', 'letter', 128),
+    scienceqa=('eval-sqa', 'letter', 128),
+)  # benchmark -> template, metric, new tokens
 
 
 def instruction_mixture(
@@ -35,19 +65,27 @@ def instruction_mixture(
         groups = {g: {n: w for n, w in sets.items() if n in _ONE_EACH} for g, sets in groups.items()}
     flat = {name: weight for sets in groups.values() for name, weight in sets.items()}
     rule = params.get('mixture', 'per-dataset-tuned')
-    if rule == 'per-dataset': return dict.fromkeys(flat, 1.0)
-    if rule == 'per-task': return {name: 1 / len(sets) for sets in groups.values() for name in sets}
-    if rule == 'per-sample-100k': return {name: float(min(_SIZES[name], 100_000)) for name in flat}
-    if rule == 'per-dataset-tuned': return flat
+    if rule == 'per-dataset':
+        return dict.fromkeys(flat, 1.0)
+    if rule == 'per-task':
+        return {name: 1 / len(sets) for sets in groups.values() for name in sets}
+    if rule == 'per-sample-100k':
+        return {name: float(min(_SIZES[name], 100_000)) for name in flat}
+    if rule == 'per-dataset-tuned':
+        return flat
     raise ValueError(f'mixture {rule!r} is unknown')
 
 
 def options_of(
-    name: str,               # data set
+    name: str,  # data set
     params: dict[str, Any],  # of a published row
 ) -> dict[str, Any]:
     "A data set's template, and how its questions are grouped: up to ten of an image, without repeated answers, unless the row says otherwise."
     template = {'template': TEMPLATE_OF[name]} if name in TEMPLATE_OF else {}
-    grouped = {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)} if name in _GROUPED else {}
+    grouped = (
+        {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)}
+        if name in _GROUPED
+        else {}
+    )
     lengths = {'mean_text_tokens': 180} if name in PRETRAIN else {}
     return {'images': int(name != 'sharegpt')} | template | grouped | lengths

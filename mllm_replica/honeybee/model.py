@@ -23,43 +23,79 @@ from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLangua
 # %% ../../nbs/papers/02_honeybee.ipynb #a16cde91
 class HoneybeeConfig(VisionLanguageConfig):
     "Settings of Honeybee; `connector_config` is the official `projector_config`."
+
     model_type = 'honeybee'
 
     def visual_token_count(self) -> int:
         "Positions that one image takes: query tokens + end tokens."
         projector = self.connector_config
-        return projector.get('num_query_tokens', projector.get('num_queries', self.num_patches)) + projector.get('num_eos_tokens', 0)
+        return projector.get('num_query_tokens', projector.get('num_queries', self.num_patches)) + projector.get(
+            'num_eos_tokens', 0
+        )
 
 
 class HoneybeeModel(VisionLanguageModel):
     "CLIP → projector → Llama, under the official names `vision_model`, `abstractor`, `language_model`."
+
     config_class = HoneybeeConfig
     connector_name = 'abstractor'
 
     def build_connector(self, config: HoneybeeConfig) -> nn.Module:
         "The projector that `connector_config` describes."
-        return build_projector(config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size, config.num_patches)
+        return build_projector(
+            config.connector_config,
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            config.num_patches,
+        )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #2e02c234
-_CLIP_L = dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
-               projection_dim=768, hidden_act='quick_gelu', layer_norm_eps=1e-5)
-_LLAMA = dict(model_type='llama', vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False,
-              bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_CLIP_L = dict(
+    model_type='clip_vision_model',
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+    projection_dim=768,
+    hidden_act='quick_gelu',
+    layer_norm_eps=1e-5,
+)
+_LLAMA = dict(
+    model_type='llama',
+    vocab_size=32000,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 SIZES = {  # CLIP and Llama settings of the two sizes
-    '7B': (_CLIP_L | {'image_size': 224}, _LLAMA | dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
-    '13B': (_CLIP_L | {'image_size': 336}, _LLAMA | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)),
+    '7B': (
+        _CLIP_L | {'image_size': 224},
+        _LLAMA | dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    ),
+    '13B': (
+        _CLIP_L | {'image_size': 336},
+        _LLAMA | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    ),
 }
 
 
 def paper_config(
-    size: str,                  # '7B' or '13B'
+    size: str,  # '7B' or '13B'
     connector_config: dict[str, Any],  # official field names
-    feature_layer: int = -2,    # the paper's choice
+    feature_layer: int = -2,  # the paper's choice
 ) -> HoneybeeConfig:
     "The configuration of a model of the paper."
-    if size not in SIZES: raise KeyError(f'size {size!r} is not in the paper; expected one of {list(SIZES)}')
+    if size not in SIZES:
+        raise KeyError(f'size {size!r} is not in the paper; expected one of {list(SIZES)}')
     vision, text = SIZES[size]
-    return HoneybeeConfig(vision_config=vision, connector_config=connector_config, text_config=text, feature_layer=feature_layer)
+    return HoneybeeConfig(
+        vision_config=vision, connector_config=connector_config, text_config=text, feature_layer=feature_layer
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #9644d3ac
 class HoneybeeProcessor(VisionLanguageProcessor):
@@ -68,30 +104,34 @@ class HoneybeeProcessor(VisionLanguageProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,                # positions per image
-        image_size: int,                   # pixels
-        image_token_id: int = -1,          # placeholder
-        style: str = 'conversation',       # or 'plain': no role words, no end tokens
-        system: str | None = None,         # system sentence; None: that of the style
+        visual_tokens: int,  # positions per image
+        image_size: int,  # pixels
+        image_token_id: int = -1,  # placeholder
+        style: str = 'conversation',  # or 'plain': no role words, no end tokens
+        system: str | None = None,  # system sentence; None: that of the style
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
     ) -> None:
-        if style not in ('conversation', 'plain'): raise ValueError(f"style {style!r} is unknown; expected 'conversation' or 'plain'")
+        if style not in ('conversation', 'plain'):
+            raise ValueError(f"style {style!r} is unknown; expected 'conversation' or 'plain'")
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
-        if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.unk_token  # Llama has none
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.unk_token  # Llama has none
         self.style, self.system = style, SYSTEM_DETAIL if system is None and style == 'conversation' else system or ''
 
     def pieces(
         self,
         sample: dict[str, Any],  # with `prompt`, `conversations` or `document`
-        training: bool,          # False: leave out the last answer
+        training: bool,  # False: leave out the last answer
     ) -> list[Piece]:
         "The prompt of a sample."
         if sample.get('prompt'):
             pieces = prompt_pieces(sample['prompt'])
             return pieces[:-1] if not training and pieces[-1].supervised else pieces
-        if sample.get('document'): return super().pieces(sample, training)
-        if self.style == 'conversation': return conversation_pieces(sample['conversations'], self.system, training)
+        if sample.get('document'):
+            return super().pieces(sample, training)
+        if self.style == 'conversation':
+            return conversation_pieces(sample['conversations'], self.system, training)
         bare = [piece if piece is IMAGE else piece._replace(end=False) for piece in super().pieces(sample, training)]
         return [Piece(self.system)] * bool(self.system) + bare
 
@@ -99,18 +139,38 @@ class HoneybeeProcessor(VisionLanguageProcessor):
 register(HoneybeeConfig, HoneybeeModel, HoneybeeProcessor)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #0474c976
-_VISION_FIELDS = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
+_VISION_FIELDS = (
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'image_size',
+    'patch_size',
+)
 _TEXT_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_TEXT_OPTIONS = ('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'hidden_act', 'bos_token_id',
-                 'eos_token_id', 'pad_token_id', 'tie_word_embeddings', 'attention_bias')
+_TEXT_OPTIONS = (
+    'num_key_value_heads',
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'rope_theta',
+    'rope_scaling',
+    'hidden_act',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'tie_word_embeddings',
+    'attention_bias',
+)
 _VISION_OPTIONS = ('hidden_act', 'layer_norm_eps', 'projection_dim', 'image_mean', 'image_std')
 
 
 def _chosen(config: Mapping[str, Any], part: str, needed: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
     "The known fields of a part of config.json; a missing needed one is an error."
-    if not isinstance(config.get(part), Mapping): raise ValueError(f'config.json has no {part}; found {sorted(config)}')
+    if not isinstance(config.get(part), Mapping):
+        raise ValueError(f'config.json has no {part}; found {sorted(config)}')
     missing = [name for name in needed if config[part].get(name) is None]
-    if missing: raise ValueError(f'config.json: {part} lacks {missing}; complete it from the base model that it names')
+    if missing:
+        raise ValueError(f'config.json: {part} lacks {missing}; complete it from the base model that it names')
     return {name: config[part][name] for name in (*needed, *options) if config[part].get(name) is not None}
 
 
@@ -121,21 +181,30 @@ def official_config(
     config = dict(config)
     if 'visual_projector_config' in config:  # first release
         old = dict(config.pop('visual_projector_config'))
-        config['projector_config'] = old | {'num_query_tokens': config.get('num_query_tokens', old.get('num_query_tokens'))}
+        config['projector_config'] = old | {
+            'num_query_tokens': config.get('num_query_tokens', old.get('num_query_tokens'))
+        }
     vision = _chosen(config, 'vision_config', _VISION_FIELDS, _VISION_OPTIONS)
     encoder = config['vision_config'].get('encoder_type', 'openai.clip')
-    if encoder != 'openai.clip': raise ValueError(f"config.json: encoder_type is {encoder!r}; expected 'openai.clip'")
+    if encoder != 'openai.clip':
+        raise ValueError(f"config.json: encoder_type is {encoder!r}; expected 'openai.clip'")
     text = _chosen(config, 'text_config', _TEXT_FIELDS, _TEXT_OPTIONS)
     kind = config.get('projector_config', {}).get('projector_type')
-    projector = _chosen(config, 'projector_config', ['projector_type', 'num_query_tokens'], projector_fields(kind) if kind else [])
+    projector = _chosen(
+        config, 'projector_config', ['projector_type', 'num_query_tokens'], projector_fields(kind) if kind else []
+    )
     layer = config['projector_config'].get('feature_layer_index', -1)
-    if not isinstance(layer, int): raise NotImplementedError(f'config.json: feature_layer_index is {layer!r}; only one layer is supported')
+    if not isinstance(layer, int):
+        raise NotImplementedError(f'config.json: feature_layer_index is {layer!r}; only one layer is supported')
     vision, text = vision | {'model_type': 'clip_vision_model'}, text | {'model_type': 'llama'}
     return HoneybeeConfig(vision_config=vision, connector_config=projector, text_config=text, feature_layer=layer)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #cd048d4f
-RENAMED = ((r'^vision_model\.vision_model\.', 'vision_model.'),)                   # pattern -> replacement
-IGNORED_KEYS = (r'^vision_model\..*\.position_ids$', r'^language_model\..*rotary_emb\.inv_freq$')  # buffers that we compute
+RENAMED = ((r'^vision_model\.vision_model\.', 'vision_model.'),)  # pattern -> replacement
+IGNORED_KEYS = (
+    r'^vision_model\..*\.position_ids$',
+    r'^language_model\..*rotary_emb\.inv_freq$',
+)  # buffers that we compute
 
 
 def convert_official(
@@ -145,25 +214,33 @@ def convert_official(
     "The same tensors under our names."
     ours = {}
     for name, tensor in state.items():
-        if any(re.search(pattern, name) for pattern in IGNORED_KEYS): continue
-        for pattern, replacement in RENAMED: name = re.sub(pattern, replacement, name)
-        if name == 'abstractor.pos_emb' and tensor.shape[1] == config.num_patches + 1: tensor = tensor[:, 1:]
+        if any(re.search(pattern, name) for pattern in IGNORED_KEYS):
+            continue
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if name == 'abstractor.pos_emb' and tensor.shape[1] == config.num_patches + 1:
+            tensor = tensor[:, 1:]
         ours[name] = tensor
     return ours
 
 # %% ../../nbs/papers/02_honeybee.ipynb #407de0d5
 def load_official(
-    folder: str | Path,                # an official checkpoint: config.json and weights
+    folder: str | Path,  # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored; a D-Abstractor is always fp32
 ) -> HoneybeeModel:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
     folder = Path(folder)
-    config = official_config(json.loads((folder/'config.json').read_text()))
+    config = official_config(json.loads((folder / 'config.json').read_text()))
     state = convert_official(read_weights(folder), config)
-    with torch.device('meta'): check_keys(HoneybeeModel(config).state_dict(), state)
+    with torch.device('meta'):
+        check_keys(HoneybeeModel(config).state_dict(), state)
     dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
     model = HoneybeeModel.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
-    if config.connector_config['projector_type'] == 'd-abs':  # stays in fp32 whatever the rest has, as officially: its points would lose their place
+    if (
+        config.connector_config['projector_type'] == 'd-abs'
+    ):  # stays in fp32 whatever the rest has, as officially: its points would lose their place
         prefix = 'abstractor.'
-        model.abstractor.float().load_state_dict({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+        model.abstractor.float().load_state_dict(
+            {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        )
     return model

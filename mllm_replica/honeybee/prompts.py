@@ -17,7 +17,9 @@ from ..data.language import IMAGE, Piece, tokenize
 
 # %% ../../nbs/papers/02_honeybee.ipynb #8dbfe9cf
 SYSTEM = 'The following is a conversation between a curious human and AI assistant.'
-SYSTEM_DETAIL = SYSTEM + " The assistant gives helpful, detailed, and polite answers to the user's questions."  # LLaVA data, open questions
+SYSTEM_DETAIL = (
+    SYSTEM + " The assistant gives helpful, detailed, and polite answers to the user's questions."
+)  # LLaVA data, open questions
 NO_PROMPT = '[NO_PROMPT] <image> '
 
 _SHORT = 'Answer the question using a single word or phrase. '
@@ -28,19 +30,41 @@ _REGION = 'Provide a description for the region {bbox}, '
 _VSR = _SHORT + '{question_interro} Please answer yes or no.'
 _SQA = _LETTER + '{question}\nContext: {context}' + _OPTIONS
 
-TEMPLATES: dict[str, tuple[tuple[str | None, str], ...]] = {  # data set -> (input, target) patterns; input None: a caption
+TEMPLATES: dict[
+    str, tuple[tuple[str | None, str], ...]
+] = {  # data set -> (input, target) patterns; input None: a caption
     **dict.fromkeys(('coyo100m', 'blip', 'textcaps'), ((None, '{caption}'),)),
     **dict.fromkeys(('vqa', 'vgqa', 'ocrvqa', 'okvqa', 'gqa', 'kvqa'), ((_SHORT + '{question}', '{answer}'),)),
     'aokvqa': ((_LETTER + '{question}' + _OPTIONS, '{answer}'),),
     'sqa': ((_SQA, '{answer}'),),
     'vsr': ((_VSR, '{answer}'),),
-    **dict.fromkeys(('vgloc', 'refexploc'), (_BOX, ('Provide a short description for this region. {bbox}', '{phrase}'))),
-    'refcoco': (_BOX, (_REGION + 'utilizing positional words to refer to objects. '
-                       "Example: 'The large blue teddy bear next to the red balloon'", '{phrase}')),
-    'refcocop': (_BOX, (_REGION + 'focusing on the appearance of objects without using positional words. '
-                        "Example: 'The large blue teddy bear holding a red balloon.'", '{phrase}')),
-    'refcocog': (_BOX, (_REGION + 'using detailed and descriptive expressions to refer to objects. '
-                        "Example: 'The large blue teddy bear holding a red balloon with a joyful expression.'", '{phrase}')),
+    **dict.fromkeys(
+        ('vgloc', 'refexploc'), (_BOX, ('Provide a short description for this region. {bbox}', '{phrase}'))
+    ),
+    'refcoco': (
+        _BOX,
+        (
+            _REGION + 'utilizing positional words to refer to objects. '
+            "Example: 'The large blue teddy bear next to the red balloon'",
+            '{phrase}',
+        ),
+    ),
+    'refcocop': (
+        _BOX,
+        (
+            _REGION + 'focusing on the appearance of objects without using positional words. '
+            "Example: 'The large blue teddy bear holding a red balloon.'",
+            '{phrase}',
+        ),
+    ),
+    'refcocog': (
+        _BOX,
+        (
+            _REGION + 'using detailed and descriptive expressions to refer to objects. '
+            "Example: 'The large blue teddy bear holding a red balloon with a joyful expression.'",
+            '{phrase}',
+        ),
+    ),
     **dict.fromkeys(('mme', 'eval-vqa'), ((_SHORT + '{question}', ''),)),
     **dict.fromkeys(('mmb', 'seed'), ((_LETTER + '{question}', ''),)),
     'eval-sqa': ((_SQA, ''),),
@@ -50,20 +74,27 @@ TEMPLATES: dict[str, tuple[tuple[str | None, str], ...]] = {  # data set -> (inp
 
 # %% ../../nbs/papers/02_honeybee.ipynb #df09bec5
 def templatize(
-    dataset: str,                      # a key of `TEMPLATES`
+    dataset: str,  # a key of `TEMPLATES`
     examples: Sequence[dict[str, str]],  # turns of one image
-    image: bool = True,                # False: text only
-    pattern: int = 0,                  # which of the data set's patterns
+    image: bool = True,  # False: text only
+    pattern: int = 0,  # which of the data set's patterns
     system: str = SYSTEM,
 ) -> str:
     "The prompt text of some examples of a data set."
-    if dataset not in TEMPLATES: raise KeyError(f'no template for data set {dataset!r}; known: {", ".join(TEMPLATES)}')
+    if dataset not in TEMPLATES:
+        raise KeyError(f'no template for data set {dataset!r}; known: {", ".join(TEMPLATES)}')
     question, answer = TEMPLATES[dataset][pattern]
     if question is None:
         if len(examples) != 1 or not image:
-            raise ValueError(f'{dataset}: a caption needs one image and one turn, found {len(examples)} turns and image={image}')
+            raise ValueError(
+                f'{dataset}: a caption needs one image and one turn, found {len(examples)} turns and image={image}'
+            )
         return NO_PROMPT + answer.format(**examples[0])
-    turns = [line for example in examples for line in ('Human: ' + question.format(**example), 'AI: ' + answer.format(**example))]
+    turns = [
+        line
+        for example in examples
+        for line in ('Human: ' + question.format(**example), 'AI: ' + answer.format(**example))
+    ]
     return '\n'.join([system, *['Human: <image>'] * image, *turns])
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ebaf19c1
@@ -74,87 +105,110 @@ def prompt_pieces(
     prompt: str,  # as made by `templatize`
 ) -> list[Piece]:
     "The pieces of a prompt text, answers supervised."
-    if prompt.startswith(NO_PROMPT): return [IMAGE, Piece(prompt.removeprefix(NO_PROMPT), supervised=True, end=True)]
+    if prompt.startswith(NO_PROMPT):
+        return [IMAGE, Piece(prompt.removeprefix(NO_PROMPT), supervised=True, end=True)]
     parts = [part for part in _PARTS.split(prompt) if part]
     answers = [before == '\nAI: ' for before in ('', *parts)]
-    return [IMAGE if part == '<image>' else Piece(part, supervised=answer, end=answer) for part, answer in zip(parts, answers)]
+    return [
+        IMAGE if part == '<image>' else Piece(part, supervised=answer, end=answer)
+        for part, answer in zip(parts, answers)
+    ]
 
 
 def encode_prompt(
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
-    visual_tokens: int,             # positions per image
+    visual_tokens: int,  # positions per image
     image_token_id: int = -1,
     max_length: int | None = None,  # tokens without the begin token
-    no_eos: bool = False,           # drop an end token at the very end
+    no_eos: bool = False,  # drop an end token at the very end
 ) -> tuple[list[int], list[int]]:
     "Input ids and labels of a prompt text. Officially a caption is cut when all is written, so perhaps inside its image."
     caption, stop = prompt.startswith(NO_PROMPT), None if max_length is None else max_length + 1
-    ids, labels = tokenize(prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, None if caption else max_length)
-    if no_eos and ids[-1] == tokenizer.eos_token_id: ids, labels = ids[:-1], labels[:-1]
+    ids, labels = tokenize(
+        prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, None if caption else max_length
+    )
+    if no_eos and ids[-1] == tokenizer.eos_token_id:
+        ids, labels = ids[:-1], labels[:-1]
     return ids[:stop], labels[:stop]
 
 # %% ../../nbs/papers/02_honeybee.ipynb #6b3d2b1e
 def conversation_pieces(
     turns: Sequence[dict[str, str]],  # {'from': 'human' | 'gpt', 'value'}
     system: str = SYSTEM_DETAIL,
-    training: bool = True,            # False: leave the last answer open
+    training: bool = True,  # False: leave the last answer open
 ) -> list[Piece]:
     "The pieces of a conversation, answers supervised."
     pieces = [Piece(system)]
     for turn in turns if training or turns[-1]['from'] != 'gpt' else turns[:-1]:
-        if turn['from'] == 'gpt': pieces += [Piece('\nAI: '), *[Piece(turn['value'], supervised=True, end=True)] * bool(turn['value'])]
+        if turn['from'] == 'gpt':
+            pieces += [Piece('\nAI: '), *[Piece(turn['value'], supervised=True, end=True)] * bool(turn['value'])]
         else:
             lines = [part for part in re.split(r'\n?(<image>)\n?', turn['value']) if part]
-            pieces += [piece for line in lines for piece in (Piece('\nHuman: '), IMAGE if line == '<image>' else Piece(line))]
+            pieces += [
+                piece for line in lines for piece in (Piece('\nHuman: '), IMAGE if line == '<image>' else Piece(line))
+            ]
     return pieces if training else [*pieces, Piece('\nAI: ')]
 
 # %% ../../nbs/papers/02_honeybee.ipynb #4bb5a10f
 def encode_batch(
     prompts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    visual_tokens: int,              # positions per image
+    visual_tokens: int,  # positions per image
     image_token_id: int = -1,
-    max_length: int | None = None,   # tokens without the begin token
-    no_eos: bool = False,            # drop an end token at the very end
-    pad_to_max: bool = False,        # pad to max_length + 1 instead of the longest
-    padding_side: str = 'right',     # 'left' for generation
+    max_length: int | None = None,  # tokens without the begin token
+    no_eos: bool = False,  # drop an end token at the very end
+    pad_to_max: bool = False,  # pad to max_length + 1 instead of the longest
+    padding_side: str = 'right',  # 'left' for generation
 ) -> dict[str, Tensor]:
     "input_ids, labels, attention_mask [B,T] and seq_length [B] of several prompts."
     encoded = [encode_prompt(p, tokenizer, visual_tokens, image_token_id, max_length, no_eos) for p in prompts]
     lengths = [len(ids) for ids, _ in encoded]
-    if pad_to_max and max_length is None: raise ValueError('padding to max_length needs max_length')
+    if pad_to_max and max_length is None:
+        raise ValueError('padding to max_length needs max_length')
     longest = max_length + 1 if pad_to_max else max(lengths)
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         "Rows of one length: [B,T]."
         pads = [[value] * (longest - len(row)) for row in rows]
         return torch.tensor([row + pad if padding_side == 'right' else pad + row for row, pad in zip(rows, pads)])
-    return dict(input_ids=padded([ids for ids, _ in encoded], tokenizer.pad_token_id), labels=padded([labels for _, labels in encoded], IGNORED),
-                attention_mask=padded([[1] * n for n in lengths], 0), seq_length=torch.tensor(lengths))
+
+    return dict(
+        input_ids=padded([ids for ids, _ in encoded], tokenizer.pad_token_id),
+        labels=padded([labels for _, labels in encoded], IGNORED),
+        attention_mask=padded([[1] * n for n in lengths], 0),
+        seq_length=torch.tensor(lengths),
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ca98b6cb
 def group_turns(
     pairs: Sequence[tuple[str | None, dict[str, Any]]],  # (image, example), image None for text only
-    turns: int = 1,                                      # examples per sample; −1: all of an image
-    dedup_key: str | None = None,                        # field that must differ within a sample; None: keep all. Needs turns > 1
-    keep: Sequence[Any] = (),                            # values that may repeat
-    online: bool = True,                                 # keep duplicates as a list to draw from, else the first
+    turns: int = 1,  # examples per sample; −1: all of an image
+    dedup_key: str | None = None,  # field that must differ within a sample; None: keep all. Needs turns > 1
+    keep: Sequence[Any] = (),  # values that may repeat
+    online: bool = True,  # keep duplicates as a list to draw from, else the first
 ) -> list[dict[str, Any]]:
     "Samples of `examples` on one `image`; a nested list is a group of duplicates."
     clusters: dict[str | None, list] = {}
-    for image, example in pairs: clusters.setdefault(image, []).append(example)
+    for image, example in pairs:
+        clusters.setdefault(image, []).append(example)
     samples = []
     for image, cluster in clusters.items():
         if dedup_key is not None and turns > 1:
             groups: dict[Any, list] = {}
-            for example in cluster: groups.setdefault(example[dedup_key], []).append(example)
+            for example in cluster:
+                groups.setdefault(example[dedup_key], []).append(example)
             cluster = []
             for value, group in groups.items():
-                if len(group) == 1 or value in keep: cluster += group
-                else: cluster.append(group if online else group[0])
+                if len(group) == 1 or value in keep:
+                    cluster += group
+                else:
+                    cluster.append(group if online else group[0])
         step = turns if turns > 0 else len(cluster)
-        samples += [{'examples': cluster[i:i + step]} | ({} if image is None else {'image': image}) for i in range(0, len(cluster), step)]
+        samples += [
+            {'examples': cluster[i : i + step]} | ({} if image is None else {'image': image})
+            for i in range(0, len(cluster), step)
+        ]
     return samples
 
 
@@ -168,14 +222,15 @@ def drawn(
 # %% ../../nbs/papers/02_honeybee.ipynb #090baf63
 def optionize(
     options: Sequence[str],
-    answer: int,                        # index of the right one
-    rng: random.Random | None = None,   # shuffles the options (training); None: as they come
-    include_answer: bool = False,       # 'B. text' instead of 'B'
+    answer: int,  # index of the right one
+    rng: random.Random | None = None,  # shuffles the options (training); None: as they come
+    include_answer: bool = False,  # 'B. text' instead of 'B'
     separator: str = '\n',
 ) -> tuple[str, str]:
     "Lettered option lines and the target."
     order = list(range(len(options)))
-    if rng is not None: rng.shuffle(order)
+    if rng is not None:
+        rng.shuffle(order)
     letter = chr(ord('A') + order.index(answer))
     lines = separator.join(f'{chr(ord("A") + i)}. {options[o]}' for i, o in enumerate(order))
     return lines, f'{letter}. {options[answer]}' if include_answer else letter
@@ -183,8 +238,8 @@ def optionize(
 
 def bbox_text(
     box: Sequence[float],  # x, y, width, height in pixels
-    width: float,          # of the image
-    height: float,         # of the image
+    width: float,  # of the image
+    height: float,  # of the image
     decimals: int = 3,
 ) -> str:
     "'[x1,y1,x2,y2]' as fractions of the image."
@@ -193,14 +248,15 @@ def bbox_text(
 
 
 def vsr_question(
-    caption: str,            # 'The cat is on the mat.'
+    caption: str,  # 'The cat is on the mat.'
     repaired: bool = False,  # move only the word "is" or "are"
 ) -> str:
     "A statement as a yes/no question."
     if repaired:
         found = re.search(r'\b(is|are)\b', caption)
-        if not found: raise ValueError(f"caption {caption!r} has no 'is' or 'are' to turn it into a question")
-        before, after = caption[:found.start()].strip(), caption[found.end():].strip()
+        if not found:
+            raise ValueError(f"caption {caption!r} has no 'is' or 'are' to turn it into a question")
+        before, after = caption[: found.start()].strip(), caption[found.end() :].strip()
         return f'{found[0].capitalize()} {before[:1].lower()}{before[1:]} {after.rstrip(".")}?'
     return 'Is ' + ' '.join(part.lower().replace('.', '?').strip() for part in caption.split('is'))
 
@@ -210,7 +266,8 @@ def sqa_question(
 ) -> dict[str, Any]:
     "question, context and options of a ScienceQA record."
     found = re.search(r'(.+?)\nContext: (.*?)\nOptions: (.+)', text, re.DOTALL)
-    if not found: raise ValueError(f'ScienceQA question {text[:60]!r} is not of the form question, Context:, Options:')
+    if not found:
+        raise ValueError(f'ScienceQA question {text[:60]!r} is not of the form question, Context:, Options:')
     options = re.split(r'\([A-Z]\)', found[3].replace('<image>', ''))
     return dict(question=found[1], context=found[2], options=[o.strip() for o in options if o.strip()])
 
@@ -221,6 +278,9 @@ def sqa_answer(
     "lecture, solution, answer and answer_index of a ScienceQA record; parts that are absent are None."
     parts = re.split(r'(LECTURE:|SOLUTION:|###\nANSWER:)', text)
     names = {'LECTURE:': 'lecture', 'SOLUTION:': 'solution', '###\nANSWER:': 'answer'}
-    fields = dict.fromkeys(names.values()) | {names[mark]: value.lstrip() for mark, value in zip(parts[1::2], parts[2::2])}
-    if not re.fullmatch(r'[A-Z]\.*', fields['answer'] or ''): raise ValueError(f'ScienceQA answer {text[-60:]!r} does not end in one option letter')
+    fields = dict.fromkeys(names.values()) | {
+        names[mark]: value.lstrip() for mark, value in zip(parts[1::2], parts[2::2])
+    }
+    if not re.fullmatch(r'[A-Z]\.*', fields['answer'] or ''):
+        raise ValueError(f'ScienceQA answer {text[-60:]!r} does not end in one option letter')
     return fields | {'answer_index': ord(fields['answer'][0]) - ord('A')}

@@ -24,91 +24,188 @@ _TINY_SIZES = {  # widths and depths of the small projectors
 
 def projector_of(
     params: dict[str, Any],  # of a published row
-    tiny: bool,              # small widths and token counts
+    tiny: bool,  # small widths and token counts
 ) -> dict[str, Any]:
     "The official `projector_config` of a row."
     name = params.get('projector', 'c-abs')
     tokens = params.get('num_visual_tokens', 144)
     kind = 'mlp' if name == 'linear' else name
-    config = {'projector_type': kind, 'num_query_tokens': _TINY_TOKENS[tokens] if tiny else tokens} | (_TINY_SIZES[kind] if tiny else {})
-    if kind == 'mlp': return config | {'depth': params.get('depth', 1)}
-    if kind == 'resampler': return config | {'pos_emb': params.get('pos_emb', False)}
-    if kind == 'c-abs': return config | ({} if 'block' not in params else _BLOCKS[params['block']])
-    return config | {'pooled_v_target': 'query' if params.get('v_pooled_q', True) else 'none',
-                     'reference_points': 'uniform' if params.get('m_rp', True) else 'centre'}
+    config = {'projector_type': kind, 'num_query_tokens': _TINY_TOKENS[tokens] if tiny else tokens} | (
+        _TINY_SIZES[kind] if tiny else {}
+    )
+    if kind == 'mlp':
+        return config | {'depth': params.get('depth', 1)}
+    if kind == 'resampler':
+        return config | {'pos_emb': params.get('pos_emb', False)}
+    if kind == 'c-abs':
+        return config | ({} if 'block' not in params else _BLOCKS[params['block']])
+    return config | {
+        'pooled_v_target': 'query' if params.get('v_pooled_q', True) else 'none',
+        'reference_points': 'uniform' if params.get('m_rp', True) else 'centre',
+    }
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a93665a0
 _BOTH_STAGES = dict(betas=(0.9, 0.98), eps=1e-6, clip=1.0, precision='bf16')
 
 
-def _two_stages(kind: str, steps: tuple[int, int], mixtures: tuple[dict, dict], batches: tuple[int, int] = (256, 128),
-                accumulate: int = 1) -> tuple[Stage, Stage]:
+def _two_stages(
+    kind: str,
+    steps: tuple[int, int],
+    mixtures: tuple[dict, dict],
+    batches: tuple[int, int] = (256, 128),
+    accumulate: int = 1,
+) -> tuple[Stage, Stage]:
     "Table 11: pre-training of the projector, instruction tuning of projector and language model."
-    first = Stage(name='pretrain', trainable=(r'^abstractor\.',), mixture=mixtures[0], steps=steps[0], batch_size=batches[0],
-                  lr=1e-4 if kind == 'd-abs' else 3e-4, min_lr=1e-5, warmup_steps=min(2000, steps[0] // 4),
-                  weight_decay=0.01, accumulate=accumulate, **_BOTH_STAGES)
-    second = Stage(name='instruct', trainable=(r'^abstractor\.', r'^language_model\.'), mixture=mixtures[1], steps=steps[1],
-                   batch_size=batches[1], lr=2e-5, min_lr=1e-6, warmup_steps=min(150, steps[1] // 4),
-                   weight_decay=1e-4, accumulate=accumulate, **_BOTH_STAGES)
+    first = Stage(
+        name='pretrain',
+        trainable=(r'^abstractor\.',),
+        mixture=mixtures[0],
+        steps=steps[0],
+        batch_size=batches[0],
+        lr=1e-4 if kind == 'd-abs' else 3e-4,
+        min_lr=1e-5,
+        warmup_steps=min(2000, steps[0] // 4),
+        weight_decay=0.01,
+        accumulate=accumulate,
+        **_BOTH_STAGES,
+    )
+    second = Stage(
+        name='instruct',
+        trainable=(r'^abstractor\.', r'^language_model\.'),
+        mixture=mixtures[1],
+        steps=steps[1],
+        batch_size=batches[1],
+        lr=2e-5,
+        min_lr=1e-6,
+        warmup_steps=min(150, steps[1] // 4),
+        weight_decay=1e-4,
+        accumulate=accumulate,
+        **_BOTH_STAGES,
+    )
     return first, second
 
 
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     "The published recipe of a row."
     size = '13B' if '13b' in str(params.get('llm', params.get('scale', '7B'))).lower() else '7B'
-    if 'num_visual_tokens' not in params and size == '13B': params = params | {'num_visual_tokens': 256}
+    if 'num_visual_tokens' not in params and size == '13B':
+        params = params | {'num_visual_tokens': 256}
     projector = projector_of(params, tiny=False)
     long = table in ('6', '7', '14a', '14b', '14c', '14d', '15', '16', '1', 'fig8')
     steps = (params.get('pt_steps', 200_000 if long else 50_000), params.get('it_steps', 10_000 if long else 4_000))
     mixture = instruction_mixture(params)
     names = {**PRETRAIN, **mixture}
     folder = lambda name, split, options: Source(kind='folder', name=f'honeybee/{name}', split=split, options=options)
-    text = f"meta-llama/Llama-2-{size.lower()}-chat-hf" if params.get('llm', 'vicuna').startswith('llama') else f'lmsys/vicuna-{size.lower()}-v1.5'
+    text = (
+        f'meta-llama/Llama-2-{size.lower()}-chat-hf'
+        if params.get('llm', 'vicuna').startswith('llama')
+        else f'lmsys/vicuna-{size.lower()}-v1.5'
+    )
     backbones = {'vision': 'openai/clip-vit-large-patch14' + '-336' * (size == '13B'), 'text': text}
-    return Recipe(paper='honeybee', table=table, row=row, scale='paper', seed=seed,
-                  model={'size': size, 'connector': projector, 'feature_layer': params.get('feature_layer', -2), 'backbones': backbones},
-                  sources={name: folder(name, 'train', options_of(name, params)) for name in names}
-                  | {f'test_{name}': folder(name, 'test', {'template': template}) for name, (template, _, _) in ASKED.items()},
-                  stages=_two_stages(projector['projector_type'], steps, (PRETRAIN, mixture)),
-                  benchmarks=tuple(Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
-                                   for name, (_, metric, new) in ASKED.items()),
-                  assumptions=('benchmarks count single questions; `scoring.official_scorers` makes the official totals from the predictions',
-                               'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
-                               'instruction samples are padded to 1,024 positions, as officially'))
+    return Recipe(
+        paper='honeybee',
+        table=table,
+        row=row,
+        scale='paper',
+        seed=seed,
+        model={
+            'size': size,
+            'connector': projector,
+            'feature_layer': params.get('feature_layer', -2),
+            'backbones': backbones,
+        },
+        sources={name: folder(name, 'train', options_of(name, params)) for name in names}
+        | {f'test_{name}': folder(name, 'test', {'template': template}) for name, (template, _, _) in ASKED.items()},
+        stages=_two_stages(projector['projector_type'], steps, (PRETRAIN, mixture)),
+        benchmarks=tuple(
+            Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
+            for name, (_, metric, new) in ASKED.items()
+        ),
+        assumptions=(
+            'benchmarks count single questions; `scoring.official_scorers` makes the official totals from the predictions',
+            'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
+            'instruction samples are padded to 1,024 positions, as officially',
+        ),
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5d831e89
 _BOARD = {'pixels': 64, 'grid': 4, 'colors': 4}
 _SPATIAL = ('cell', 'dot', 'locate', 'relation')
 _TINY_MIX = {'boards': 0.85, 'easy_vqa': 0.15}
-_ASSUMPTIONS = ('one joint stage, no pre-training of the projector alone', 'frozen random encoder instead of CLIP',
-                'prompts without role words and end tokens: every answer has a known length')
+_ASSUMPTIONS = (
+    'one joint stage, no pre-training of the projector alone',
+    'frozen random encoder instead of CLIP',
+    'prompts without role words and end tokens: every answer has a known length',
+)
 
 
 def _tiny_model(projector: dict[str, Any]) -> dict[str, Any]:
     "Settings of the small model."
-    vision = dict(model_type='clip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                  image_size=64, patch_size=8, projection_dim=32)
-    text = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.08,
-                tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    vision = dict(
+        model_type='clip_vision_model',
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=32,
+    )
+    text = dict(
+        model_type='llama',
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return {'vision': vision, 'connector': projector, 'text': text, 'feature_layer': -2}
 
 
 def _joint(mixture: dict[str, float], scale: str, steps: int = 600) -> tuple[Stage, ...]:
     "One stage that trains projector and decoder."
     steps, batch = (steps, 32) if scale == 'tiny' else (6, 8)
-    return (Stage(name='joint', trainable=(r'^abstractor\.', r'^language_model\.'), mixture=mixture, steps=steps, batch_size=batch,
-                  lr=3e-3, warmup_steps=steps // 12, weight_decay=0.01, max_length=512),)
+    return (
+        Stage(
+            name='joint',
+            trainable=(r'^abstractor\.', r'^language_model\.'),
+            mixture=mixture,
+            steps=steps,
+            batch_size=batch,
+            lr=3e-3,
+            warmup_steps=steps // 12,
+            weight_decay=0.01,
+            max_length=512,
+        ),
+    )
 
 
-def _world(tasks: Any, scale: str, split: str = 'train', size: int | None = None, name: str = 'boards', turns: int = 12,
-           **options: Any) -> Source:
+def _world(
+    tasks: Any,
+    scale: str,
+    split: str = 'train',
+    size: int | None = None,
+    name: str = 'boards',
+    turns: int = 12,
+    **options: Any,
+) -> Source:
     "A source of boards; the smoke scale takes a few."
     board = _BOARD if name == 'boards' else {}
     few = 16 if split == 'train' else 8
     size = size if scale == 'tiny' else few
-    return Source(kind='world', name=name, split=split, size=size,
-                  options={**board, 'tasks': tasks, 'turns': turns if split == 'train' else 1, **options})
+    return Source(
+        kind='world',
+        name=name,
+        split=split,
+        size=size,
+        options={**board, 'tasks': tasks, 'turns': turns if split == 'train' else 1, **options},
+    )
 
 
 def _easy_vqa(scale: str, split: str = 'train', **options: Any) -> Source:
@@ -133,48 +230,100 @@ def _projectors(table: str, row: str, params: dict[str, Any], scale: str, seed: 
     "Rows that differ in the projector or the number of tokens."
     tests, benchmarks = _questions(scale)
     train = {'boards': _world(_FOUR, scale, size=6000), 'easy_vqa': _easy_vqa(scale, turns=8)}
-    return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=_tiny_model(projector_of(params, tiny=True)),
-                  sources=train | tests, stages=_joint(_TINY_MIX, scale), benchmarks=benchmarks, assumptions=_ASSUMPTIONS)
+    return Recipe(
+        paper='honeybee',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=_tiny_model(projector_of(params, tiny=True)),
+        sources=train | tests,
+        stages=_joint(_TINY_MIX, scale),
+        benchmarks=benchmarks,
+        assumptions=_ASSUMPTIONS,
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #2bdf33a8
-_TINY_GROUPS = {'vqa_open': ('cells', 'yesno', 'easy_vqa'), 'vqa_mc': ('letters',), 'rec': ('places',), 'cap': ('captions',),
-                'v_inst': ('sentences',), 't_inst': ('text',)}
-_TINY_TASKS = {'cells': 'cell', 'yesno': 'yesno', 'letters': 'letter', 'places': 'locate', 'captions': 'describe', 'sentences': 'sentence',
-               'text': 'copy', 'control': 'tint'}
-_TINY_RATIOS = dict(cells=3.0, yesno=4.0, easy_vqa=1.0, letters=2.0, places=8.0, captions=0.3, sentences=0.7,
-                    text=0.3)  # tuned by hand on development seeds
-_TINY_TURNS = dict(cells=6, yesno=8, easy_vqa=8, letters=6, places=2, captions=1, sentences=2, text=1,
-                   control=1)  # what a picture allows, or long answers would weigh too much
-_TINY_FORMATS = {'mc': ('letter', 'exact_match', 1), 'yesno': ('yesno', 'exact_match', 1), 'open': ('cell', 'exact_match', 1),
-                 'places': ('locate', 'exact_match', 1), 'freeform': ('sentence', 'token_f1', 7)}
+_TINY_GROUPS = {
+    'vqa_open': ('cells', 'yesno', 'easy_vqa'),
+    'vqa_mc': ('letters',),
+    'rec': ('places',),
+    'cap': ('captions',),
+    'v_inst': ('sentences',),
+    't_inst': ('text',),
+}
+_TINY_TASKS = {
+    'cells': 'cell',
+    'yesno': 'yesno',
+    'letters': 'letter',
+    'places': 'locate',
+    'captions': 'describe',
+    'sentences': 'sentence',
+    'text': 'copy',
+    'control': 'tint',
+}
+_TINY_RATIOS = dict(
+    cells=3.0, yesno=4.0, easy_vqa=1.0, letters=2.0, places=8.0, captions=0.3, sentences=0.7, text=0.3
+)  # tuned by hand on development seeds
+_TINY_TURNS = dict(
+    cells=6, yesno=8, easy_vqa=8, letters=6, places=2, captions=1, sentences=2, text=1, control=1
+)  # what a picture allows, or long answers would weigh too much
+_TINY_FORMATS = {
+    'mc': ('letter', 'exact_match', 1),
+    'yesno': ('yesno', 'exact_match', 1),
+    'open': ('cell', 'exact_match', 1),
+    'places': ('locate', 'exact_match', 1),
+    'freeform': ('sentence', 'token_f1', 7),
+}
 _CONTROL = {'control': ('tint', 'exact_match', 1)}
 
 
 def _data_set(name: str, scale: str, size: int = 2000) -> Source:
     "One data set to train on."
     turns = _TINY_TURNS[name]
-    if name == 'easy_vqa': return _easy_vqa(scale, turns=turns)
+    if name == 'easy_vqa':
+        return _easy_vqa(scale, turns=turns)
     return _world([_TINY_TASKS[name]], scale, size=size, name='text' if name == 'text' else 'boards', turns=turns)
 
 
-def _mixture(table: str, row: str, scale: str, seed: int, train: dict[str, Source], weights: dict[str, float],
-             asked: dict[str, tuple], steps: int = 600) -> Recipe:
+def _mixture(
+    table: str,
+    row: str,
+    scale: str,
+    seed: int,
+    train: dict[str, Source],
+    weights: dict[str, float],
+    asked: dict[str, tuple],
+    steps: int = 600,
+) -> Recipe:
     "A recipe of the small model whose rows differ in their data; an eleventh of the samples ask the control."
     train, weights = train | {'control': _data_set('control', scale)}, weights | {'control': sum(weights.values()) / 10}
     tests = {f'test_{name}': _world([task], scale, 'test', 500) for name, (task, _, _) in (asked | _CONTROL).items()}
-    benchmarks = tuple(Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
-                       for name, (_, metric, new) in (asked | _CONTROL).items())
+    benchmarks = tuple(
+        Benchmark(name=name, source=f'test_{name}', metric=metric, max_new_tokens=new)
+        for name, (_, metric, new) in (asked | _CONTROL).items()
+    )
     real = Benchmark(name='easy_vqa', source='test_easy_vqa', max_new_tokens=1)
     model = _tiny_model(projector_of({'num_visual_tokens': 64}, tiny=True))
-    return Recipe(paper='honeybee', table=table, row=row, scale=scale, seed=seed, model=model,
-                  sources=train | tests | {'test_easy_vqa': _easy_vqa(scale, 'test')}, stages=_joint(weights, scale, steps),
-                  benchmarks=(*benchmarks, real), assumptions=_ASSUMPTIONS)
+    return Recipe(
+        paper='honeybee',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=model,
+        sources=train | tests | {'test_easy_vqa': _easy_vqa(scale, 'test')},
+        stages=_joint(weights, scale, steps),
+        benchmarks=(*benchmarks, real),
+        assumptions=_ASSUMPTIONS,
+    )
 
 
 def _groups(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 4: task groups left out."
     groups = [sets for group, sets in _TINY_GROUPS.items() if params.get(group, 1)]
-    if params.get('single_dataset_per_task'): groups = [sets[:1] for sets in groups]
+    if params.get('single_dataset_per_task'):
+        groups = [sets[:1] for sets in groups]
     train = {name: _data_set(name, scale) for sets in groups for name in sets}
     return _mixture(table, row, scale, seed, train, {name: _TINY_RATIOS[name] for name in train}, _TINY_FORMATS, 1800)
 
@@ -183,17 +332,31 @@ def _balance(table: str, row: str, params: dict[str, Any], scale: str, seed: int
     "Table 5a: rules of balancing, for data sets whose sizes differ a hundredfold."
     sizes = dict(cells=6000, yesno=60, easy_vqa=4000, letters=60, places=6000, captions=6000)
     groups = [[name for name in sets if name in sizes] for sets in _TINY_GROUPS.values()]
-    weights = {'per-dataset': dict.fromkeys(sizes, 1.0), 'per-task': {name: 1 / len(sets) for sets in groups for name in sets},
-               'per-sample-100k': {name: float(min(size, 1000)) for name, size in sizes.items()},
-               'per-dataset-tuned': {name: _TINY_RATIOS[name] for name in sizes}}[params['mixture']]
-    return _mixture(table, row, scale, seed, {name: _data_set(name, scale, size) for name, size in sizes.items()}, weights,
-                    {name: asked for name, asked in _TINY_FORMATS.items() if name != 'freeform'}, 1800)
+    weights = {
+        'per-dataset': dict.fromkeys(sizes, 1.0),
+        'per-task': {name: 1 / len(sets) for sets in groups for name in sets},
+        'per-sample-100k': {name: float(min(size, 1000)) for name, size in sizes.items()},
+        'per-dataset-tuned': {name: _TINY_RATIOS[name] for name in sizes},
+    }[params['mixture']]
+    return _mixture(
+        table,
+        row,
+        scale,
+        seed,
+        {name: _data_set(name, scale, size) for name, size in sizes.items()},
+        weights,
+        {name: asked for name, asked in _TINY_FORMATS.items() if name != 'freeform'},
+        1800,
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e488bad2
 def _templates(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5c: two data sets that want different answers, with wordings of their own (one or ten) or a shared one."
-    tasks = {'coarse': (['coarse_name'], ['coarse_name_row']), 'fine': (['name0'], ['name_row0'])}[params['granularity']]
-    if params['diversity'] == 'multi': tasks = tuple([f'{task[:-1]}{i}' for i in range(10)] for (task,) in tasks)
+    tasks = {'coarse': (['coarse_name'], ['coarse_name_row']), 'fine': (['name0'], ['name_row0'])}[
+        params['granularity']
+    ]
+    if params['diversity'] == 'multi':
+        tasks = tuple([f'{task[:-1]}{i}' for i in range(10)] for (task,) in tasks)
     train = {name: _world(tasks, scale, size=4000) for name, tasks in zip(('by_color', 'by_row'), tasks)}
     lengths = {'name_color': 1, 'name_row': 3}
     asked = {name: (task, 'exact_match', lengths[name]) for name, (task, *_) in zip(lengths, tasks)}
@@ -204,32 +367,62 @@ def _templates(table: str, row: str, params: dict[str, Any], scale: str, seed: i
 def _turns(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5d: one question per sample, all of a picture (twelve of a board), or those of them whose answers differ."
     turns = (12, 8) if params['multi_turn'] else (1, 1)
-    train = {'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns[0], dedup=params['dedup']),
-             'easy_vqa': _easy_vqa(scale, turns=turns[1], dedup=params['dedup'])}
-    return _mixture(table, row, scale, seed, train, _TINY_MIX, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)})
+    train = {
+        'boards': _world({'cell': 1.0, 'dot': 1.0}, scale, size=6000, turns=turns[0], dedup=params['dedup']),
+        'easy_vqa': _easy_vqa(scale, turns=turns[1], dedup=params['dedup']),
+    }
+    return _mixture(
+        table, row, scale, seed, train, _TINY_MIX, {'open': _TINY_FORMATS['open'], 'dots': ('dot', 'exact_match', 1)}
+    )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f1dba5ba
-_TINY = {'3': _projectors, '7': _projectors, '8': _projectors, '9': _projectors, 'fig9': _projectors, '4': _groups, '5a': _balance,
-         '5c': _templates, '5d': _turns}
+_TINY = {
+    '3': _projectors,
+    '7': _projectors,
+    '8': _projectors,
+    '9': _projectors,
+    'fig9': _projectors,
+    '4': _groups,
+    '5a': _balance,
+    '5c': _templates,
+    '5d': _turns,
+}
 _DATA_TABLES = {'2': 'describes the data', '11': 'describes the recipe itself', '12': 'describes the mixture itself'}
-_OWN_MODELS = {'6': 'honeybee', '1': 'honeybee', '15': 'honeybee', '16': 'c_', 'fig8': 'honeybee'}  # start of the row key
-_UNPUBLISHED = {'lora_r64': 'LoRA is not wired: alpha is not stated',
-                'lora_r256': 'LoRA is not wired: alpha is not stated', 'image_indicator': 'the indicator tokens are not published',
-                'fine_multi_flip': 'the inverted wordings are not published', 'fine_multi': 'the ten wordings are not published',
-                'coarse_single': 'the coarse wordings are not published',
-                'dataset_name': 'the identifier format is not published', 'task_name': 'the identifier format is not published'}
+_OWN_MODELS = {
+    '6': 'honeybee',
+    '1': 'honeybee',
+    '15': 'honeybee',
+    '16': 'c_',
+    'fig8': 'honeybee',
+}  # start of the row key
+_UNPUBLISHED = {
+    'lora_r64': 'LoRA is not wired: alpha is not stated',
+    'lora_r256': 'LoRA is not wired: alpha is not stated',
+    'image_indicator': 'the indicator tokens are not published',
+    'fine_multi_flip': 'the inverted wordings are not published',
+    'fine_multi': 'the ten wordings are not published',
+    'coarse_single': 'the coarse wordings are not published',
+    'dataset_name': 'the identifier format is not published',
+    'task_name': 'the identifier format is not published',
+}
 
 
 def _reason(table: str, row: str, params: dict[str, Any], scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
-    if params.get('projector') == 'linear' and params.get('num_visual_tokens') == 144: return 'a linear projector cannot change the number of tokens'
-    if table in _DATA_TABLES: return _DATA_TABLES[table]
+    if params.get('projector') == 'linear' and params.get('num_visual_tokens') == 144:
+        return 'a linear projector cannot change the number of tokens'
+    if table in _DATA_TABLES:
+        return _DATA_TABLES[table]
     if scale in ('smoke', 'tiny'):
-        if table not in _TINY: return 'not testable on small models trained from scratch'
-        if table == '7' and params['resolution'] == 336: return 'a board of the higher resolution is not learnt within a small unit\'s time'
+        if table not in _TINY:
+            return 'not testable on small models trained from scratch'
+        if table == '7' and params['resolution'] == 336:
+            return "a board of the higher resolution is not learnt within a small unit's time"
         return 'inverting a question about a colour gives no single answer' if row == 'fine_multi_flip' else None
-    if not row.startswith(_OWN_MODELS.get(table, '')): return 'another paper\'s model'
-    if scale == 'small': return None if table in ('3', '8', '9', 'fig9') else 'has no recipe at scale small'
+    if not row.startswith(_OWN_MODELS.get(table, '')):
+        return "another paper's model"
+    if scale == 'small':
+        return None if table in ('3', '8', '9', 'fig9') else 'has no recipe at scale small'
     return _UNPUBLISHED.get(row)
 
 
@@ -258,10 +451,18 @@ def _small(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     tests, benchmarks = _questions('tiny', **board)
     train = {'boards': _world(_FOUR, 'tiny', size=20_000, **board), 'easy_vqa': _easy_vqa('tiny', turns=8)}
     model = {'backbones': _SMALL, 'connector': projector, 'feature_layer': -2}
-    return Recipe(paper='honeybee', table=table, row=row, scale='small', seed=seed, model=model,
-                  sources=train | tests, stages=_two_stages(projector['projector_type'], (500, 1000), (_TINY_MIX, _TINY_MIX), (64, 64), accumulate=4),
-                  benchmarks=tuple(b.model_copy(update={'max_new_tokens': 8}) for b in benchmarks),
-                  assumptions=('boards and easy-VQA instead of photographs',))
+    return Recipe(
+        paper='honeybee',
+        table=table,
+        row=row,
+        scale='small',
+        seed=seed,
+        model=model,
+        sources=train | tests,
+        stages=_two_stages(projector['projector_type'], (500, 1000), (_TINY_MIX, _TINY_MIX), (64, 64), accumulate=4),
+        benchmarks=tuple(b.model_copy(update={'max_new_tokens': 8}) for b in benchmarks),
+        assumptions=('boards and easy-VQA instead of photographs',),
+    )
 
 
 def recipe(
@@ -272,9 +473,12 @@ def recipe(
 ) -> Recipe:
     "The recipe of one unit; a row that cannot run says why."
     params, reason = load_table('honeybee', table).row(row).params, rows(table, scale)[row]
-    if reason: raise ValueError(f'honeybee table {table} row {row} cannot run at scale {scale}: {reason}')
-    if scale == 'paper': return _paper(table, row, params, seed)
-    if scale == 'small': return _small(table, row, params, seed)
+    if reason:
+        raise ValueError(f'honeybee table {table} row {row} cannot run at scale {scale}: {reason}')
+    if scale == 'paper':
+        return _paper(table, row, params, seed)
+    if scale == 'small':
+        return _small(table, row, params, seed)
     return _TINY[table](table, row, params, scale, seed)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #d9917d5d
@@ -286,7 +490,9 @@ def load_source(
     "The samples of a source; stored data sets in the paper's templates."
     from mllm_replica.data import sources as data
     from mllm_replica.honeybee.data import in_template
-    if source.kind in ('world', 'easy_vqa'): return data.load_source(source, seed, data_root)   # whose options have other meanings
+
+    if source.kind in ('world', 'easy_vqa'):
+        return data.load_source(source, seed, data_root)  # whose options have other meanings
     how = {name: source.options[name] for name in ('template', 'turns', 'dedup') if name in source.options}
     rest = {name: value for name, value in source.options.items() if name not in how}
     stored = data.load_source(source.model_copy(update={'options': rest}), seed, data_root)
@@ -297,9 +503,12 @@ def _scratch(model: Any, seed: int) -> None:
     "Draw the small model's weights: an encoder whose features keep colour and place, a projector scaled to its widths."
     import torch
     from mllm_replica.honeybee.components import initialise
+
     generator, embeddings = torch.Generator().manual_seed(seed), model.vision_model.embeddings
     with torch.no_grad():
-        embeddings.patch_embedding.weight.normal_(std=embeddings.patch_embedding.weight[0].numel() ** -0.5, generator=generator)
+        embeddings.patch_embedding.weight.normal_(
+            std=embeddings.patch_embedding.weight[0].numel() ** -0.5, generator=generator
+        )
         embeddings.position_embedding.weight.normal_(generator=generator)
     initialise(model.abstractor, 'scaled')
 
@@ -309,13 +518,18 @@ def _from_backbones(made: dict[str, Any]) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
+
     if torch.get_default_device().type == 'meta' and 'size' in made:
         return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
     kinds = dict(vision=CLIPVisionModel, text=AutoModelForCausalLM)
     places = {part: settings().backbones.get(name, name) for part, name in made['backbones'].items()}
     parts = {part: kind.from_pretrained(places[part]) for part, kind in kinds.items()}
-    config = HoneybeeConfig(vision_config=parts['vision'].config, text_config=parts['text'].config, connector_config=made['connector'],
-                            feature_layer=made['feature_layer'])
+    config = HoneybeeConfig(
+        vision_config=parts['vision'].config,
+        text_config=parts['text'].config,
+        connector_config=made['connector'],
+        feature_layer=made['feature_layer'],
+    )
     model = HoneybeeModel(config)
     model.vision_model, model.language_model = parts['vision'], parts['text']
     return model, HoneybeeProcessor.from_config(config, AutoTokenizer.from_pretrained(places['text']))
@@ -327,11 +541,17 @@ def _from_scratch(made: dict[str, Any]) -> tuple[Any, Any]:
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor
+
     tokenizer = word_tokenizer(vocabulary())
-    config = HoneybeeConfig(vision_config=made['vision'], connector_config=made['connector'], feature_layer=made['feature_layer'],
-                            text_config=made['text'] | {'vocab_size': len(tokenizer)})
+    config = HoneybeeConfig(
+        vision_config=made['vision'],
+        connector_config=made['connector'],
+        feature_layer=made['feature_layer'],
+        text_config=made['text'] | {'vocab_size': len(tokenizer)},
+    )
     model = HoneybeeModel(config)
-    if torch.get_default_device().type != 'meta': _scratch(model, torch.initial_seed())
+    if torch.get_default_device().type != 'meta':
+        _scratch(model, torch.initial_seed())
     return model, HoneybeeProcessor.from_config(config, tokenizer, style='plain')
 
 
@@ -343,6 +563,7 @@ def build(
 ) -> tuple[Any, Any]:
     "Model and processor."
     import torch
+
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return next(_BUILDERS[part] for part in _BUILDERS if part in recipe.model)(recipe.model)
@@ -353,13 +574,19 @@ def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
     from mllm_replica.core.settings import project_root
     from mllm_replica.data.packing import collate
     from mllm_replica.models.cost import count
+
     stage, total = recipe.stages[-1], 0.0
     for name, weight in stage.mixture.items():
-        samples = load_source(recipe.sources[name], recipe.seed, project_root()/'data')
+        samples = load_source(recipe.sources[name], recipe.seed, project_root() / 'data')
         samples = samples.select(range(min(4, len(samples))))
-        batch = collate([processor.encode(sample) for sample in samples], processor.tokenizer.pad_token_id, image_tensor=processor.image_tensor)
+        batch = collate(
+            [processor.encode(sample) for sample in samples],
+            processor.tokenizer.pad_token_id,
+            image_tensor=processor.image_tensor,
+        )
         batch.pop('ids')
-        if 'pixel_values' in batch: batch['image_features'] = model.visual_features(batch.pop('pixel_values')).detach()
+        if 'pixel_values' in batch:
+            batch['image_features'] = model.visual_features(batch.pop('pixel_values')).detach()
         cost = count(lambda: model(**batch).loss)
         total += weight * (cost.forward + cost.backward) / len(samples)
     model.zero_grad(set_to_none=True)
@@ -375,12 +602,17 @@ def measure(
     "Further numbers of a unit."
     from mllm_replica.core.settings import project_root
     from mllm_replica.honeybee.components import attention_maps, locality
+
     found = {'gflop_step': _step_gflop(model, processor, recipe), 'visual_tokens': model.config.visual_token_count()}
-    if set(_SPATIAL) <= set(scores): found['spatial'] = sum(scores[task] for task in _SPATIAL) / len(_SPATIAL)
-    if {'name_color', 'name_row'} <= set(scores): found['rec'] = (scores['name_color'] + scores['name_row']) / 2
+    if set(_SPATIAL) <= set(scores):
+        found['spatial'] = sum(scores[task] for task in _SPATIAL) / len(_SPATIAL)
+    if {'name_color', 'name_row'} <= set(scores):
+        found['rec'] = (scores['name_color'] + scores['name_row']) / 2
     if recipe.model['connector']['projector_type'] in ('resampler', 'd-abs') and 'test_cell' in recipe.sources:
-        images = load_source(recipe.sources['test_cell'], recipe.seed, project_root()/'data').select(range(8))['images']
+        images = load_source(recipe.sources['test_cell'], recipe.seed, project_root() / 'data').select(range(8))[
+            'images'
+        ]
         features = model.visual_features(processor.image_tensor([image for some in images for image in some]))
-        reach = locality(attention_maps(model.abstractor.eval(), features), int(model.config.num_patches ** 0.5))
+        reach = locality(attention_maps(model.abstractor.eval(), features), int(model.config.num_patches**0.5))
         found |= {'attention_distance': reach['mean_distance'], 'attention_entropy': reach['entropy']}
     return found

@@ -24,9 +24,9 @@ class AveragePooling(Projector):
 
     def __init__(
         self,
-        encoder_hidden_size: int,     # D
-        output_hidden_size: int,      # width of the language model
-        num_input_tokens: int,        # N, a square
+        encoder_hidden_size: int,  # D
+        output_hidden_size: int,  # width of the language model
+        num_input_tokens: int,  # N, a square
         num_query_tokens: int = 144,  # M, a square
     ) -> None:
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, 0)
@@ -38,26 +38,30 @@ class AveragePooling(Projector):
         "[B,N,D] → [B,M,output_hidden_size]."
         self.check(features)
         pooled = grid_pool(features, self.num_query_tokens)
-        if record is not None: record['pooled'] = pooled
+        if record is not None:
+            record['pooled'] = pooled
         return self.proj(pooled)
 
 
 def pooling_cells(
-    side: int,         # s
-    token_side: int,   # √M
+    side: int,  # s
+    token_side: int,  # √M
 ) -> list[tuple[int, int]]:
     "First row and row after the last of every cell of the pooling."
     return [(i * side // token_side, -(-(i + 1) * side // token_side)) for i in range(token_side)]
 
 # %% ../../nbs/papers/03_mm1.ipynb #9fd555a5
 def position_waves(
-    points: Tensor,   # [n,2] row and column, in patches
-    side: int,        # s
+    points: Tensor,  # [n,2] row and column, in patches
+    side: int,  # s
     token_side: int,  # √M
-    width: int,       # d, a multiple of 4
+    width: int,  # d, a multiple of 4
 ) -> Tensor:
     "Sines and cosines of points, from half a wave over the map to half a wave over a cell: → [n,d]."
-    if width % 4: raise ValueError(f'a local start needs a head width that is a multiple of 4, not {width}: change num_attention_heads')
+    if width % 4:
+        raise ValueError(
+            f'a local start needs a head width that is a multiple of 4, not {width}: change num_attention_heads'
+        )
     omega = math.pi / side * token_side ** torch.linspace(0, 1, width // 4, device=points.device)
     angles = points[..., None] * omega
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
@@ -68,17 +72,22 @@ class AttentionPooling(Projector):
 
     def __init__(
         self,
-        encoder_hidden_size: int,       # D
-        output_hidden_size: int,        # width of the language model
-        num_input_tokens: int,          # N, a square
-        num_query_tokens: int = 144,    # M, a square
+        encoder_hidden_size: int,  # D
+        output_hidden_size: int,  # width of the language model
+        num_input_tokens: int,  # N, a square
+        num_query_tokens: int = 144,  # M, a square
         num_attention_heads: int = 16,  # H
-        start: str = 'random',          # 'local': every query begins as a soft window on its own cell
+        start: str = 'random',  # 'local': every query begins as a soft window on its own cell
     ) -> None:
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, 0)
-        self.side, self.token_side = side_of(num_input_tokens, 'num_input_tokens'), side_of(num_query_tokens, 'num_query_tokens')
-        if encoder_hidden_size % num_attention_heads: raise ValueError(f'width {encoder_hidden_size} cannot be shared by {num_attention_heads} heads')
-        if start not in ('random', 'local'): raise ValueError(f"start {start!r} is unknown: 'random' or 'local'")
+        self.side, self.token_side = (
+            side_of(num_input_tokens, 'num_input_tokens'),
+            side_of(num_query_tokens, 'num_query_tokens'),
+        )
+        if encoder_hidden_size % num_attention_heads:
+            raise ValueError(f'width {encoder_hidden_size} cannot be shared by {num_attention_heads} heads')
+        if start not in ('random', 'local'):
+            raise ValueError(f"start {start!r} is unknown: 'random' or 'local'")
         self.num_heads, self.start = num_attention_heads, start
         self.query = nn.Parameter(torch.empty(num_query_tokens, encoder_hidden_size))
         self.q, self.k, self.v, self.o = (Linear(encoder_hidden_size, encoder_hidden_size) for _ in range(4))
@@ -92,17 +101,21 @@ def waves(self: AttentionPooling, side: int) -> Tensor:
     "Waves at the centres of a side × side division of the map: → [side²,D]."
     centres = (torch.arange(side, device=self.query.device) + 0.5) * self.side / side - 0.5
     head_width = self.query.shape[1] // self.num_heads
-    return position_waves(torch.cartesian_prod(centres, centres), self.side, self.token_side, head_width).repeat(1, self.num_heads)
+    return position_waves(torch.cartesian_prod(centres, centres), self.side, self.token_side, head_width).repeat(
+        1, self.num_heads
+    )
 
 
 @patch
 def reset(self: AttentionPooling) -> None:
     "Draw the initial weights."
     initialise(self, 'scaled')
-    if self.start == 'random': nn.init.normal_(self.query, std=0.02)
+    if self.start == 'random':
+        nn.init.normal_(self.query, std=0.02)
     else:
         self.query.data.copy_(2 * self.waves(self.token_side))
-        for part in (self.q, self.k): nn.init.eye_(part.weight)
+        for part in (self.q, self.k):
+            nn.init.eye_(part.weight)
 
 
 @patch
@@ -110,51 +123,68 @@ def forward(self: AttentionPooling, features: Tensor, record: dict[str, Tensor] 
     "[B,N,D] → [B,M,output_hidden_size]."
     self.check(features)
     values = keys = self.norm_kv(features)
-    if self.start == 'local': keys = keys + self.waves(self.side).to(keys)
+    if self.start == 'local':
+        keys = keys + self.waves(self.side).to(keys)
     query = split_heads(self.q(self.query.to(keys.dtype))[None], self.num_heads).expand(len(features), -1, -1, -1)
     key, value = split_heads(self.k(keys), self.num_heads), split_heads(self.v(values), self.num_heads)
-    if record is not None: record['attn'] = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+    if record is not None:
+        record['attn'] = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
     context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return self.proj(self.norm_out(self.o(context)))
 
 # %% ../../nbs/papers/03_mm1.ipynb #0e4fe305
-CONNECTORS = {'avg': AveragePooling, 'att': AttentionPooling, 'c-abs': None, 'resampler': None}   # by their names; two are Honeybee's
+CONNECTORS = {
+    'avg': AveragePooling,
+    'att': AttentionPooling,
+    'c-abs': None,
+    'resampler': None,
+}  # by their names; two are Honeybee's
 
 
 def build_connector(
-    config: dict,              # connector_type, num_query_tokens, and the type's own fields
+    config: dict,  # connector_type, num_query_tokens, and the type's own fields
     encoder_hidden_size: int,  # width of the vision features
-    output_hidden_size: int,   # width of the language model
-    num_input_tokens: int,     # N, without the class token
+    output_hidden_size: int,  # width of the language model
+    num_input_tokens: int,  # N, without the class token
 ) -> Projector:
     "The connector that a configuration describes, freshly initialised."
     fields = dict(config)
     kind = fields.pop('connector_type', None)
-    if kind not in CONNECTORS: raise ValueError(f'connector_type is {kind!r}; expected one of {", ".join(CONNECTORS)}')
+    if kind not in CONNECTORS:
+        raise ValueError(f'connector_type is {kind!r}; expected one of {", ".join(CONNECTORS)}')
     sizes = encoder_hidden_size, output_hidden_size, num_input_tokens
-    if CONNECTORS[kind] is None: return initialise(build_projector(fields | {'projector_type': kind}, *sizes), 'scaled')
+    if CONNECTORS[kind] is None:
+        return initialise(build_projector(fields | {'projector_type': kind}, *sizes), 'scaled')
     known = list(inspect.signature(CONNECTORS[kind]).parameters)[3:]
-    if unknown := sorted(set(fields) - set(known)): raise ValueError(f'connector fields {unknown} are unknown for {kind!r}; expected some of {known}')
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f'connector fields {unknown} are unknown for {kind!r}; expected some of {known}')
     return CONNECTORS[kind](*sizes, **fields)
 
 # %% ../../nbs/papers/03_mm1.ipynb #9ae942b8
 def resize_positions(
-    table: Tensor,         # [leading+n²,D]
-    num_patches: int,      # m², of another square grid
-    mode: str = 'bicubic', # or 'bilinear'
-    leading: int = 0,      # rows in front that belong to no patch (1: a class token)
+    table: Tensor,  # [leading+n²,D]
+    num_patches: int,  # m², of another square grid
+    mode: str = 'bicubic',  # or 'bilinear'
+    leading: int = 0,  # rows in front that belong to no patch (1: a class token)
 ) -> Tensor:
     "A position table for another grid, half-pixel centres, no antialiasing: [leading+n²,D] → [leading+m²,D]."
-    if mode not in ('bicubic', 'bilinear'): raise ValueError(f"mode {mode!r} is unknown: 'bicubic' or 'bilinear'")
+    if mode not in ('bicubic', 'bilinear'):
+        raise ValueError(f"mode {mode!r} is unknown: 'bicubic' or 'bilinear'")
     old, new = side_of(len(table) - leading, 'rows of the position table'), side_of(num_patches, 'number of patches')
-    if old == new: return table
+    if old == new:
+        return table
     grid = table[leading:].float().T.reshape(1, -1, old, old)
-    return torch.cat([table[:leading], F.interpolate(grid, (new, new), mode=mode, align_corners=False).flatten(2)[0].T.to(table.dtype)])
+    return torch.cat(
+        [
+            table[:leading],
+            F.interpolate(grid, (new, new), mode=mode, align_corners=False).flatten(2)[0].T.to(table.dtype),
+        ]
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #33d2b048
 def letterbox(
     size: tuple[int, int],  # width and height
-    target: int,            # side of the square, in pixels
+    target: int,  # side of the square, in pixels
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     "Size after scaling, and padding left, top, right, bottom (left and top get the smaller half)."
     scale = target / max(size)
@@ -165,7 +195,7 @@ def letterbox(
 
 def letterboxed(
     image: Image.Image,  # RGB
-    target: int,         # side of the square, in pixels
+    target: int,  # side of the square, in pixels
 ) -> Image.Image:
     "The image in a square of CLIP's mean colour, its shape kept."
     size, (left, top, _, _) = letterbox(image.size, target)
@@ -177,14 +207,17 @@ def letterboxed(
 @dataclass(frozen=True)
 class SubImages:
     "How an image becomes several: an overview, then crops row by row; only the image itself where one tile suffices."
-    resolution: int                # side of the whole square, in pixels
-    tile: int                      # side of what the encoder reads, in pixels
-    patch: int = 14                # side of a patch, in pixels
-    tokens_per_image: int = 144    # M
+
+    resolution: int  # side of the whole square, in pixels
+    tile: int  # side of what the encoder reads, in pixels
+    patch: int = 14  # side of a patch, in pixels
+    tokens_per_image: int = 144  # M
 
     def __post_init__(self) -> None:
         if min(self.resolution, self.tile, self.patch) < 1 or self.resolution % self.tile or self.tile % self.patch:
-            raise ValueError(f'{self.resolution} pixels do not divide into tiles of {self.tile}, or these not into patches of {self.patch}')
+            raise ValueError(
+                f'{self.resolution} pixels do not divide into tiles of {self.tile}, or these not into patches of {self.patch}'
+            )
 
     @property
     def boxes(self) -> list[tuple[int, int, int, int]]:
@@ -210,7 +243,7 @@ class SubImages:
     @property
     def attention_share(self) -> float:
         "Pairs of patches that the encoder compares, by those of the whole square as one image."
-        return self.num_images * self.patches_per_image ** 2 / (self.resolution // self.patch) ** 4
+        return self.num_images * self.patches_per_image**2 / (self.resolution // self.patch) ** 4
 
     def cut(self, image: Image.Image) -> list[Image.Image]:
         "The overview and the crops, each of `tile` pixels."
@@ -219,10 +252,11 @@ class SubImages:
 
 # %% ../../nbs/papers/03_mm1.ipynb #b1bd8aac
 def few_shot_tokens(
-    shots: int,               # demonstrations before the query
-    high_shots: int,          # the last of them in high resolution, as the query is
+    shots: int,  # demonstrations before the query
+    high_shots: int,  # the last of them in high resolution, as the query is
     high: SubImages = SubImages(1344, 672),
 ) -> int:
     "Visual tokens of a few-shot prompt of mixed resolution."
-    if not 0 <= high_shots <= shots: raise ValueError(f'{high_shots} of {shots} demonstrations cannot be in high resolution')
+    if not 0 <= high_shots <= shots:
+        raise ValueError(f'{high_shots} of {shots} demonstrations cannot be in high resolution')
     return (1 + high_shots) * high.num_tokens + (shots - high_shots) * high.tokens_per_image

@@ -20,30 +20,33 @@ from ..data.packing import collate, truncate
 from ..data.samples import COLUMNS, IMAGE, check_sample
 
 # %% ../../nbs/papers/03_mm1.ipynb #b36bac9a
-MAX_IMAGES = 16                                                                  # of a sequence
-KINDS = {'caption': (1, 1), 'interleaved': (1, MAX_IMAGES), 'text': (0, 0)}      # images of an example: fewest, most
-WEIGHTS = {'interleaved': 0.45, 'caption': 0.45, 'text': 0.1}                    # of sequences, in the paper's final mixture
+MAX_IMAGES = 16  # of a sequence
+KINDS = {'caption': (1, 1), 'interleaved': (1, MAX_IMAGES), 'text': (0, 0)}  # images of an example: fewest, most
+WEIGHTS = {'interleaved': 0.45, 'caption': 0.45, 'text': 0.1}  # of sequences, in the paper's final mixture
 
 
 def check_count(
-    name: str,    # of the document
+    name: str,  # of the document
     images: int,
-    kind: str,    # key of `KINDS`
+    kind: str,  # key of `KINDS`
 ) -> None:
     "Raise a ValueError if an example of its kind has not as many images."
     fewest, most = KINDS[kind]
     wanted = fewest if fewest == most else f'{fewest} to {most}'
     if not fewest <= images <= most:
-        raise ValueError(f'document {name!r} has {images} images, an example of kind {kind!r} has {wanted}; split it or move it to another source')
+        raise ValueError(
+            f'document {name!r} has {images} images, an example of kind {kind!r} has {wanted}; split it or move it to another source'
+        )
 
 
 def check_example(
     sample: dict[str, Any],  # with a `document`
-    kind: str,               # key of `KINDS`
+    kind: str,  # key of `KINDS`
 ) -> None:
     "Raise a ValueError naming the document if it is no example of its kind."
-    if kind not in KINDS: raise ValueError(f'unknown kind of data {kind!r}; known: {sorted(KINDS)}')
-    name = f"document {sample['id']!r}"
+    if kind not in KINDS:
+        raise ValueError(f'unknown kind of data {kind!r}; known: {sorted(KINDS)}')
+    name = f'document {sample["id"]!r}'
     if not (sample.get('document') or '').replace(IMAGE, '').strip():
         raise ValueError(f'{name} has no text, so nothing can be learnt from it; write some or leave it out')
     sample = sample | {'images': sample.get('images') or []}
@@ -52,10 +55,10 @@ def check_example(
 
 
 def encode_source(
-    samples: Iterable[dict[str, Any]],            # with a `document`
-    kind: str,                                    # key of `KINDS`
+    samples: Iterable[dict[str, Any]],  # with a `document`
+    kind: str,  # key of `KINDS`
     encode: Callable[[dict[str, Any]], Encoded],  # a processor's
-    length: int,                                  # positions of a sequence
+    length: int,  # positions of a sequence
 ) -> list[Encoded]:
     "The examples of one source; too long ones are cut, never inside an image."
     examples = []
@@ -63,19 +66,24 @@ def encode_source(
         check_example(sample, kind)
         examples.append(example := encode(sample))
         block = max((stop - start for start, stop in example.image_blocks), default=0)
-        if block >= length: raise ValueError(f"document {sample['id']!r}: an image takes {block} positions, but a sequence of {length} leaves "
-                                             f'{length - 1} after its begin token; use fewer visual tokens or longer sequences')
+        if block >= length:
+            raise ValueError(
+                f'document {sample["id"]!r}: an image takes {block} positions, but a sequence of {length} leaves '
+                f'{length - 1} after its begin token; use fewer visual tokens or longer sequences'
+            )
     return [truncate(example, length) for example in examples]
 
 # %% ../../nbs/papers/03_mm1.ipynb #b28b5e5c
 @dataclass
 class TrainingSequence(Encoded):
     "Examples of one source end to end; none of them sees another."
-    lengths: list[int] = field(default_factory=list)   # positions of each example
+
+    lengths: list[int] = field(default_factory=list)  # positions of each example
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if sum(self.lengths) != len(self): raise ValueError(f'sequence {self.id!r}: {len(self)} positions, but its examples have {self.lengths}')
+        if sum(self.lengths) != len(self):
+            raise ValueError(f'sequence {self.id!r}: {len(self)} positions, but its examples have {self.lengths}')
 
 
 def join(
@@ -89,26 +97,33 @@ def join(
         labels=[label for example in examples for label in [IGNORED, *example.labels[1:]]],
         image_ids=[image for example in examples for image in example.image_ids],
         images=[image for example in examples for image in example.images],
-        image_spans=[(start + a, start + b) for start, example in zip(starts, examples) for a, b in example.image_spans],
-        lengths=[len(example) for example in examples])
+        image_spans=[
+            (start + a, start + b) for start, example in zip(starts, examples) for a, b in example.image_spans
+        ],
+        lengths=[len(example) for example in examples],
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #a48a60fb
 def _check_room(examples: Sequence[Encoded], length: int, max_images: int) -> None:
     "Every example fits into an empty sequence."
     for example in examples:
         images = len(example.image_blocks)
-        if images > max_images: raise ValueError(f'document {example.id!r} has {images} images, a sequence holds {max_images}; split it')
-        if len(example) > length: raise ValueError(f'document {example.id!r} has {len(example)} positions, a sequence {length}; truncate it first')
+        if images > max_images:
+            raise ValueError(f'document {example.id!r} has {images} images, a sequence holds {max_images}; split it')
+        if len(example) > length:
+            raise ValueError(
+                f'document {example.id!r} has {len(example)} positions, a sequence {length}; truncate it first'
+            )
 
 
 def next_fit(
     examples: Sequence[Encoded],
-    length: int,                    # positions of a sequence
-    max_images: int = MAX_IMAGES,   # of a sequence
+    length: int,  # positions of a sequence
+    max_images: int = MAX_IMAGES,  # of a sequence
 ) -> list[list[Encoded]]:
     "Examples by sequence, in the given order."
     _check_room(examples, length, max_images)
-    rows, positions, images = [], length, 0                  # free in the last sequence
+    rows, positions, images = [], length, 0  # free in the last sequence
     for example in examples:
         if not rows or len(example) > positions or len(example.image_blocks) > images:
             rows.append([])
@@ -120,14 +135,20 @@ def next_fit(
 # %% ../../nbs/papers/03_mm1.ipynb #b99dfb9b
 def best_fit(
     examples: Sequence[Encoded],
-    length: int,                    # positions of a sequence
-    max_images: int = MAX_IMAGES,   # of a sequence
+    length: int,  # positions of a sequence
+    max_images: int = MAX_IMAGES,  # of a sequence
 ) -> list[list[Encoded]]:
     "Examples by sequence, longest first, each into the fullest sequence with room for it and its images."
     _check_room(examples, length, max_images)
-    rows, rooms = [], [[] for _ in range(max_images + 1)]    # rooms[k]: sorted (free positions, sequence) of those that may take k more images
+    rows, rooms = (
+        [],
+        [[] for _ in range(max_images + 1)],
+    )  # rooms[k]: sorted (free positions, sequence) of those that may take k more images
     for example in sorted(examples, key=len, reverse=True):
-        places = ((k, bisect.bisect_left(rooms[k], (len(example), -1))) for k in range(len(example.image_blocks), max_images + 1))
+        places = (
+            (k, bisect.bisect_left(rooms[k], (len(example), -1)))
+            for k in range(len(example.image_blocks), max_images + 1)
+        )
         fitting = [(rooms[k][at], k, at) for k, at in places if at < len(rooms[k])]
         if fitting:
             (free, row), images, at = min(fitting)
@@ -141,10 +162,10 @@ def best_fit(
 
 
 def make_sequences(
-    examples: Sequence[Encoded],              # of one source
-    length: int,                              # positions of a sequence
-    max_images: int = MAX_IMAGES,             # of a sequence
-    fit: Callable[..., list[list[Encoded]]] = best_fit,   # or `next_fit`
+    examples: Sequence[Encoded],  # of one source
+    length: int,  # positions of a sequence
+    max_images: int = MAX_IMAGES,  # of a sequence
+    fit: Callable[..., list[list[Encoded]]] = best_fit,  # or `next_fit`
 ) -> list[TrainingSequence]:
     "The sequences of one source."
     return [join(row) for row in fit(examples, length, max_images)]
@@ -152,17 +173,18 @@ def make_sequences(
 
 def source_sequences(
     encoded: Mapping[str, Sequence[Encoded]],  # source -> examples; the sources of `KINDS` are checked
-    lengths: Mapping[str, int],                # source -> positions of a sequence
+    lengths: Mapping[str, int],  # source -> positions of a sequence
 ) -> dict[str, list[TrainingSequence]]:
     "The sequences of every source."
     for kind in encoded.keys() & KINDS.keys():
-        for example in encoded[kind]: check_count(example.id, len(example.image_blocks), kind)
+        for example in encoded[kind]:
+            check_count(example.id, len(example.image_blocks), kind)
     return {name: make_sequences(examples, lengths[name]) for name, examples in encoded.items()}
 
 
 def fill(
     sequences: Sequence[Encoded],
-    length: int,                    # positions of a sequence
+    length: int,  # positions of a sequence
 ) -> float:
     "Share of positions that are not padding."
     return sum(map(len, sequences)) / (length * len(sequences))
@@ -171,16 +193,25 @@ def fill(
 def collate_sequences(
     batch: list[TrainingSequence],
     pad_token_id: int,
-    features: Any = None,                                              # a feature cache: features[image_ids] -> [N, S, Dv]
-    image_tensor: Callable[[list], torch.Tensor] | None = None,        # undecoded images -> [N, C, P, P]
+    features: Any = None,  # a feature cache: features[image_ids] -> [N, S, Dv]
+    image_tensor: Callable[[list], torch.Tensor] | None = None,  # undecoded images -> [N, C, P, P]
 ) -> dict[str, Any]:
     "What `collate` makes (input_ids, labels, attention_mask [B, T], images, ids), position_ids [B, T] per example, borders for flash attention."
     out = collate(batch, pad_token_id, features=features, image_tensor=image_tensor)
     position_ids = torch.zeros_like(out['input_ids'])
-    for row, sequence in zip(position_ids, batch): row[:len(sequence)] = torch.cat([torch.arange(n) for n in sequence.lengths])
-    borders = torch.cat([(position_ids.flatten() == 0).nonzero().flatten(), torch.tensor([position_ids.numel()])]).int()   # padding: examples of one
+    for row, sequence in zip(position_ids, batch):
+        row[: len(sequence)] = torch.cat([torch.arange(n) for n in sequence.lengths])
+    borders = torch.cat(
+        [(position_ids.flatten() == 0).nonzero().flatten(), torch.tensor([position_ids.numel()])]
+    ).int()  # padding: examples of one
     longest = int(borders.diff().max())
-    return out | dict(position_ids=position_ids, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+    return out | dict(
+        position_ids=position_ids,
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #5390245a
 @dataclass(frozen=True)
@@ -189,33 +220,46 @@ class Frozen(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        order = lambda name, size: np.random.default_rng([self.seed, zlib.crc32(name.encode())]).permutation(size).tolist()
+        order = lambda name, size: (
+            np.random.default_rng([self.seed, zlib.crc32(name.encode())]).permutation(size).tolist()
+        )
         object.__setattr__(self, '_orders', {name: order(name, size) for name, size in self.sizes.items()})
-        object.__setattr__(self, '_taken', {})   # sequences in a step -> before each step: sequences per source
+        object.__setattr__(self, '_taken', {})  # sequences in a step -> before each step: sequences per source
 
     def indices(self, step: int, batch_size: int) -> list[tuple[str, int]]:
         "(source, sequence) of each sequence of a step."
         names = lambda step: [name for name, _ in super(Frozen, self).indices(step, batch_size)]
         before = self._taken.setdefault(batch_size, [Counter()])
-        while len(before) <= step: before.append(before[-1] + Counter(names(len(before) - 1)))
+        while len(before) <= step:
+            before.append(before[-1] + Counter(names(len(before) - 1)))
         taken, found = Counter(before[step]), []
         for name in names(step):
             if taken[name] >= self.sizes[name]:
-                raise ValueError(f'source {name!r} is exhausted at step {step + 1} of {batch_size} sequences: it has {self.sizes[name]}; '
-                                 'add data, or lower its weight or the steps')
+                raise ValueError(
+                    f'source {name!r} is exhausted at step {step + 1} of {batch_size} sequences: it has {self.sizes[name]}; '
+                    'add data, or lower its weight or the steps'
+                )
             found.append((name, self._orders[name][taken[name]]))
             taken[name] += 1
         return found
 
 # %% ../../nbs/papers/03_mm1.ipynb #536ecc71
 def token_budget(
-    batch_size: int,                # sequences per step
-    length: int,                    # positions of a sequence
+    batch_size: int,  # sequences per step
+    length: int,  # positions of a sequence
     steps: int,
-    max_images: int = MAX_IMAGES,   # of a sequence
-    visual_tokens: int = 144,       # positions per image
+    max_images: int = MAX_IMAGES,  # of a sequence
+    visual_tokens: int = 144,  # positions per image
 ) -> dict[str, int]:
     "Positions in all, and how many of them images may take."
     images = max_images * visual_tokens
-    return dict(batch=batch_size, seq_len=length, tokens_per_step=batch_size * length, steps=steps, total_tokens=batch_size * length * steps,
-                max_image_tokens_per_seq=images, max_image_tokens_per_step=images * batch_size, min_text_tokens_per_full_seq=length - images)
+    return dict(
+        batch=batch_size,
+        seq_len=length,
+        tokens_per_step=batch_size * length,
+        steps=steps,
+        total_tokens=batch_size * length * steps,
+        max_image_tokens_per_seq=images,
+        max_image_tokens_per_step=images * batch_size,
+        min_text_tokens_per_full_seq=length - images,
+    )

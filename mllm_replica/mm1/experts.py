@@ -21,12 +21,13 @@ from ..models.layers import affine
 # Shapes: B rows, T tokens of a row, n tokens of a batch, E experts, D width, I inner width of an expert.
 class Routing(NamedTuple):
     "Where the tokens of a batch go."
-    logits: Tensor    # [n,E]
-    experts: Tensor   # [n,2] first and second choice
-    gates: Tensor     # [n,2] weight of each
-    kept: Tensor      # [n,2] False where there was no room
-    balance: Tensor   # []
-    z: Tensor         # []
+
+    logits: Tensor  # [n,E]
+    experts: Tensor  # [n,2] first and second choice
+    gates: Tensor  # [n,2] weight of each
+    kept: Tensor  # [n,2] False where there was no room
+    balance: Tensor  # []
+    z: Tensor  # []
 
     @property
     def load(self) -> Tensor:
@@ -35,27 +36,34 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits: Tensor,               # [n,E]
+    logits: Tensor,  # [n,E]
     capacity: int | None = None,  # tokens that an expert takes; None: all
 ) -> Routing:
     "Top-2 routing; ties go to the lower number."
-    if capacity is not None and capacity < 1: raise ValueError(f'capacity is {capacity}; expected at least 1, or None for no limit')
+    if capacity is not None and capacity < 1:
+        raise ValueError(f'capacity is {capacity}; expected at least 1, or None for no limit')
     probabilities = logits.softmax(-1)
     first = logits.argmax(-1)
     chosen = F.one_hot(first, logits.shape[-1])
-    second = logits.masked_fill(chosen.bool(), float('-inf')).argmax(-1)   # of two that are both 0 in single precision, the likelier
+    second = logits.masked_fill(chosen.bool(), float('-inf')).argmax(
+        -1
+    )  # of two that are both 0 in single precision, the likelier
     experts = torch.stack([first, second], -1)
     gates = probabilities.gather(-1, experts)
     gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
-    kept = torch.ones_like(experts) if capacity is None else queue_positions(experts, logits.shape[-1], capacity) < capacity
+    kept = (
+        torch.ones_like(experts)
+        if capacity is None
+        else queue_positions(experts, logits.shape[-1], capacity) < capacity
+    )
     balance = logits.shape[-1] * (chosen.to(logits.dtype).mean(0) * probabilities.mean(0)).sum()
     return Routing(logits, experts, gates, kept.bool(), balance, logits.logsumexp(-1).square().mean())
 
 # %% ../../nbs/papers/03_mm1.ipynb #e20df2ae
 def queue_positions(
-    experts: Tensor,   # [n,2]
+    experts: Tensor,  # [n,2]
     num_experts: int,  # E
-    capacity: int,     # tokens per expert
+    capacity: int,  # tokens per expert
 ) -> Tensor:
     "How many stand before each choice in its expert's queue: [n,2] → [n,2]."
     first, second = F.one_hot(experts, num_experts).unbind(1)
@@ -66,9 +74,9 @@ def queue_positions(
 
 
 def expert_capacity(
-    num_tokens: int,   # n
+    num_tokens: int,  # n
     num_experts: int,  # E
-    factor: float,     # 2.0 in `axlearn`
+    factor: float,  # 2.0 in `axlearn`
 ) -> int:
     "Tokens per expert: an even share times the factor, rounded down, then up to a multiple of four; at least 1."
     share = int(num_tokens * factor / num_experts)
@@ -76,11 +84,12 @@ def expert_capacity(
 
 # %% ../../nbs/papers/03_mm1.ipynb #8f674f3e
 def spans(
-    chosen: Tensor,    # [k] sorted numbers of experts
+    chosen: Tensor,  # [k] sorted numbers of experts
     num_experts: int,  # E
 ) -> list[int]:
     "How many choices each expert has; an even share for tensors without data."
-    if chosen.is_meta or isinstance(chosen, FakeTensor): return [(len(chosen) + e) // num_experts for e in range(num_experts)]
+    if chosen.is_meta or isinstance(chosen, FakeTensor):
+        return [(len(chosen) + e) // num_experts for e in range(num_experts)]
     return chosen.bincount(minlength=num_experts).tolist()
 
 
@@ -89,34 +98,37 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        num_experts: int,          # E
-        hidden_size: int,          # D
-        intermediate_size: int,    # I
+        num_experts: int,  # E
+        hidden_size: int,  # D
+        intermediate_size: int,  # I
         activation: str = 'silu',  # a name of transformers
-        gated: bool = True,        # multiply the activation with a second map
-        std: float = 0.02,         # of the initial weights
+        gated: bool = True,  # multiply the activation with a second map
+        std: float = 0.02,  # of the initial weights
     ) -> None:
         super().__init__()
         self.num_experts, self.gated, self.activation = num_experts, gated, ACT2FN[activation]
-        self.up_proj = nn.Parameter(std * torch.randn(num_experts, (1 + gated) * intermediate_size, hidden_size))   # the gate first
+        self.up_proj = nn.Parameter(
+            std * torch.randn(num_experts, (1 + gated) * intermediate_size, hidden_size)
+        )  # the gate first
         self.down_proj = nn.Parameter(std * torch.randn(num_experts, hidden_size, intermediate_size))
 
     def forward(
         self,
-        x: Tensor,          # [k,D] sorted by expert
-        sizes: list[int],   # how many rows each expert has
+        x: Tensor,  # [k,D] sorted by expert
+        sizes: list[int],  # how many rows each expert has
     ) -> Tensor:
         "[k,D] → [k,D]."
         inner = grouped_linear(x, self.up_proj, sizes)
-        if not self.gated: return grouped_linear(self.activation(inner), self.down_proj, sizes)
+        if not self.gated:
+            return grouped_linear(self.activation(inner), self.down_proj, sizes)
         gate, up = inner.chunk(2, -1)
         return grouped_linear(self.activation(gate) * up, self.down_proj, sizes)
 
 
 def grouped_linear(
-    x: Tensor,          # [k,in]
-    weight: Tensor,     # [E,out,in]
-    sizes: list[int],   # consecutive rows for each weight, k together
+    x: Tensor,  # [k,in]
+    weight: Tensor,  # [E,out,in]
+    sizes: list[int],  # consecutive rows for each weight, k together
 ) -> Tensor:
     "Each span of rows times its own matrix: [k,in] → [k,out]."
     return torch.cat([affine(part, own, None) for part, own in zip(x.split(sizes), weight.unbind())])
@@ -127,10 +139,10 @@ class Router(nn.Linear):
 
     def __init__(
         self,
-        hidden_size: int,                       # D
-        num_experts: int,                       # E
-        capacity_factor: float | None = None,   # None: no token is dropped
-        std: float = 0.02,                      # of the initial weights
+        hidden_size: int,  # D
+        num_experts: int,  # E
+        capacity_factor: float | None = None,  # None: no token is dropped
+        std: float = 0.02,  # of the initial weights
     ) -> None:
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f'capacity_factor is {capacity_factor}; expected more than 0, or None for no limit')
@@ -141,11 +153,13 @@ class Router(nn.Linear):
     def logits(self, x: Tensor) -> Tensor:
         "[n,D] → [n,E] in single precision or better."
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False): return F.linear(x.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def forward(self, x: Tensor) -> Routing:
         "[n,D] → where the tokens go. With a capacity, all tokens of a batch queue together."
-        if self.capacity_factor is None: return route(self.logits(x))
+        if self.capacity_factor is None:
+            return route(self.logits(x))
         return route(self.logits(x), expert_capacity(len(x), self.out_features, self.capacity_factor))
 
 
@@ -183,25 +197,30 @@ def up_cycle(
 
 
 def insert_experts(
-    language_model: nn.Module,              # a `LlamaForCausalLM`
-    every: int,                             # n: layers n−1, 2n−1, … become sparse
-    num_experts: int,                       # E
-    intermediate_size: int | None = None,   # inner width of new, random experts; None: copies of the dense layer
-    capacity_factor: float | None = None,   # None: no token is dropped
+    language_model: nn.Module,  # a `LlamaForCausalLM`
+    every: int,  # n: layers n−1, 2n−1, … become sparse
+    num_experts: int,  # E
+    intermediate_size: int | None = None,  # inner width of new, random experts; None: copies of the dense layer
+    capacity_factor: float | None = None,  # None: no token is dropped
 ) -> None:
     "Replace feed-forward layers of a language model by mixtures of experts, in place."
     layers, config = language_model.model.layers, language_model.config
-    if not 1 <= every <= len(layers): raise ValueError(f'experts in every {every}th of {len(layers)} layers; expected 1 to {len(layers)}')
-    if num_experts < 2: raise ValueError(f'{num_experts} experts; two work on each token, so expected 2 or more')
-    found = sorted({type(layer.mlp).__name__ for layer in layers[every - 1::every]})
+    if not 1 <= every <= len(layers):
+        raise ValueError(f'experts in every {every}th of {len(layers)} layers; expected 1 to {len(layers)}')
+    if num_experts < 2:
+        raise ValueError(f'{num_experts} experts; two work on each token, so expected 2 or more')
+    found = sorted({type(layer.mlp).__name__ for layer in layers[every - 1 :: every]})
     biased = getattr(config, 'mlp_bias', False)
     if found != ['LlamaMLP'] or biased:
         raise NotImplementedError(f'experts in place of {found} with mlp_bias={biased}; expected LlamaMLP without bias')
-    for layer in layers[every - 1::every]:
+    for layer in layers[every - 1 :: every]:
         router = Router(config.hidden_size, num_experts, capacity_factor, config.initializer_range)
-        if intermediate_size is None: layer.mlp = up_cycle(layer.mlp, router)
+        if intermediate_size is None:
+            layer.mlp = up_cycle(layer.mlp, router)
         else:
-            experts = Experts(num_experts, config.hidden_size, intermediate_size, config.hidden_act, std=config.initializer_range)
+            experts = Experts(
+                num_experts, config.hidden_size, intermediate_size, config.hidden_act, std=config.initializer_range
+            )
             layer.mlp = SparseMLP(router, experts).to(layer.mlp.gate_proj.weight)
 
 # %% ../../nbs/papers/03_mm1.ipynb #06b17021
@@ -215,20 +234,25 @@ def record_routing(
     def listen(router: Router, _, routing: Routing) -> None:
         "Keep a router's decision."
         if grad and router.weight.requires_grad and not routing.balance.requires_grad:
-            raise RuntimeError('a router ran without gradient: checkpoint with use_reentrant=False, or enter record_routing under no_grad, too')
+            raise RuntimeError(
+                'a router ran without gradient: checkpoint with use_reentrant=False, or enter record_routing under no_grad, too'
+            )
         heard.append(routing)
 
     hooks = [module.register_forward_hook(listen) for module in model.modules() if isinstance(module, Router)]
-    try: yield heard
+    try:
+        yield heard
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def auxiliary_loss(
     routings: Sequence[Routing],  # of `record_routing`
-    balance: float = 0.01,        # weight of the load-balance loss
-    z: float = 0.001,             # weight of the router z-loss
+    balance: float = 0.01,  # weight of the load-balance loss
+    z: float = 0.001,  # weight of the router z-loss
 ) -> Tensor:
     "Weighted balance and z losses, summed over layers: → []."
-    if not routings: raise ValueError('no router was heard: run the model inside record_routing, after insert_experts')
+    if not routings:
+        raise ValueError('no router was heard: run the model inside record_routing, after insert_experts')
     return torch.stack([balance * routing.balance + z * routing.z for routing in routings]).sum()

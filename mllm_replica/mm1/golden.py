@@ -14,7 +14,7 @@ from .experts import Experts, Router, SparseMLP, auxiliary_loss, queue_positions
 from ..models.parity import Given
 
 # %% ../../nbs/papers/03_mm1.ipynb #615ad250
-ORIGIN = 'MM1 has no official code'   # said in the file
+ORIGIN = 'MM1 has no official code'  # said in the file
 _DEFAULTS = dict(activation='gelu_tanh', capacity=None, top_k=2, lb_coef=0.01, z_coef=0.001)
 
 
@@ -27,15 +27,20 @@ def _part(tensors: Given, part: str) -> dict[str, Tensor]:
 def pooling_results(
     config: dict[str, Any],
     tensors: Given,
-    part: str,       # 'avg' or 'att'
+    part: str,  # 'avg' or 'att'
 ) -> dict[str, Tensor]:
     "A connector and what it shows on the way."
     sizes = config['d_vision'], config['d_llm'], config['grid'] ** 2, config['token_side'] ** 2
-    connector = AveragePooling(*sizes) if part == 'avg' else AttentionPooling(*sizes, num_attention_heads=config['heads'])
+    connector = (
+        AveragePooling(*sizes) if part == 'avg' else AttentionPooling(*sizes, num_attention_heads=config['heads'])
+    )
     connector.load_state_dict(_part(tensors, part))
-    if part == 'att': connector.norm_kv.eps = connector.norm_out.eps = config['ln_eps']
+    if part == 'att':
+        connector.norm_kv.eps = connector.norm_out.eps = config['ln_eps']
     record = {}
-    return {f'out.{part}.y': connector(tensors[f'in.{part}.x'], record)} | {f'out.{part}.{name}': tensor for name, tensor in record.items()}
+    return {f'out.{part}.y': connector(tensors[f'in.{part}.x'], record)} | {
+        f'out.{part}.{name}': tensor for name, tensor in record.items()
+    }
 
 
 def expert_results(
@@ -44,22 +49,47 @@ def expert_results(
 ) -> dict[str, Tensor]:
     "A sparse layer, its routing, its losses and what they teach the router."
     config = _DEFAULTS | config
-    if config['top_k'] != 2: raise NotImplementedError(f"top_k is {config['top_k']}; MM1's router takes 2")
+    if config['top_k'] != 2:
+        raise NotImplementedError(f"top_k is {config['top_k']}; MM1's router takes 2")
     weights, x, capacity = _part(tensors, 'moe'), tensors['in.moe.x'], config['capacity']
     activation = {'gelu_tanh': 'gelu_pytorch_tanh'}.get(config['activation'], config['activation'])
-    layer = SparseMLP(Router(config['d_model'], config['experts']),
-                      Experts(config['experts'], config['d_model'], config['d_ff'], activation, gated=False))
-    layer.load_state_dict({'router.weight': weights['router'].T, 'experts.up_proj': weights['w1'].mT, 'experts.down_proj': weights['w2'].mT})
+    layer = SparseMLP(
+        Router(config['d_model'], config['experts']),
+        Experts(config['experts'], config['d_model'], config['d_ff'], activation, gated=False),
+    )
+    layer.load_state_dict(
+        {
+            'router.weight': weights['router'].T,
+            'experts.up_proj': weights['w1'].mT,
+            'experts.down_proj': weights['w2'].mT,
+        }
+    )
     routing = route(layer.router.logits(x), capacity)
     auxiliary_loss([routing], config['lb_coef'], config['z_coef']).backward()
-    found = {'y': layer.mix(x, routing), 'logits': routing.logits, 'load_balance_loss': routing.balance[None], 'router_z_loss': routing.z[None]}
+    found = {
+        'y': layer.mix(x, routing),
+        'logits': routing.logits,
+        'load_balance_loss': routing.balance[None],
+        'router_z_loss': routing.z[None],
+    }
     probabilities = routing.logits.softmax(-1)
-    found |= dict(probs=probabilities, frac_top1=routing.load, mean_prob=probabilities.mean(0), logsumexp=routing.logits.logsumexp(-1))
+    found |= dict(
+        probs=probabilities,
+        frac_top1=routing.load,
+        mean_prob=probabilities.mean(0),
+        logsumexp=routing.logits.logsumexp(-1),
+    )
     each = {'gate': routing.gates, 'top': routing.experts}
-    if capacity is not None: each |= {'position_top': queue_positions(routing.experts, config['experts'], capacity), 'kept_top': routing.kept,
-                                      'combine_gate': routing.gates * routing.kept}
+    if capacity is not None:
+        each |= {
+            'position_top': queue_positions(routing.experts, config['experts'], capacity),
+            'kept_top': routing.kept,
+            'combine_gate': routing.gates * routing.kept,
+        }
     found |= {f'{name}{i + 1}': tensor[:, i] for name, tensor in each.items() for i in range(2)}
-    return {f'out.moe.{name}': tensor for name, tensor in found.items()} | {'grad.moe.router_of_aux': layer.router.weight.grad.T}
+    return {f'out.moe.{name}': tensor for name, tensor in found.items()} | {
+        'grad.moe.router_of_aux': layer.router.weight.grad.T
+    }
 
 # %% ../../nbs/papers/03_mm1.ipynb #5a37fb50
 PARTS = {'avg', 'att', 'moe'}
@@ -76,7 +106,8 @@ def parts_case(
 ) -> dict[str, Tensor]:
     "All parts that a file holds."
     found, parts = {}, _parts_of(tensors)
-    if not parts <= PARTS: raise ValueError(f'parts {sorted(parts - PARTS)} are unknown; expected some of {sorted(PARTS)}')
+    if not parts <= PARTS:
+        raise ValueError(f'parts {sorted(parts - PARTS)} are unknown; expected some of {sorted(PARTS)}')
     for part in sorted(parts):
         found |= expert_results(config, tensors) if part == 'moe' else pooling_results(config, tensors, part)
     return found

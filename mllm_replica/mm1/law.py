@@ -16,6 +16,7 @@ from ..training.optimiser import lr_at
 # %% ../../nbs/papers/03_mm1.ipynb #ab37f0de
 class Law(NamedTuple):
     "A straight line in logarithms: lr = exp(slope·ln N + intercept)."
+
     slope: float
     intercept: float
 
@@ -24,7 +25,8 @@ class Law(NamedTuple):
         parameters: float,  # N
     ) -> float:
         "Peak learning rate of a model of this size."
-        if not parameters > 0: raise ValueError(f'a model of {parameters} parameters; expected more than 0')
+        if not parameters > 0:
+            raise ValueError(f'a model of {parameters} parameters; expected more than 0')
         return math.exp(self.slope * math.log(parameters) + self.intercept)
 
 
@@ -39,29 +41,34 @@ def weight_decay(
 
 # %% ../../nbs/papers/03_mm1.ipynb #d1902fa2
 def optimal_rate(
-    rates: Sequence[float],   # rising
+    rates: Sequence[float],  # rising
     losses: Sequence[float],  # one per rate; lower is better
 ) -> float:
     "The learning rate of least loss, between the grid's points."
     x, y = np.log(rates), np.asarray(losses, float)
     i = int(y.argmin())
-    if not 0 < i < len(y) - 1: raise ValueError(f'the least loss is at the edge of the grid, at {rates[i]:.3g}: extend the grid on that side')
-    if not np.isfinite(y[i - 1:i + 2]).all(): return float(rates[i])   # a neighbour diverged
-    curve, slope, _ = np.polyfit(x[i - 1:i + 2] - x[i], y[i - 1:i + 2], 2)
+    if not 0 < i < len(y) - 1:
+        raise ValueError(f'the least loss is at the edge of the grid, at {rates[i]:.3g}: extend the grid on that side')
+    if not np.isfinite(y[i - 1 : i + 2]).all():
+        return float(rates[i])  # a neighbour diverged
+    curve, slope, _ = np.polyfit(x[i - 1 : i + 2] - x[i], y[i - 1 : i + 2], 2)
     return float(np.exp(x[i] - slope / (2 * curve)))
 
 
 class Fit(NamedTuple):
     "A fitted law and what it was fitted to."
+
     law: Law
-    spread: float       # standard deviation of ln lr around the line
-    sizes: np.ndarray   # ln N
+    spread: float  # standard deviation of ln lr around the line
+    sizes: np.ndarray  # ln N
 
     @property
-    def _quantile(self) -> float: return float(stdtrit(len(self.sizes) - 2, 0.975))
+    def _quantile(self) -> float:
+        return float(stdtrit(len(self.sizes) - 2, 0.975))
 
     @property
-    def _squares(self) -> float: return float(((self.sizes - self.sizes.mean()) ** 2).sum())
+    def _squares(self) -> float:
+        return float(((self.sizes - self.sizes.mean()) ** 2).sum())
 
     @property
     def slope_interval(self) -> tuple[float, float]:
@@ -81,12 +88,15 @@ class Fit(NamedTuple):
 # %% ../../nbs/papers/03_mm1.ipynb #2ab4c84e
 def fit_law(
     parameters: Sequence[float],  # N of each model
-    rates: Sequence[float],       # its best peak learning rate
+    rates: Sequence[float],  # its best peak learning rate
 ) -> Fit:
     "Least squares in logarithms."
     if len(parameters) != len(rates) or not all(0 < number < math.inf for number in (*parameters, *rates)):
-        raise ValueError(f'sizes {list(parameters)} and rates {list(rates)}: expected one positive rate for each positive size')
-    if len(parameters) < 3 or len(set(parameters)) < 2: raise ValueError(f'{len(parameters)} points; intervals need 3 or more, of different sizes')
+        raise ValueError(
+            f'sizes {list(parameters)} and rates {list(rates)}: expected one positive rate for each positive size'
+        )
+    if len(parameters) < 3 or len(set(parameters)) < 2:
+        raise ValueError(f'{len(parameters)} points; intervals need 3 or more, of different sizes')
     x, y = np.log(parameters), np.log(rates)
     slope, intercept = np.polyfit(x, y, 1)
     spread = math.sqrt(((y - slope * x - intercept) ** 2).sum() / (len(x) - 2))
@@ -94,12 +104,13 @@ def fit_law(
 
 # %% ../../nbs/papers/03_mm1.ipynb #8c05d288
 def scheduled_rate(
-    step: int,                 # optimiser steps done
-    peak: float,               # highest rate
-    warmup: int = 2000,        # steps
-    total: int = 200_000,      # steps
+    step: int,  # optimiser steps done
+    peak: float,  # highest rate
+    warmup: int = 2000,  # steps
+    total: int = 200_000,  # steps
     floor_ratio: float = 0.1,  # last rate by the peak
 ) -> float:
     "Learning rate of MM1's pre-training at a step."
-    if not 0 <= step <= total: raise ValueError(f'step {step} is not among 0 … {total}')
+    if not 0 <= step <= total:
+        raise ValueError(f'step {step} is not among 0 … {total}')
     return peak * step / warmup if step < warmup else lr_at(step, peak, floor_ratio * peak, warmup, total)

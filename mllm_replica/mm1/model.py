@@ -29,31 +29,44 @@ from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLangua
 from ..owl2.encoder import WholeCheckpoint
 
 # %% ../../nbs/papers/03_mm1.ipynb #8254c03d
-_EXPERTS = dict(intermediate_size=None, capacity_factor=None, balance=0.01, z=0.001)   # besides `every` and `num_experts`
+_EXPERTS = dict(
+    intermediate_size=None, capacity_factor=None, balance=0.01, z=0.001
+)  # besides `every` and `num_experts`
 
 
 def _expert_settings(given: dict[str, Any]) -> dict[str, Any]:
     "All settings of the experts."
     needed = {'every', 'num_experts'}
     if not needed <= set(given) <= needed | set(_EXPERTS):
-        raise ValueError(f'experts has the fields {sorted(given)}; expected every and num_experts, and perhaps some of {sorted(_EXPERTS)}')
+        raise ValueError(
+            f'experts has the fields {sorted(given)}; expected every and num_experts, and perhaps some of {sorted(_EXPERTS)}'
+        )
     return _EXPERTS | given
 
 
 class MM1Config(VisionLanguageConfig):
     "Settings of MM1; `connector_config` is that of `build_connector`."
+
     model_type = 'mm1'
 
-    feature_layer: int = -1                  # −1: the last block's output after the final norm; other layers have none
-    experts: dict[str, Any] | None = None    # every, num_experts; perhaps intermediate_size, capacity_factor, balance and z (weights of losses)
-    sub_images: int | None = None            # side, in pixels, of the square that is cut in tiles of the encoder's size; None: images are squashed
+    feature_layer: int = -1  # −1: the last block's output after the final norm; other layers have none
+    experts: dict[str, Any] | None = (
+        None  # every, num_experts; perhaps intermediate_size, capacity_factor, balance and z (weights of losses)
+    )
+    sub_images: int | None = (
+        None  # side, in pixels, of the square that is cut in tiles of the encoder's size; None: images are squashed
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.connector_config = {'connector_type': 'c-abs', 'num_query_tokens': 144} | (self.connector_config or {})
-        if self.experts is not None: self.experts = _expert_settings(self.experts)
+        if self.experts is not None:
+            self.experts = _expert_settings(self.experts)
         super().__post_init__(**kwargs)
         needed, room = self.positions_per_image, self.text_config.max_position_embeddings
-        if needed >= room: raise ValueError(f'an image takes {needed} positions, the language model has {room}: use fewer tokens or sub-images')
+        if needed >= room:
+            raise ValueError(
+                f'an image takes {needed} positions, the language model has {room}: use fewer tokens or sub-images'
+            )
 
     def visual_token_count(self) -> int:
         "Positions of one picture that the encoder reads, M."
@@ -63,20 +76,31 @@ class MM1Config(VisionLanguageConfig):
     def positions_per_image(self) -> int:
         "Positions of one `<image>`: of the picture, or of its overview and crops."
         vision, tokens = self.vision_config, self.visual_token_count()
-        return tokens if self.sub_images is None else SubImages(self.sub_images, vision.image_size, vision.patch_size, tokens).num_tokens
+        return (
+            tokens
+            if self.sub_images is None
+            else SubImages(self.sub_images, vision.image_size, vision.patch_size, tokens).num_tokens
+        )
 
 # %% ../../nbs/papers/03_mm1.ipynb #f025b172
 class MM1Model(WholeCheckpoint, VisionLanguageModel):
     "Encoder → connector → language model, perhaps with experts."
+
     config_class = MM1Config
 
     def __init__(self, config: MM1Config) -> None:
         super().__init__(config)
-        if config.experts: self._insert_experts()
+        if config.experts:
+            self._insert_experts()
 
     def build_connector(self, config: MM1Config) -> nn.Module:
         "The connector that `connector_config` describes."
-        return build_connector(config.connector_config, config.vision_config.hidden_size, config.text_config.hidden_size, config.num_patches)
+        return build_connector(
+            config.connector_config,
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            config.num_patches,
+        )
 
     def visual_features(
         self,
@@ -84,17 +108,25 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
     ) -> Tensor:
         "Patch features, those of the last block after the final norm: [N,3,h,w] → [N,S,Dv]."
         layer, states = self.config.feature_layer, features(self.vision_model, pixel_values, self.config.feature_layer)
-        return self.vision_model.post_layernorm(states) if layer in (-1, self.config.vision_config.num_hidden_layers) else states
+        return (
+            self.vision_model.post_layernorm(states)
+            if layer in (-1, self.config.vision_config.num_hidden_layers)
+            else states
+        )
 
     def _insert_experts(self) -> None:
-        insert_experts(self.language_model, **{name: value for name, value in self.config.experts.items() if name not in ('balance', 'z')})
+        insert_experts(
+            self.language_model,
+            **{name: value for name, value in self.config.experts.items() if name not in ('balance', 'z')},
+        )
 
     def up_cycle(
         self,
         experts: dict[str, Any],  # as in the configuration
     ) -> None:
         "Give a dense model experts: copies of its own layers, unless they have an inner width of their own."
-        if self.config.experts: raise ValueError(f'the model has experts already ({self.config.experts}); up-cycle a dense one')
+        if self.config.experts:
+            raise ValueError(f'the model has experts already ({self.config.experts}); up-cycle a dense one')
         self.config.experts = _expert_settings(experts)
         self._insert_experts()
 
@@ -102,24 +134,36 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
 @patch
 def forward(
     self: MM1Model,
-    input_ids: Tensor | None = None,         # [B,T] with placeholders
-    attention_mask: Tensor | None = None,    # [B,T] 1 at real tokens; or a finished [B,1,T,T'] mask
-    pixel_values: Tensor | None = None,      # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,    # [N,S,Dv] instead of pixel_values
-    labels: Tensor | None = None,            # [B,T] as input_ids, −100 without loss
-    position_ids: Tensor | None = None,      # [B,T]; starts again at 0 for every packed sample
+    input_ids: Tensor | None = None,  # [B,T] with placeholders
+    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; or a finished [B,1,T,T'] mask
+    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
+    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixel_values
+    labels: Tensor | None = None,  # [B,T] as input_ids, −100 without loss
+    position_ids: Tensor | None = None,  # [B,T]; starts again at 0 for every packed sample
     past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,     # [B,T,D] instead of input_ids
+    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
     use_cache: bool | None = None,
     num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
-    **kwargs: Any,                           # as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
+    **kwargs: Any,  # as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]. The loss of experts in training includes balance and z."
-    given = dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, image_features=image_features, labels=labels,
-                 position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                 num_items_in_batch=num_items_in_batch, **kwargs)
-    if labels is None or not (self.training and self.config.experts): return VisionLanguageModel.forward(self, **given)
-    with record_routing(self.language_model) as routings: out = VisionLanguageModel.forward(self, **given)
+    given = dict(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pixel_values=pixel_values,
+        image_features=image_features,
+        labels=labels,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        num_items_in_batch=num_items_in_batch,
+        **kwargs,
+    )
+    if labels is None or not (self.training and self.config.experts):
+        return VisionLanguageModel.forward(self, **given)
+    with record_routing(self.language_model) as routings:
+        out = VisionLanguageModel.forward(self, **given)
     share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
     out.loss = out.loss + share * auxiliary_loss(routings, self.config.experts['balance'], self.config.experts['z'])
     return out
@@ -127,19 +171,27 @@ def forward(
 # %% ../../nbs/papers/03_mm1.ipynb #cd2e7b9b
 def at_resolution(
     model: MM1Model,
-    image_size: int,                 # side of the encoder's input, pixels
-    sub_images: int | None = None,   # as in the configuration
+    image_size: int,  # side of the encoder's input, pixels
+    sub_images: int | None = None,  # as in the configuration
 ) -> MM1Model:
     "The same model for pictures of another size, its position tables interpolated."
     config, patches = model.config.to_dict(), model.config.num_patches
-    config = MM1Config.from_dict(config | dict(vision_config=config['vision_config'] | {'image_size': image_size}, sub_images=sub_images))
-    if model.device.type == 'meta': return MM1Model(config)   # planned only: shapes
+    config = MM1Config.from_dict(
+        config | dict(vision_config=config['vision_config'] | {'image_size': image_size}, sub_images=sub_images)
+    )
+    if model.device.type == 'meta':
+        return MM1Model(config)  # planned only: shapes
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with torch.device('meta'): wanted = MM1Model(config).state_dict()
+    with torch.device('meta'):
+        wanted = MM1Model(config).state_dict()
     for name in (name for name, weight in wanted.items() if weight.shape != state[name].shape):
         table = state[name].flatten(0, -2)
         state[name] = resize_positions(table, config.num_patches, leading=len(table) - patches).view(wanted[name].shape)
-    return MM1Model.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device).train(model.training)
+    return (
+        MM1Model.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+        .to(model.device)
+        .train(model.training)
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #b7d795dc
 class MM1Processor(VisionLanguageProcessor):
@@ -148,18 +200,19 @@ class MM1Processor(VisionLanguageProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,                       # positions of one picture that the encoder reads
-        image_size: int,                          # side of the encoder's input, pixels
-        image_token_id: int = -1,                 # placeholder, as in the configuration
+        visual_tokens: int,  # positions of one picture that the encoder reads
+        image_size: int,  # side of the encoder's input, pixels
+        image_token_id: int = -1,  # placeholder, as in the configuration
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
-        sub_images: int | None = None,            # as in the configuration
-        ends: bool = True,                        # whether an end token follows answers and documents
-        separator: str = '\n',                    # before a further question, as between shots
+        sub_images: int | None = None,  # as in the configuration
+        ends: bool = True,  # whether an end token follows answers and documents
+        separator: str = '\n',  # before a further question, as between shots
     ) -> None:
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
         self.sub_images, self.ends, self.separator = sub_images, ends, separator
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token
 
     @classmethod
     def from_config(cls, config: MM1Config, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> 'MM1Processor':
@@ -182,33 +235,46 @@ class MM1Processor(VisionLanguageProcessor):
         sample: dict[str, Any],
     ) -> dict[str, Any]:
         "The sample with its images replaced by their views; few-shot prompts were cut where they were made."
-        if self.sub_images is None or 'shots' in json.loads(sample.get('meta') or '{}'): return sample
-        images, document, turns = list(sample.get('images') or []), sample.get('document') or '', sample.get('conversations') or []
-        if ''.join([document, *(turn['value'] for turn in turns)]).count(IMAGE) != len(images): return sample   # `encode` says so
+        if self.sub_images is None or 'shots' in json.loads(sample.get('meta') or '{}'):
+            return sample
+        images, document, turns = (
+            list(sample.get('images') or []),
+            sample.get('document') or '',
+            sample.get('conversations') or [],
+        )
+        if ''.join([document, *(turn['value'] for turn in turns)]).count(IMAGE) != len(images):
+            return sample  # `encode` says so
         seen = [self.views(image) for image in images]
         marks = iter([IMAGE * len(views) for views in seen])
         cut = lambda text: re.sub(IMAGE, lambda _: next(marks), text)
-        return sample | dict(document=cut(document), conversations=[turn | {'value': cut(turn['value'])} for turn in turns],
-                             images=[view for views in seen for view in views])
+        return sample | dict(
+            document=cut(document),
+            conversations=[turn | {'value': cut(turn['value'])} for turn in turns],
+            images=[view for views in seen for view in views],
+        )
 
     def pieces(
         self,
         sample: dict[str, Any],  # conversation or interleaved document
-        training: bool,          # False: leave out the last answer
+        training: bool,  # False: leave out the last answer
     ) -> list[Piece]:
         "The text as it stands, images in their places; of a document all text is supervised, of a conversation the answers."
-        if sample.get('document'): return [*_around(sample['document'], True), Piece('', True, self.ends)]
+        if sample.get('document'):
+            return [*_around(sample['document'], True), Piece('', True, self.ends)]
         pieces, turns = [], list(sample['conversations'])
-        if not training and turns and turns[-1]['from'] == 'gpt': turns.pop()
+        if not training and turns and turns[-1]['from'] == 'gpt':
+            turns.pop()
         for i, turn in enumerate(turns):
-            if turn['from'] == 'gpt': pieces.append(Piece(f" {turn['value']}", True, self.ends))
-            else: pieces += _around(self.separator * (i > 0) + turn['value'], False)
+            if turn['from'] == 'gpt':
+                pieces.append(Piece(f' {turn["value"]}', True, self.ends))
+            else:
+                pieces += _around(self.separator * (i > 0) + turn['value'], False)
         return pieces
 
     def encode(
         self,
         sample: dict[str, Any],  # id, images, conversations or document
-        training: bool = True,   # False: the prompt alone, to be answered
+        training: bool = True,  # False: the prompt alone, to be answered
     ) -> Encoded:
         "Token ids, labels and images of one sample."
         seen = self.with_views(sample)
@@ -219,7 +285,8 @@ class MM1Processor(VisionLanguageProcessor):
         images: Sequence[Any],  # PIL images or undecoded sources
     ) -> Tensor:
         "Pixel values, squashed to a square or, with sub-images, padded to one: N images → [N,3,S,S]."
-        if self.sub_images is not None: images = [letterboxed(open_image(image), self.image_size) for image in images]
+        if self.sub_images is not None:
+            images = [letterboxed(open_image(image), self.image_size) for image in images]
         return super().image_tensor(images)
 
     def decode(
@@ -232,7 +299,12 @@ class MM1Processor(VisionLanguageProcessor):
 
 def _around(text: str, supervised: bool) -> list[Piece]:
     "Text around `<image>` marks, as it stands, and the images."
-    pieces = [piece for part in text.split(IMAGE) for piece in (Piece(None), Piece(part, supervised)) if part or piece.text is None]
+    pieces = [
+        piece
+        for part in text.split(IMAGE)
+        for piece in (Piece(None), Piece(part, supervised))
+        if part or piece.text is None
+    ]
     return pieces[1:]
 
 
@@ -241,45 +313,71 @@ register(MM1Config, MM1Model, MM1Processor)
 # %% ../../nbs/papers/03_mm1.ipynb #ee63e06c
 class Preset(NamedTuple):
     "What the paper says of a model."
-    llm: str                 # key of `LANGUAGE_MODELS`
-    encoder: str             # key of `ENCODERS`
-    image_size: int          # pixels
-    lr: float                # peak rate of pre-training
+
+    llm: str  # key of `LANGUAGE_MODELS`
+    encoder: str  # key of `ENCODERS`
+    image_size: int  # pixels
+    lr: float  # peak rate of pre-training
     experts: dict[str, int] | None = None
 
 
-_LLAMA = dict(model_type='llama', vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1,
-              eos_token_id=2, pad_token_id=0)
+_LLAMA = dict(
+    model_type='llama',
+    vocab_size=32000,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LANGUAGE_MODELS = {
-    '1.2B': _LLAMA | dict(hidden_size=2048, intermediate_size=4608, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16),
-    '3B': _LLAMA | dict(hidden_size=2560, intermediate_size=7872, num_hidden_layers=32, num_attention_heads=20, num_key_value_heads=20),
-    '7B': _LLAMA | dict(hidden_size=3584, intermediate_size=15232, num_hidden_layers=32, num_attention_heads=28, num_key_value_heads=4),
-    '30B': _LLAMA | dict(hidden_size=6656, intermediate_size=17664, num_hidden_layers=56, num_attention_heads=52, num_key_value_heads=52),
+    '1.2B': _LLAMA
+    | dict(
+        hidden_size=2048, intermediate_size=4608, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
+    ),
+    '3B': _LLAMA
+    | dict(
+        hidden_size=2560, intermediate_size=7872, num_hidden_layers=32, num_attention_heads=20, num_key_value_heads=20
+    ),
+    '7B': _LLAMA
+    | dict(
+        hidden_size=3584, intermediate_size=15232, num_hidden_layers=32, num_attention_heads=28, num_key_value_heads=4
+    ),
+    '30B': _LLAMA
+    | dict(
+        hidden_size=6656, intermediate_size=17664, num_hidden_layers=56, num_attention_heads=52, num_key_value_heads=52
+    ),
 }
-_CLIP = dict(model_type='clip_vision_model', patch_size=14, num_attention_heads=16, hidden_act='quick_gelu', layer_norm_eps=1e-5)
+_CLIP = dict(
+    model_type='clip_vision_model', patch_size=14, num_attention_heads=16, hidden_act='quick_gelu', layer_norm_eps=1e-5
+)
 ENCODERS = {
     'ViT-L': _CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24),
     'ViT-H': _CLIP | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32),
 }
 PRESETS = {
     'mm1-base-ablation': Preset('1.2B', 'ViT-L', 336, PUBLISHED.rate(1.2e9)),
-    'mm1-3b': Preset('3B', 'ViT-H', 378, 6e-5), 'mm1-3b-moe': Preset('3B', 'ViT-H', 378, 6e-5, dict(every=2, num_experts=64)),
-    'mm1-7b': Preset('7B', 'ViT-H', 378, 4e-5), 'mm1-7b-moe': Preset('7B', 'ViT-H', 378, 4e-5, dict(every=4, num_experts=32)),
+    'mm1-3b': Preset('3B', 'ViT-H', 378, 6e-5),
+    'mm1-3b-moe': Preset('3B', 'ViT-H', 378, 6e-5, dict(every=2, num_experts=64)),
+    'mm1-7b': Preset('7B', 'ViT-H', 378, 4e-5),
+    'mm1-7b-moe': Preset('7B', 'ViT-H', 378, 4e-5, dict(every=4, num_experts=32)),
     'mm1-30b': Preset('30B', 'ViT-H', 378, 2e-5),
 }
 
 
 def _entry(table: dict[str, Any], key: str, what: str) -> Any:
-    if key not in table: raise KeyError(f'{what} {key!r} is not in the paper; expected one of {list(table)}')
+    if key not in table:
+        raise KeyError(f'{what} {key!r} is not in the paper; expected one of {list(table)}')
     return table[key]
 
 
 def paper_config(
-    name: str,                       # key of `PRESETS`
-    llm: str | None = None,          # key of `LANGUAGE_MODELS`, instead of the preset's
-    encoder: str | None = None,      # key of `ENCODERS`, instead of the preset's
-    image_size: int | None = None,   # pixels, instead of the preset's
-    **changes: Any,                  # fields of `MM1Config`, such as connector_config
+    name: str,  # key of `PRESETS`
+    llm: str | None = None,  # key of `LANGUAGE_MODELS`, instead of the preset's
+    encoder: str | None = None,  # key of `ENCODERS`, instead of the preset's
+    image_size: int | None = None,  # pixels, instead of the preset's
+    **changes: Any,  # fields of `MM1Config`, such as connector_config
 ) -> MM1Config:
     "The configuration of a model of the paper, widths of the language model assumed."
     found = _entry(PRESETS, name, 'model')
@@ -294,15 +392,22 @@ def assumed(
     "What stands in for facts that are not published, in sentences."
     found = _entry(PRESETS, name, 'model')
     text = LANGUAGE_MODELS[found.llm]
-    said = [f"assumed widths of the {found.llm} language model: {text['num_hidden_layers']} layers of {text['hidden_size']}, "
-            f"{text['num_attention_heads']} heads ({text['num_key_value_heads']} of keys), inner width {text['intermediate_size']}, 32,000 words, "
-            "Llama's kind of layers; only the number of parameters is published",
-            "connectors of unknown width and depth: the C-Abstractor is Honeybee's (3 + 3 blocks of 1,024)",
-            'AdamW in both stages (the paper tunes with AdaFactor); its moments and the gradient clipping of 1.0 are not confirmed',
-            'the warm-up begins at the floor of a tenth of the rate, not at zero', 'gradient accumulation (64, then 32) is ours',
-            'tuning packs its samples as pre-training does']
-    if found.experts: said.append('experts copy the dense layer, in the last layer of each group; no token is dropped; rates of the dense model')
-    if name == 'mm1-base-ablation': said.append("learning rate by the paper's law")
+    said = [
+        f'assumed widths of the {found.llm} language model: {text["num_hidden_layers"]} layers of {text["hidden_size"]}, '
+        f'{text["num_attention_heads"]} heads ({text["num_key_value_heads"]} of keys), inner width {text["intermediate_size"]}, 32,000 words, '
+        "Llama's kind of layers; only the number of parameters is published",
+        "connectors of unknown width and depth: the C-Abstractor is Honeybee's (3 + 3 blocks of 1,024)",
+        'AdamW in both stages (the paper tunes with AdaFactor); its moments and the gradient clipping of 1.0 are not confirmed',
+        'the warm-up begins at the floor of a tenth of the rate, not at zero',
+        'gradient accumulation (64, then 32) is ours',
+        'tuning packs its samples as pre-training does',
+    ]
+    if found.experts:
+        said.append(
+            'experts copy the dense layer, in the last layer of each group; no token is dropped; rates of the dense model'
+        )
+    if name == 'mm1-base-ablation':
+        said.append("learning rate by the paper's law")
     return tuple(said)
 
 
@@ -311,7 +416,27 @@ def published_stages(
 ) -> tuple[Stage, ...]:
     "Pre-training, and fine-tuning of all but the ablations' model."
     lr, every = _entry(PRESETS, name, 'model').lr, dict(trainable=(r'.',), precision='bf16', pack=True)
-    pretrain = Stage(name='pretrain', mixture=WEIGHTS, steps=200_000, batch_size=512, lr=lr, min_lr=lr / 10, warmup_steps=2000,
-                     weight_decay=weight_decay(lr), max_length=4096, accumulate=64, **every)
-    tune = Stage(name='tune', mixture={'instructions': 1.0}, steps=10_000, batch_size=256, lr=1e-5, max_length=2048, accumulate=32, **every)
+    pretrain = Stage(
+        name='pretrain',
+        mixture=WEIGHTS,
+        steps=200_000,
+        batch_size=512,
+        lr=lr,
+        min_lr=lr / 10,
+        warmup_steps=2000,
+        weight_decay=weight_decay(lr),
+        max_length=4096,
+        accumulate=64,
+        **every,
+    )
+    tune = Stage(
+        name='tune',
+        mixture={'instructions': 1.0},
+        steps=10_000,
+        batch_size=256,
+        lr=1e-5,
+        max_length=2048,
+        accumulate=32,
+        **every,
+    )
     return (pretrain,) if name == 'mm1-base-ablation' else (pretrain, tune)

@@ -12,21 +12,28 @@ from torch.nn import functional as F
 
 # %% ../../nbs/papers/03_mm1.ipynb #e91a7e9c
 # Shapes: B images, S patches of an image in raster order, P numbers of a patch, D width.
-LOG_SCALE = math.log(1 / 0.07)   # where CLIP's learnt inverse temperature starts
+LOG_SCALE = math.log(1 / 0.07)  # where CLIP's learnt inverse temperature starts
 LARGEST_SCALE = 100.0
 
 
 def contrastive_loss(
-    image_embeds: Tensor,             # [B,D]
-    text_embeds: Tensor,              # [B,D], row i belongs to image i
-    log_scale: Tensor,                # [] learnt, from `LOG_SCALE`
-    captions: Tensor | None = None,   # [B] number of each caption; pairs with an equal one are no negatives
+    image_embeds: Tensor,  # [B,D]
+    text_embeds: Tensor,  # [B,D], row i belongs to image i
+    log_scale: Tensor,  # [] learnt, from `LOG_SCALE`
+    captions: Tensor | None = None,  # [B] number of each caption; pairs with an equal one are no negatives
 ) -> Tensor:
     "Symmetric cross-entropy of the right pairs among all pairs: → []."
     labels = torch.arange(len(image_embeds), device=image_embeds.device)
-    logits = log_scale.exp().clamp(max=LARGEST_SCALE) * F.normalize(image_embeds, dim=-1) @ F.normalize(text_embeds, dim=-1).T
+    logits = (
+        log_scale.exp().clamp(max=LARGEST_SCALE)
+        * F.normalize(image_embeds, dim=-1)
+        @ F.normalize(text_embeds, dim=-1).T
+    )
     groups = labels if captions is None else captions
-    if (groups == groups[0]).all(): raise ValueError(f'{len(groups)} pairs with one caption leave nothing to contrast; give the batch more captions')
+    if (groups == groups[0]).all():
+        raise ValueError(
+            f'{len(groups)} pairs with one caption leave nothing to contrast; give the batch more captions'
+        )
     twins = (groups[:, None] == groups) & (labels[:, None] != labels)
     logits = logits.masked_fill(twins, float('-inf'))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -34,7 +41,7 @@ def contrastive_loss(
 # %% ../../nbs/papers/03_mm1.ipynb #5af05ba4
 def prefix_mask(
     prefix: Tensor,  # [B] patches that everyone sees
-    length: int,     # S
+    length: int,  # S
 ) -> Tensor:
     "Which patch (last axis) each position may read: the prefix, itself and earlier ones: → [B,1,S,S] bool."
     steps = torch.arange(length, device=prefix.device)
@@ -43,7 +50,7 @@ def prefix_mask(
 
 def normalised_patches(
     pixel_values: Tensor,  # [B,3,height,width]
-    patch: int,            # side of a patch, in pixels
+    patch: int,  # side of a patch, in pixels
 ) -> Tensor:
     "Pixels of every patch with mean 0 and variance 1: → [B,S,P]."
     patches = F.unfold(pixel_values, patch, stride=patch).transpose(1, 2)
@@ -51,14 +58,20 @@ def normalised_patches(
 
 
 def reconstruction_loss(
-    predictions: Tensor,   # [B,S,P]; position i speaks of patch i+1
+    predictions: Tensor,  # [B,S,P]; position i speaks of patch i+1
     pixel_values: Tensor,  # [B,3,height,width]
-    patch: int,            # side of a patch, in pixels
-    prefix: Tensor,        # [B] as in the mask
+    patch: int,  # side of a patch, in pixels
+    prefix: Tensor,  # [B] as in the mask
 ) -> Tensor:
     "Mean squared error of the patches after the prefix (and after the first): → []."
-    targets, steps = normalised_patches(pixel_values, patch)[:, 1:], torch.arange(1, predictions.shape[1], device=prefix.device)
+    targets, steps = (
+        normalised_patches(pixel_values, patch)[:, 1:],
+        torch.arange(1, predictions.shape[1], device=prefix.device),
+    )
     counted = steps >= prefix[:, None]
-    if not counted.any(1).all(): raise ValueError(f'a prefix of {int(prefix.max())} leaves nothing to predict among {predictions.shape[1]} patches')
+    if not counted.any(1).all():
+        raise ValueError(
+            f'a prefix of {int(prefix.max())} leaves nothing to predict among {predictions.shape[1]} patches'
+        )
     error = (predictions[:, :-1] - targets).square().mean(-1)
     return (error * counted).sum() / counted.sum()

@@ -14,10 +14,29 @@ from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/03_mm1.ipynb #a384e64f
 _ALL = (r'.',)
-_VISION = dict(model_type='clip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-               patch_size=4)
-_TEXT = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
-             initializer_range=0.08, rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_VISION = dict(
+    model_type='clip_vision_model',
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=4,
+)
+_TEXT = dict(
+    model_type='llama',
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    initializer_range=0.08,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 _ASSUMPTIONS = ('widths, prompts and connectors are ours where the paper is silent', 'no role words and no end tokens')
 
 
@@ -29,41 +48,93 @@ def _world(name: str, scale: str, size: int, split: str = 'train', **options: An
 def _stage(name: str, scale: str, mixture: dict[str, float], steps: int, batch: int, lr: float, **more: Any) -> Stage:
     "A stage of the small model, all of it trained."
     steps, batch = (steps, batch) if scale == 'tiny' else (min(steps, 2), 1) if more.get('pack') else (min(steps, 4), 8)
-    return Stage(name=name, trainable=_ALL, mixture=mixture, steps=steps, batch_size=batch, lr=lr, min_lr=lr / 10, warmup_steps=steps // 15,
-                 weight_decay=lr / 10, max_length=256, **more)
+    return Stage(
+        name=name,
+        trainable=_ALL,
+        mixture=mixture,
+        steps=steps,
+        batch_size=batch,
+        lr=lr,
+        min_lr=lr / 10,
+        warmup_steps=steps // 15,
+        weight_decay=lr / 10,
+        max_length=256,
+        **more,
+    )
 
 
-def _unit(table: str, row: str, scale: str, seed: int, model: dict[str, Any], sources: dict[str, Source], stages: tuple[Stage, ...],
-          words: dict[str, int]) -> Recipe:
+def _unit(
+    table: str,
+    row: str,
+    scale: str,
+    seed: int,
+    model: dict[str, Any],
+    sources: dict[str, Source],
+    stages: tuple[Stage, ...],
+    words: dict[str, int],
+) -> Recipe:
     "A recipe; `words` names the tests, sources `test_…`, and how many words answer them."
     how = lambda name: dict(metric='word_accuracy' if words[name] > 1 else 'exact_match', max_new_tokens=words[name])
-    return Recipe(paper='mm1', table=table, row=row, scale=scale, seed=seed, model={'vision': _VISION, 'text': _TEXT} | model, sources=sources,
-                  stages=stages, benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', **how(n)) for n in words), assumptions=_ASSUMPTIONS)
+    return Recipe(
+        paper='mm1',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model={'vision': _VISION, 'text': _TEXT} | model,
+        sources=sources,
+        stages=stages,
+        benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', **how(n)) for n in words),
+        assumptions=_ASSUMPTIONS,
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #65f97ab4
 _KINDS = {'caption': {}, 'interleaved': dict(images=[2, 9]), 'text': dict(images=[6, 6])}
-_SIZES = {'caption': 26_000, 'interleaved': 6000}   # examples: about 1,640 and 2,100 sequences
+_SIZES = {'caption': 26_000, 'interleaved': 6000}  # examples: about 1,640 and 2,100 sequences
 _TOPICS, _SKILLS, SHOTS = ('ground', 'sign', 'height'), ('fact', 'copy'), (0, 1, 4, 8)
 
 
 def _page_sources(scale: str, texts: int) -> dict[str, Source]:
     "Training sources and tests of pages; six texts make a sequence."
     sizes = _SIZES | {'text': texts}
-    train = {kind: _world('pages', scale, sizes[kind], tasks=['document'], kind=kind, **options) for kind, options in _KINDS.items()}
-    return train | {f'test_{task}': _world('pages', scale, 300, 'test', tasks=[task]) for task in _TOPICS} | {
-        f'test_{task}': _world('pages', scale, 300, 'test', tasks=[task], kind='text') for task in _SKILLS}
+    train = {
+        kind: _world('pages', scale, sizes[kind], tasks=['document'], kind=kind, **options)
+        for kind, options in _KINDS.items()
+    }
+    return (
+        train
+        | {f'test_{task}': _world('pages', scale, 300, 'test', tasks=[task]) for task in _TOPICS}
+        | {f'test_{task}': _world('pages', scale, 300, 'test', tasks=[task], kind='text') for task in _SKILLS}
+    )
 
 
-def _pages(table: str, row: str, scale: str, seed: int, shares: tuple[float, float, float], model: dict[str, Any] = {},
-           steps: int = 200, texts: int = 3000) -> Recipe:
+def _pages(
+    table: str,
+    row: str,
+    scale: str,
+    seed: int,
+    shares: tuple[float, float, float],
+    model: dict[str, Any] = {},
+    steps: int = 200,
+    texts: int = 3000,
+) -> Recipe:
     "Pre-training on a mixture of pages."
     weights = {kind: share / sum(shares) for kind, share in zip(_KINDS, shares) if share}
     start = {'language': 400, 'encoder': 'contrastive', 'connector': _CONNECTORS['c-abs'] | {'num_query_tokens': 4}}
     stage = _stage('pretrain', scale, weights, steps, 8, 2e-3, pack=True)
-    return _unit(table, row, scale, seed, start | model, _page_sources(scale, texts), (stage,), dict.fromkeys((*_TOPICS, *_SKILLS), 1))
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        start | model,
+        _page_sources(scale, texts),
+        (stage,),
+        dict.fromkeys((*_TOPICS, *_SKILLS), 1),
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #afa85af4
-_SIDES = {224: 12, 336: 16, 378: 20}                                                              # pixels
+_SIDES = {224: 12, 336: 16, 378: 20}  # pixels
 _WIDTHS = {'ViT 600M': 24, 'ViT 1B': 48, 'ViT 3B': 72, 'ViT-L': 48, 'ViT-H': 72}
 
 
@@ -71,7 +142,9 @@ def _encoder(table: str, row: str, params: dict[str, Any], scale: str, seed: int
     "Table 1."
     width = _WIDTHS[params['arch']]
     vision = _VISION | dict(hidden_size=width, intermediate_size=2 * width, image_size=_SIDES[params['res']])
-    return _pages(table, row, scale, seed, (45, 45, 10), {'vision': vision, 'encoder': params['objective']}, steps=400, texts=4000)
+    return _pages(
+        table, row, scale, seed, (45, 45, 10), {'vision': vision, 'encoder': params['objective']}, steps=400, texts=4000
+    )
 
 
 def _mixture(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
@@ -80,26 +153,46 @@ def _mixture(table: str, row: str, params: dict[str, Any], scale: str, seed: int
 
 # %% ../../nbs/papers/03_mm1.ipynb #1a1aa048
 _ATTENTION = dict(connector_type='att', num_attention_heads=4)
-_CONNECTORS = {'avg': dict(connector_type='avg'), 'att': _ATTENTION | {'start': 'local'}, 'att-random': _ATTENTION,
-               'c-abs': dict(connector_type='c-abs', depth=1, hidden_size=48),
-               'resampler': dict(connector_type='resampler', hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-                            attention_probs_dropout_prob=0.0)}
+_CONNECTORS = {
+    'avg': dict(connector_type='avg'),
+    'att': _ATTENTION | {'start': 'local'},
+    'att-random': _ATTENTION,
+    'c-abs': dict(connector_type='c-abs', depth=1, hidden_size=48),
+    'resampler': dict(
+        connector_type='resampler',
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        attention_probs_dropout_prob=0.0,
+    ),
+}
 
 
 def _sheets(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 4: connector × tokens × resolution."
-    sources = {'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2), 'tags': _world('sheets', scale, 4000, tasks=['tags'])}
+    sources = {
+        'sheets': _world('sheets', scale, 8000, tasks=['grounds', 'signs'], turns=2),
+        'tags': _world('sheets', scale, 4000, tasks=['tags']),
+    }
     sources |= {f'test_{task}': _world('sheets', scale, 300, 'test', tasks=[task]) for task in ('grounds', 'signs')}
     connector = _CONNECTORS[params['connector']] | {'num_query_tokens': {64: 4, 144: 16}[params['tokens']]}
     vision = _VISION | {'image_size': {224: 12, 336: 24}[params['res']], 'patch_size': 3}
     model = {'vision': vision, 'connector': connector, 'encoder': 'tags', 'noise': 0.7}
-    stage = _stage('joint', scale, {'sheets': 1.0}, params.get('steps', 500), 32, 3e-3, lr_scale={r'^vision_model\.': 0.1})
+    stage = _stage(
+        'joint', scale, {'sheets': 1.0}, params.get('steps', 500), 32, 3e-3, lr_scale={r'^vision_model\.': 0.1}
+    )
     return _unit(table, row, scale, seed, model, sources, (stage,), {'grounds': 16, 'signs': 16})
 
 # %% ../../nbs/papers/03_mm1.ipynb #61a132e7
 _SPARSE = {'mm1_3b_moe': dict(every=2, num_experts=8), 'mm1_7b_moe': dict(every=4, num_experts=4)}
-_INNER = 192                                    # of a dense feed-forward layer
-_INPUTS = {336: (12, None), 672: (16, None), 1344: (16, 32), 1792: (16, 48)}   # what the encoder reads, and the square it is cut from, in pixels
+_INNER = 192  # of a dense feed-forward layer
+_INPUTS = {
+    336: (12, None),
+    672: (16, None),
+    1344: (16, 32),
+    1792: (16, 48),
+}  # what the encoder reads, and the square it is cut from, in pixels
 _LAW = dict(widths=(16, 32, 64, 128), first_rate=8e-3, steps=150, batch=24)
 
 
@@ -109,50 +202,107 @@ def _facts(table: str, row: str, params: dict[str, Any], scale: str, seed: int) 
     experts = {'experts': _SPARSE[row] | dict(intermediate_size=_INNER // 2)} if row in _SPARSE else {}
     sources = {'facts': _world('facts', scale, 24_000, limit=96), 'test_facts': _world('facts', scale, 500, limit=96)}
     model = {'text': text, 'connector': {'connector_type': 'avg', 'num_query_tokens': 4}, 'parameters': True} | experts
-    return _unit(table, row, scale, seed, model, sources, (_stage('remember', scale, {'facts': 1.0}, 500, 512, 3e-3),), {'facts': 1})
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        model,
+        sources,
+        (_stage('remember', scale, {'facts': 1.0}, 500, 512, 3e-3),),
+        {'facts': 1},
+    )
 
 
 def _tuning(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 7: resolution, and how long the model was pre-trained."
     size, square = _INPUTS[params['resolution']]
-    pages = _pages(table, row, scale, seed, (45, 45, 10), {'vision': _VISION | {'image_size': 12}}, steps=3 * params['pretrained'])
+    pages = _pages(
+        table, row, scale, seed, (45, 45, 10), {'vision': _VISION | {'image_size': 12}}, steps=3 * params['pretrained']
+    )
     sources = {name: source for name, source in pages.sources.items() if not name.startswith('test_')}
     sources |= {'posters': _world('posters', scale, 6000, tasks=['ground', 'sign'], turns=2, digits=True)}
-    sources |= {f'test_{task}': _world('posters', scale, 300, 'test', tasks=[task], digits=True) for task in ('ground', 'sign')}
-    model = pages.model | {'pages': [stage.model_dump() for stage in pages.stages if stage.steps], 'tuned': dict(image_size=size, sub_images=square)}
-    return _unit(table, row, scale, seed, model, sources, (_stage('tune', scale, {'posters': 1.0}, 200, 32, 2e-3),), {'ground': 1, 'sign': 1})
+    sources |= {
+        f'test_{task}': _world('posters', scale, 300, 'test', tasks=[task], digits=True) for task in ('ground', 'sign')
+    }
+    model = pages.model | {
+        'pages': [stage.model_dump() for stage in pages.stages if stage.steps],
+        'tuned': dict(image_size=size, sub_images=square),
+    }
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        model,
+        sources,
+        (_stage('tune', scale, {'posters': 1.0}, 200, 32, 2e-3),),
+        {'ground': 1, 'sign': 1},
+    )
 
 
 def _law(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 6: rates and sizes."
     work = _LAW if scale == 'tiny' else _LAW | dict(steps=4, batch=4)
     model = {'connector': {'connector_type': 'avg', 'num_query_tokens': 4}, 'law': work}
-    return _unit(table, row, scale, seed, model, {'text': _world('pages', scale, 3000, tasks=['document'], kind='text', images=[6, 6])}, (), {})
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        model,
+        {'text': _world('pages', scale, 3000, tasks=['document'], kind='text', images=[6, 6])},
+        (),
+        {},
+    )
 
 # %% ../../nbs/papers/03_mm1.ipynb #5e78e3bb
-_TINY = {'1': _encoder, '4': _facts, 'connectors': _sheets, 'fig4': _sheets, 'fig5': _mixture, 'fig6_7': _law, 'fig7': _tuning}
-_OTHERS = {'1': {'clip_h_224_dfn', 'clip_openai_l_336'}, '4': {'mm1_30b_chat', 'llava15_7b', 'llava_next_7b'}, 'fig5': {'d_no_vecap', 'd_vecap'}}
+_TINY = {
+    '1': _encoder,
+    '4': _facts,
+    'connectors': _sheets,
+    'fig4': _sheets,
+    'fig5': _mixture,
+    'fig6_7': _law,
+    'fig7': _tuning,
+}
+_OTHERS = {
+    '1': {'clip_h_224_dfn', 'clip_openai_l_336'},
+    '4': {'mm1_30b_chat', 'llava15_7b', 'llava_next_7b'},
+    'fig5': {'d_no_vecap', 'd_vecap'},
+}
 _UNMADE = {'c_66_33': 'a third of text is more sequences than there are, and none is trained on twice'} | dict.fromkeys(
-    ('res_224', 'res_448', 'res_560', 'res_896', 'length_2', 'length_22', 'length_52', 'length_72'), 'this point was read after the study was made')
+    ('res_224', 'res_448', 'res_560', 'res_896', 'length_2', 'length_22', 'length_52', 'length_72'),
+    'this point was read after the study was made',
+)
 
 
 def _preset(table: str, row: str) -> str | None:
     "Which model of the paper a row is; None for others."
-    if table in ('1', 'fig4', 'fig5'): return 'mm1-3b' if table == '1' else 'mm1-base-ablation'
+    if table in ('1', 'fig4', 'fig5'):
+        return 'mm1-3b' if table == '1' else 'mm1-base-ablation'
     kind, _, size = row.partition('_')
-    return f"mm1-{size.split('_')[0]}{'-moe' * row.endswith('_moe')}" if kind == 'mm1' and table in ('3', '4') else None
+    return f'mm1-{size.split("_")[0]}{"-moe" * row.endswith("_moe")}' if kind == 'mm1' and table in ('3', '4') else None
 
 
 def _reason(table: str, row: str, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
-    if table == '2': return 'describes data'
+    if table == '2':
+        return 'describes data'
     if scale in ('smoke', 'tiny'):
-        if table not in _TINY: return 'not testable on small models'
-        if table == 'fig6_7' and row != 'lr_slope': return 'a number of large models, or measured by the slope\'s unit'
-        return 'other data or another model: nothing to vary here' if row in _OTHERS.get(table, ()) else _UNMADE.get(row)
-    if scale == 'small': return 'has no recipe at scale small'
-    if table == '1' and (row.startswith('aim') or row in _OTHERS['1']): return 'AIM encoders and other training data have no recipe at scale paper'
-    if table == 'fig5' and row in _OTHERS['fig5']: return 'the share of synthetic captions is a matter of data'
+        if table not in _TINY:
+            return 'not testable on small models'
+        if table == 'fig6_7' and row != 'lr_slope':
+            return "a number of large models, or measured by the slope's unit"
+        return (
+            'other data or another model: nothing to vary here' if row in _OTHERS.get(table, ()) else _UNMADE.get(row)
+        )
+    if scale == 'small':
+        return 'has no recipe at scale small'
+    if table == '1' and (row.startswith('aim') or row in _OTHERS['1']):
+        return 'AIM encoders and other training data have no recipe at scale paper'
+    if table == 'fig5' and row in _OTHERS['fig5']:
+        return 'the share of synthetic captions is a matter of data'
     return None if _preset(table, row) else 'another model, or a table of this project'
 
 
@@ -174,20 +324,41 @@ def tables(
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     "The published recipe of a row."
     from mllm_replica.mm1.model import assumed, published_stages
+
     name = _preset(table, row)
     pretrain, *tune = published_stages(name)
     model: dict[str, Any] = {'preset': name}
-    if table == '1': model |= {'encoder': params['arch'], 'image_size': params['res']}
+    if table == '1':
+        model |= {'encoder': params['arch'], 'image_size': params['res']}
     if table == 'fig4':
-        model |= {'image_size': params['res'], 'connector_config': dict(connector_type=params['connector'], num_query_tokens=params['tokens'])}
+        model |= {
+            'image_size': params['res'],
+            'connector_config': dict(connector_type=params['connector'], num_query_tokens=params['tokens']),
+        }
     if table == 'fig5':
-        pretrain = pretrain.model_copy(update={'mixture': {kind: float(params[kind]) for kind in _KINDS if params[kind]}})
-    if table == '4': model |= {'in_stage': {'tune': {'image_size': 672, 'sub_images': 1344}}}
+        pretrain = pretrain.model_copy(
+            update={'mixture': {kind: float(params[kind]) for kind in _KINDS if params[kind]}}
+        )
+    if table == '4':
+        model |= {'in_stage': {'tune': {'image_size': 672, 'sub_images': 1344}}}
     stages = (pretrain, *tune) if table == '4' else (pretrain,)
     images = {'caption': 16, 'interleaved': 16, 'text': 0, 'instructions': 5}
-    return Recipe(paper='mm1', table=table, row=row, scale='paper', seed=seed, model=model, stages=stages, benchmarks=(), assumptions=assumed(name),
-                  sources={kind: Source(kind='folder', name=f'mm1/{kind}', options={'images': images[kind]})
-                           for stage in stages for kind in stage.mixture})
+    return Recipe(
+        paper='mm1',
+        table=table,
+        row=row,
+        scale='paper',
+        seed=seed,
+        model=model,
+        stages=stages,
+        benchmarks=(),
+        assumptions=assumed(name),
+        sources={
+            kind: Source(kind='folder', name=f'mm1/{kind}', options={'images': images[kind]})
+            for stage in stages
+            for kind in stage.mixture
+        },
+    )
 
 
 def recipe(
@@ -198,7 +369,8 @@ def recipe(
 ) -> Recipe:
     "The recipe of one unit; a row that cannot run says why."
     params, reason = load_table('mm1', table).row(row).params, rows(table, scale)[row]
-    if reason: raise ValueError(f'mm1 table {table} row {row} cannot run at scale {scale}: {reason}')
+    if reason:
+        raise ValueError(f'mm1 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
 # %% ../../nbs/papers/03_mm1.ipynb #cb4e7c45
@@ -208,13 +380,21 @@ def _encoder_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, A
     from transformers import AutoModel
     from mllm_replica.mm1.small import CellTags, ContrastivePair, Reconstruction
     from mllm_replica.training.starts import pretrained
+
     torch.manual_seed(recipe.seed)
     encoder = AutoModel.from_config(config.vision_config)
     words, kind = len(processor.tokenizer), recipe.model['encoder']
-    trained = {'contrastive': lambda: ContrastivePair(encoder, words), 'reconstructive': lambda: Reconstruction(encoder),
-               'tags': lambda: CellTags(encoder, words)}
-    stage = _stage('encoder', recipe.scale, {'tags' if kind == 'tags' else 'caption': 1.0}, 600, 32 if kind == 'tags' else 64, 2e-3)
-    return pretrained(recipe, trained[kind](), [stage], processor, vision=recipe.model['vision'], noise=processor.noise).vision_model.state_dict()
+    trained = {
+        'contrastive': lambda: ContrastivePair(encoder, words),
+        'reconstructive': lambda: Reconstruction(encoder),
+        'tags': lambda: CellTags(encoder, words),
+    }
+    stage = _stage(
+        'encoder', recipe.scale, {'tags' if kind == 'tags' else 'caption': 1.0}, 600, 32 if kind == 'tags' else 64, 2e-3
+    )
+    return pretrained(
+        recipe, trained[kind](), [stage], processor, vision=recipe.model['vision'], noise=processor.noise
+    ).vision_model.state_dict()
 
 
 def _language_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
@@ -222,23 +402,27 @@ def _language_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, 
     import torch
     from transformers import AutoModelForCausalLM
     from mllm_replica.training.starts import pretrained
+
     torch.manual_seed(recipe.seed)
     language = AutoModelForCausalLM.from_config(config.text_config)
-    if 'language' not in recipe.model: return language.state_dict()
+    if 'language' not in recipe.model:
+        return language.state_dict()
     stage = _stage('language', recipe.scale, {'text': 1.0}, recipe.model['language'], 48, 3e-3)
     return pretrained(recipe, language, [stage], processor).state_dict()
 
 
 def arrange(
-    stages: Any,    # packed or not
-    encoded: Any,   # source -> its examples
-    **how: Any,     # further arguments of the collation
+    stages: Any,  # packed or not
+    encoded: Any,  # source -> its examples
+    **how: Any,  # further arguments of the collation
 ) -> dict[str, Any]:
     "What `train` is given: sequences of one source each, in a frozen order, if the stages are packed."
     from functools import partial
     from mllm_replica.data import packing
     from mllm_replica.mm1.data import Frozen, collate_sequences, source_sequences
-    if not all(stage.pack for stage in stages): return packing.arrange(stages, encoded, **how)
+
+    if not all(stage.pack for stage in stages):
+        return packing.arrange(stages, encoded, **how)
     lengths = {name: stage.max_length for stage in stages for name in stage.mixture}
     return dict(datasets=source_sequences(encoded, lengths), collate=partial(collate_sequences, **how), draw=Frozen)
 
@@ -253,24 +437,36 @@ def build(
     from mllm_replica.mm1.model import MM1Config, MM1Model, at_resolution, paper_config
     from mllm_replica.mm1.small import PageProcessor
     from mllm_replica.training.starts import pretrained
+
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
-        if not meta: raise NotImplementedError(f'{recipe.unit}: MM1 has no weights to start from, and training at scale paper is planned only')
+        if not meta:
+            raise NotImplementedError(
+                f'{recipe.unit}: MM1 has no weights to start from, and training at scale paper is planned only'
+            )
         fields = {name: value for name, value in made.items() if name not in ('preset', 'in_stage')}
         return MM1Model(paper_config(made['preset'], **fields)), None
     tokenizer = word_tokenizer(vocabulary())
-    settings = dict(connector_config=made['connector'], text_config=made['text'] | {'vocab_size': len(tokenizer)}, experts=made.get('experts'))
+    settings = dict(
+        connector_config=made['connector'],
+        text_config=made['text'] | {'vocab_size': len(tokenizer)},
+        experts=made.get('experts'),
+    )
     config = MM1Config(vision_config=made['vision'], **settings)
     processor = PageProcessor.from_config(config, tokenizer, ends=False, separator=' ')
     processor.noise = made.get('noise', 0.0)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = MM1Model(config)
-        if made.get('encoder') and not meta: model.vision_model.load_state_dict(_encoder_weights(recipe, config, processor))
-        if not made.get('experts') and not meta: model.language_model.load_state_dict(_language_weights(recipe, config, processor))
-        if 'tuned' not in made: return model, processor
+        if made.get('encoder') and not meta:
+            model.vision_model.load_state_dict(_encoder_weights(recipe, config, processor))
+        if not made.get('experts') and not meta:
+            model.language_model.load_state_dict(_language_weights(recipe, config, processor))
+        if 'tuned' not in made:
+            return model, processor
         stages = [Stage.model_validate(stage) for stage in made['pages']]
-        if stages and not meta: model = pretrained(recipe, model, stages, processor)
+        if stages and not meta:
+            model = pretrained(recipe, model, stages, processor)
         model = at_resolution(model, **made['tuned'])
     return model, PageProcessor.from_config(model.config, tokenizer, ends=False, separator=' ')
 
@@ -279,13 +475,19 @@ def _among(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
     "How often the likeliest next word among a sample's options is the answer."
     import torch
     from mllm_replica.scoring.evaluation import collate_prompts
+
     words = [[processor.tokenizer.convert_tokens_to_ids(option) for option in sample['options']] for sample in asked]
     hits = 0
     for start in range(0, len(asked), 100):
-        batch = collate_prompts([processor.encode(sample, training=False) for sample in asked[start:start + 100]], processor)
-        with torch.inference_mode(): logits = model(**{k: v.to(model.device) for k, v in batch.items()}, logits_to_keep=1).logits[:, -1]
-        hits += sum(sample['options'][int(row[ids].argmax())] == sample['answer']
-                    for row, ids, sample in zip(logits, words[start:start + 100], asked[start:start + 100]))
+        batch = collate_prompts(
+            [processor.encode(sample, training=False) for sample in asked[start : start + 100]], processor
+        )
+        with torch.inference_mode():
+            logits = model(**{k: v.to(model.device) for k, v in batch.items()}, logits_to_keep=1).logits[:, -1]
+        hits += sum(
+            sample['options'][int(row[ids].argmax())] == sample['answer']
+            for row, ids, sample in zip(logits, words[start : start + 100], asked[start : start + 100])
+        )
     return hits / len(asked)
 
 
@@ -294,11 +496,15 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     import numpy as np
     from mllm_replica.data.worlds.documents import WORDS
     from mllm_replica.mm1.shots import Template, few_shot
+
     size, rng, pools = 300 if recipe.scale == 'tiny' else 8, np.random.default_rng(recipe.seed), {}
-    drawn = lambda split, size: list(samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1]))
+    drawn = lambda split, size: list(
+        samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1])
+    )
     topic = lambda sample: json.loads(sample['meta'])['topic']
     for shown in drawn('train', 10 * size):
-        if rng.random() < 0.3: shown['conversations'][1]['value'] = WORDS[rng.integers(len(WORDS))]
+        if rng.random() < 0.3:
+            shown['conversations'][1]['value'] = WORDS[rng.integers(len(WORDS))]
         pools.setdefault(topic(shown), []).append(shown)
     asked, template = drawn('test', size), Template('<image>', ' . ')
     prompts = lambda shots: [few_shot(query, pools[topic(query)], shots, recipe.seed, template) for query in asked]
@@ -309,12 +515,17 @@ def _cider(model: Any, processor: Any, recipe: Recipe) -> float:
     "CIDEr-D of captions without demonstrations, times 100 as it is printed."
     from mllm_replica.mm1.shots import Template, cider_d, few_shot
     from mllm_replica.scoring.evaluation import collate_prompts, greedy
+
     size, template, written = 300 if recipe.scale == 'tiny' else 8, Template('<image>'), []
-    asked = [few_shot(sample | {'document': sample['answer'], 'task': 'caption'}, [], 0, recipe.seed, template)
-             for sample in samples('pages', 'test', recipe.seed, size, tasks=['document'])]
+    asked = [
+        few_shot(sample | {'document': sample['answer'], 'task': 'caption'}, [], 0, recipe.seed, template)
+        for sample in samples('pages', 'test', recipe.seed, size, tasks=['document'])
+    ]
     for start in range(0, size, 100):
-        batch = collate_prompts([processor.encode(query, training=False) for query in asked[start:start + 100]], processor)
-        written += [processor.decode(ids) for ids in greedy(model, batch, 10)]   # words of a caption
+        batch = collate_prompts(
+            [processor.encode(query, training=False) for query in asked[start : start + 100]], processor
+        )
+        written += [processor.decode(ids) for ids in greedy(model, batch, 10)]  # words of a caption
     return 100 * sum(cider_d(written, [[query['answer']] for query in asked])) / size
 
 # %% ../../nbs/papers/03_mm1.ipynb #ae79659a
@@ -327,16 +538,24 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
     from transformers import LlamaConfig, LlamaForCausalLM
     from mllm_replica.data.packing import collate
     from mllm_replica.training.loop import train
+
     work, tokenizer = recipe.model['law'], processor.tokenizer
     torch.manual_seed(recipe.seed)
     fields = {name: value for name, value in recipe.model['text'].items() if name != 'model_type'}
-    model = LlamaForCausalLM(LlamaConfig(**fields | dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4)))
-    size, stage = sum(p.numel() for p in model.model.layers.parameters()), _stage('law', 'tiny', {'text': 1.0}, work['steps'], work['batch'], rate)
+    model = LlamaForCausalLM(
+        LlamaConfig(**fields | dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4))
+    )
+    size, stage = (
+        sum(p.numel() for p in model.model.layers.parameters()),
+        _stage('law', 'tiny', {'text': 1.0}, work['steps'], work['batch'], rate),
+    )
     with TemporaryDirectory() as folder:
         batch = partial(collate, pad_token_id=tokenizer.pad_token_id)
-        try: losses = train(model, [stage], {'text': encoded}, batch, Path(folder), recipe.seed).losses
-        except FloatingPointError: return size, float('inf')
-    last = losses[-max(1, len(losses) // 6):]
+        try:
+            losses = train(model, [stage], {'text': encoded}, batch, Path(folder), recipe.seed).losses
+        except FloatingPointError:
+            return size, float('inf')
+    last = losses[-max(1, len(losses) // 6) :]
     return size, sum(last) / len(last)
 
 
@@ -346,23 +565,34 @@ def _law_numbers(processor: Any, recipe: Recipe) -> dict[str, float]:
     from mllm_replica.data.sources import load_source
     from mllm_replica.mm1.law import fit_law
     from mllm_replica.mm1.small import best_rate
+
     work = recipe.model['law']
-    encoded = [processor.encode(sample) for sample in load_source(recipe.sources['text'], recipe.seed, project_root()/'data')]
+    encoded = [
+        processor.encode(sample) for sample in load_source(recipe.sources['text'], recipe.seed, project_root() / 'data')
+    ]
     sizes, best, floors = [], [], []
     for width in work['widths']:
         made = []
+
         def loss_of(rate: float) -> float:
             "One training run."
             made.append(_loss_at(recipe, width, rate, processor, encoded))
             return made[-1][1]
+
         rate, floor = best_rate(loss_of, work['first_rate'])
         sizes, best, floors = [*sizes, made[0][0]], [*best, rate], [*floors, floor]
     whole, predicted = fit_law(sizes, best), fit_law(sizes[:-1], best[:-1]).law.rate(sizes[-1])
     low, high = whole.slope_interval
     _, reached = _loss_at(recipe, work['widths'][-1], predicted, processor, encoded)
-    return {'slope': whole.law.slope, 'slope_low': low, 'slope_high': high, 'intercept': whole.law.intercept, 'predicted': predicted,
-            'factor': max(predicted, best[-1]) / min(predicted, best[-1]), 'regret': reached - floors[-1]} | {
-            f'rate_{width}': rate for width, rate in zip(work['widths'], best)}
+    return {
+        'slope': whole.law.slope,
+        'slope_low': low,
+        'slope_high': high,
+        'intercept': whole.law.intercept,
+        'predicted': predicted,
+        'factor': max(predicted, best[-1]) / min(predicted, best[-1]),
+        'regret': reached - floors[-1],
+    } | {f'rate_{width}': rate for width, rate in zip(work['widths'], best)}
 
 # %% ../../nbs/papers/03_mm1.ipynb #e05f849d
 def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
@@ -370,17 +600,27 @@ def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     import torch
     from mllm_replica.mm1.experts import Experts, record_routing
     from mllm_replica.scoring.evaluation import collate_prompts
+
     language = model.language_model
     total, idle = sum(p.numel() for p in language.parameters()), 0
     for module in language.modules():
-        if isinstance(module, Experts): idle += sum(p.numel() for p in module.parameters()) * (module.num_experts - 2) // module.num_experts
+        if isinstance(module, Experts):
+            idle += sum(p.numel() for p in module.parameters()) * (module.num_experts - 2) // module.num_experts
     found = {'total': total / 1e3, 'active': (total - idle) / 1e3}
-    if not idle: return found
-    asked = list(samples('facts', 'train', recipe.seed, recipe.sources['test_facts'].size, **recipe.sources['test_facts'].options))
+    if not idle:
+        return found
+    asked = list(
+        samples(
+            'facts', 'train', recipe.seed, recipe.sources['test_facts'].size, **recipe.sources['test_facts'].options
+        )
+    )
     batch = collate_prompts([processor.encode(sample, training=False) for sample in asked], processor)
-    with torch.inference_mode(), record_routing(language) as routings: model(**{k: v.to(model.device) for k, v in batch.items()})
+    with torch.inference_mode(), record_routing(language) as routings:
+        model(**{k: v.to(model.device) for k, v in batch.items()})
     number = routings[0].logits.shape[-1]
-    firsts = [routing.experts[:, 0].view(len(asked), -1)[:, 1:].flatten() for routing in routings]        # the begin token is always the same
+    firsts = [
+        routing.experts[:, 0].view(len(asked), -1)[:, 1:].flatten() for routing in routings
+    ]  # the begin token is always the same
     load = torch.stack([first.bincount(minlength=number) / len(first) for first in firsts])
     return found | {'evenness': float(torch.special.entr(load).sum(1).mean()) / math.log(number)}
 
@@ -394,7 +634,12 @@ def measure(
     "Further numbers of a unit: means of its tests, accuracy after demonstrations, parameters, the law."
     model.eval()
     mean = lambda names: sum(scores[name] for name in names) / len(names)
-    if 'law' in recipe.model: return _law_numbers(processor, recipe)
-    if 'parameters' in recipe.model: return _parameters(model, processor, recipe)
-    if 'height' not in scores: return {'mean': mean(scores)}
-    return {'zero': mean(_TOPICS), 'text': mean(_SKILLS), 'cider': _cider(model, processor, recipe)} | _shots(model, processor, recipe)
+    if 'law' in recipe.model:
+        return _law_numbers(processor, recipe)
+    if 'parameters' in recipe.model:
+        return _parameters(model, processor, recipe)
+    if 'height' not in scores:
+        return {'mean': mean(scores)}
+    return {'zero': mean(_TOPICS), 'text': mean(_SKILLS), 'cider': _cider(model, processor, recipe)} | _shots(
+        model, processor, recipe
+    )

@@ -18,7 +18,8 @@ from ..models.vision import image_keys
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
 class Template(NamedTuple):
     "How a question is written, and what separates demonstrations."
-    query: str              # with `<image>` and perhaps {question}; the answer follows after a space
+
+    query: str  # with `<image>` and perhaps {question}; the answer follows after a space
     separator: str = '\n'
 
     def cut(
@@ -36,9 +37,15 @@ VQA = Template('<image> Question: {question} Short answer:')
 # %% ../../nbs/papers/03_mm1.ipynb #3dc729ca
 def _spoken(sample: dict[str, Any]) -> tuple[str, str]:
     "Question and answer of a sample; of a captioned image ('', caption)."
-    turns = [{'value': ''}, {'value': sample['document'].replace(IMAGE, '')}] if sample.get('document') else sample['conversations']
-    if len(turns) != 2: raise ValueError(f"sample {sample['id']!r} has {len(turns)} turns; a shot is one question and its answer")
-    if not turns[1]['value'].strip(): raise ValueError(f"sample {sample['id']!r} has no caption or answer to show; write one or leave the sample out")
+    turns = (
+        [{'value': ''}, {'value': sample['document'].replace(IMAGE, '')}]
+        if sample.get('document')
+        else sample['conversations']
+    )
+    if len(turns) != 2:
+        raise ValueError(f'sample {sample["id"]!r} has {len(turns)} turns; a shot is one question and its answer')
+    if not turns[1]['value'].strip():
+        raise ValueError(f'sample {sample["id"]!r} has no caption or answer to show; write one or leave the sample out')
     return turns[0]['value'].replace(IMAGE, '').strip(), turns[1]['value'].strip()
 
 
@@ -51,33 +58,45 @@ def _line(sample: dict[str, Any], template: Template, views: Callable[[Any], Seq
     "The sample as the template asks for it, without its answer, and its images."
     around, images = template.query.split(IMAGE), sample.get('images') or []
     if len(images) != len(around) - 1:
-        raise ValueError(f"sample {sample['id']!r} has {len(images)} images, the template shows {len(around) - 1}; restore them or drop the sample")
+        raise ValueError(
+            f'sample {sample["id"]!r} has {len(images)} images, the template shows {len(around) - 1}; restore them or drop the sample'
+        )
     seen = [list(views(image)) for image in images]
     text = around[0] + ''.join(IMAGE * len(view) + part for view, part in zip(seen, around[1:]))
     return text.replace('{question}', _spoken(sample)[0]), [image for view in seen for image in view]
 
 # %% ../../nbs/papers/03_mm1.ipynb #8f4aa177
 def demonstrations(
-    sample: dict[str, Any],            # the query
-    pool: Sequence[dict[str, Any]],    # the training split
+    sample: dict[str, Any],  # the query
+    pool: Sequence[dict[str, Any]],  # the training split
     shots: int,
     seed: int,
 ) -> list[dict[str, Any]]:
     "The `shots` examples shown before a query; only (seed, query id, pool) decide."
-    if shots < 0: raise ValueError(f"sample {sample['id']!r}: {shots} demonstrations were asked for; expected 0 or more")
-    own, order = _images(sample), np.random.default_rng([seed, zlib.crc32(sample['id'].encode())]).permutation(len(pool))
-    others = (row for row in (pool[int(i)] for i in order) if row['id'] != sample['id'] and own.isdisjoint(_images(row)))
+    if shots < 0:
+        raise ValueError(f'sample {sample["id"]!r}: {shots} demonstrations were asked for; expected 0 or more')
+    own, order = (
+        _images(sample),
+        np.random.default_rng([seed, zlib.crc32(sample['id'].encode())]).permutation(len(pool)),
+    )
+    others = (
+        row for row in (pool[int(i)] for i in order) if row['id'] != sample['id'] and own.isdisjoint(_images(row))
+    )
     chosen = list(islice(others, shots))
-    if len(chosen) < shots: raise ValueError(f"sample {sample['id']!r}: {shots} demonstrations were asked for, the pool has {len(chosen)} for it")
+    if len(chosen) < shots:
+        raise ValueError(
+            f'sample {sample["id"]!r}: {shots} demonstrations were asked for, the pool has {len(chosen)} for it'
+        )
     return chosen
 
 # %% ../../nbs/papers/03_mm1.ipynb #1f6f9828
 def resolutions(
     shots: int,
-    high: int,   # demonstrations that keep their crops
+    high: int,  # demonstrations that keep their crops
 ) -> list[bool]:
     "Which lines keep their crops: the last `high` demonstrations, and the query after them."
-    if not 0 <= high <= shots: raise ValueError(f'{high} of {shots} demonstrations cannot keep their crops; expected 0 to {shots}')
+    if not 0 <= high <= shots:
+        raise ValueError(f'{high} of {shots} demonstrations cannot keep their crops; expected 0 to {shots}')
     return [False] * (shots - high) + [True] * (high + 1)
 
 
@@ -86,13 +105,13 @@ def _whole(image: Any) -> list[Any]:
 
 
 def few_shot(
-    sample: dict[str, Any],                                  # the query: one question, or a captioned image
-    pool: Sequence[dict[str, Any]],                          # the training split
-    shots: int,                                              # 0, 4, 8 in the paper
+    sample: dict[str, Any],  # the query: one question, or a captioned image
+    pool: Sequence[dict[str, Any]],  # the training split
+    shots: int,  # 0, 4, 8 in the paper
     seed: int,
     template: Template = VQA,
-    views: Callable[[Any], Sequence[Any]] = _whole,          # image -> overview and crops
-    high: int = 0,                                           # last demonstrations that keep their crops; the query always does
+    views: Callable[[Any], Sequence[Any]] = _whole,  # image -> overview and crops
+    high: int = 0,  # last demonstrations that keep their crops; the query always does
 ) -> dict[str, Any]:
     "The query as a sample whose question begins with demonstrations; id and answer stay, `meta` gains the ids of the shots."
     shown = [*demonstrations(sample, pool, shots, seed), sample]
@@ -101,8 +120,21 @@ def few_shot(
     answer = _spoken(sample)[1]
     turns = [{'from': 'human', 'value': template.separator.join(told)}, {'from': 'gpt', 'value': answer}]
     meta = json.loads(sample.get('meta') or '{}') | dict(shots=[row['id'] for row in shown[:-1]])
-    made = dict(zip(COLUMNS, (sample['id'], [image for _, images in parts for image in images], turns, '', sample.get('task', ''), answer,
-                              list(sample.get('options') or []), json.dumps(meta))))
+    made = dict(
+        zip(
+            COLUMNS,
+            (
+                sample['id'],
+                [image for _, images in parts for image in images],
+                turns,
+                '',
+                sample.get('task', ''),
+                answer,
+                list(sample.get('options') or []),
+                json.dumps(meta),
+            ),
+        )
+    )
     check_sample(made)
     return made
 
@@ -110,7 +142,7 @@ def few_shot(
 def _grams(text: str) -> list[Counter]:
     "How often each n-gram occurs, for n = 1 to 4."
     words = text.split()
-    return [Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1)) for n in range(1, 5)]
+    return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, 5)]
 
 
 def _likeness(found: list[Counter], wanted: list[Counter], rarity: Callable[[tuple], float], sigma: float) -> float:
@@ -119,22 +151,33 @@ def _likeness(found: list[Counter], wanted: list[Counter], rarity: Callable[[tup
     for ours, theirs in zip(found, wanted):
         ours, theirs = ({gram: count * rarity(gram) for gram, count in grams.items()} for grams in (ours, theirs))
         norm = math.hypot(*ours.values()) * math.hypot(*theirs.values())
-        if norm: total += sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs) / norm
-    longer = found[0].total() - wanted[0].total()            # words
-    return total / 4 * math.exp(-longer ** 2 / (2 * sigma ** 2))
+        if norm:
+            total += (
+                sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs) / norm
+            )
+    longer = found[0].total() - wanted[0].total()  # words
+    return total / 4 * math.exp(-(longer**2) / (2 * sigma**2))
 
 
 def cider_d(
-    predictions: Sequence[str],             # a caption per image
-    references: Sequence[Sequence[str]],    # captions by people, per image
-    sigma: float = 6.0,                     # tolerated difference in length, words
+    predictions: Sequence[str],  # a caption per image
+    references: Sequence[Sequence[str]],  # captions by people, per image
+    sigma: float = 6.0,  # tolerated difference in length, words
 ) -> list[float]:
     "CIDEr-D of every image, 0 to 10; the corpus score is the mean, printed times 100."
-    if len(predictions) != len(references): raise ValueError(f'{len(predictions)} captions for {len(references)} images; expected one each')
-    if len(references) < 2: raise ValueError('CIDEr needs at least two images: with one, every word is in all images and weighs nothing')
+    if len(predictions) != len(references):
+        raise ValueError(f'{len(predictions)} captions for {len(references)} images; expected one each')
+    if len(references) < 2:
+        raise ValueError('CIDEr needs at least two images: with one, every word is in all images and weighs nothing')
     bare = [i for i, texts in enumerate(references) if isinstance(texts, str) or not texts]
-    if bare: raise ValueError(f'image {bare[0]} has {references[bare[0]]!r} as references; expected a list with at least one caption')
+    if bare:
+        raise ValueError(
+            f'image {bare[0]} has {references[bare[0]]!r} as references; expected a list with at least one caption'
+        )
     wanted = [[_grams(text) for text in texts] for texts in references]
     images = Counter(gram for texts in wanted for gram in {gram for text in texts for grams in text for gram in grams})
     rarity = lambda gram: math.log(len(references) / max(1, images[gram]))
-    return [10 * sum(_likeness(_grams(text), theirs, rarity, sigma) for theirs in texts) / len(texts) for text, texts in zip(predictions, wanted)]
+    return [
+        10 * sum(_likeness(_grams(text), theirs, rarity, sigma) for theirs in texts) / len(texts)
+        for text, texts in zip(predictions, wanted)
+    ]

@@ -21,9 +21,9 @@ class ContrastivePair(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,     # CLIP's vision model
+        encoder: nn.Module,  # CLIP's vision model
         vocab_size: int,
-        width: int = 64,        # of the common space
+        width: int = 64,  # of the common space
     ) -> None:
         super().__init__()
         self.vision_model = encoder
@@ -33,8 +33,8 @@ class ContrastivePair(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,   # [B,3,height,width]
-        labels: Tensor,         # [B,T] the captions' tokens, −100 elsewhere
+        pixel_values: Tensor,  # [B,3,height,width]
+        labels: Tensor,  # [B,T] the captions' tokens, −100 elsewhere
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of captioned images."
@@ -51,34 +51,37 @@ class Reconstruction(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,     # CLIP's vision model
+        encoder: nn.Module,  # CLIP's vision model
     ) -> None:
         super().__init__()
         self.vision_model = encoder
-        self.next_patch = nn.Linear(encoder.config.hidden_size, 3 * encoder.config.patch_size ** 2)
+        self.next_patch = nn.Linear(encoder.config.hidden_size, 3 * encoder.config.patch_size**2)
 
     def predict(
         self,
-        pixel_values: Tensor,   # [B,3,height,width]
-        prefix: Tensor,         # [B] patches that all others see
+        pixel_values: Tensor,  # [B,3,height,width]
+        prefix: Tensor,  # [B] patches that all others see
     ) -> Tensor:
         "Position i speaks of patch i+1: → [B,S,P]."
         model, count = self.vision_model, self.vision_model.embeddings.num_patches
-        seen = prefix_mask(prefix + 1, count + 1)                       # the class token counts as the first of the prefix
+        seen = prefix_mask(prefix + 1, count + 1)  # the class token counts as the first of the prefix
         mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
         states = model.pre_layrnorm(model.embeddings(pixel_values))
-        for layer in model.encoder.layers: states = layer(states, attention_mask=mask)
+        for layer in model.encoder.layers:
+            states = layer(states, attention_mask=mask)
         return self.next_patch(model.post_layernorm(states[:, 1:]))
 
     def forward(
         self,
-        pixel_values: Tensor,   # [B,3,height,width]
+        pixel_values: Tensor,  # [B,3,height,width]
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of images, each with a prefix of random length."
         model = self.vision_model
         prefix = torch.randint(0, model.embeddings.num_patches - 1, (len(pixel_values),), device=pixel_values.device)
-        return CausalLMOutputWithPast(loss=reconstruction_loss(self.predict(pixel_values, prefix), pixel_values, model.config.patch_size, prefix))
+        return CausalLMOutputWithPast(
+            loss=reconstruction_loss(self.predict(pixel_values, prefix), pixel_values, model.config.patch_size, prefix)
+        )
 
 # %% ../../nbs/papers/03_mm1.ipynb #3f419aa1
 class CellTags(nn.Module):
@@ -86,7 +89,7 @@ class CellTags(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,   # CLIP's vision model
+        encoder: nn.Module,  # CLIP's vision model
         vocab_size: int,
     ) -> None:
         super().__init__()
@@ -95,17 +98,19 @@ class CellTags(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,   # [B,3,height,width]
-        labels: Tensor,         # [B,T] 2·g² words of g² cells, −100 elsewhere
+        pixel_values: Tensor,  # [B,3,height,width]
+        labels: Tensor,  # [B,T] 2·g² words of g² cells, −100 elsewhere
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of sheets."
         model = self.vision_model
-        logits = self.names(model.post_layernorm(model(pixel_values).last_hidden_state[:, 1:])).unflatten(-1, (2, -1))      # [B,S,2,V]
+        logits = self.names(model.post_layernorm(model(pixel_values).last_hidden_state[:, 1:])).unflatten(
+            -1, (2, -1)
+        )  # [B,S,2,V]
         words, side = labels[labels != IGNORED].view(len(labels), 2, -1), side_of(logits.shape[1], 'number of patches')
         grid = side_of(words.shape[-1], 'number of cells')
         cell = torch.arange(side, device=labels.device) * grid // side
-        tags = words.view(len(words), 2, grid, grid)[:, :, cell][..., cell].flatten(2)                                      # [B,2,S]
+        tags = words.view(len(words), 2, grid, grid)[:, :, cell][..., cell].flatten(2)  # [B,2,S]
         return CausalLMOutputWithPast(loss=F.cross_entropy(logits.permute(0, 3, 2, 1), tags))
 
 # %% ../../nbs/papers/03_mm1.ipynb #4de170c4
@@ -119,39 +124,47 @@ from .model import MM1Processor
 
 class PageProcessor(MM1Processor):
     "MM1's processor for pages and sheets; pictures to be trained on become pixels at once."
-    noise = 0.0   # of the camera, after resizing: standard deviation in units of normalised pixels
+
+    noise = 0.0  # of the camera, after resizing: standard deviation in units of normalised pixels
 
     def image_tensor(
         self,
-        images: Sequence[Any],   # PIL images or undecoded sources
+        images: Sequence[Any],  # PIL images or undecoded sources
     ) -> Tensor:
         "Pixel values with the noise that belongs to each picture: N images → [N,3,S,S]."
         pixels = super().image_tensor(images)
         for picture in pixels if self.noise else ():
-            picture += self.noise * torch.randn(picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes())))
+            picture += self.noise * torch.randn(
+                picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes()))
+            )
         return pixels
 
     def encode(
         self,
         sample: dict[str, Any],
-        training: bool = True,   # False: the prompt alone, to be answered
+        training: bool = True,  # False: the prompt alone, to be answered
     ) -> Encoded:
         "Token ids, labels and images of one sample."
-        if sample['task'] == 'document': sample = sample | dict(document=sample['answer'], conversations=[])
+        if sample['task'] == 'document':
+            sample = sample | dict(document=sample['answer'], conversations=[])
         encoded = super().encode(sample, training)
-        if training and encoded.images: encoded.images = list(self.image_tensor(encoded.images))
+        if training and encoded.images:
+            encoded.images = list(self.image_tensor(encoded.images))
         return encoded
 
 # %% ../../nbs/papers/03_mm1.ipynb #2f60928b
 def best_rate(
-    loss_of: Callable[[float], float],   # trains at a rate
-    first: float,                        # guess
-    most: int = 12,                      # trainings
+    loss_of: Callable[[float], float],  # trains at a rate
+    first: float,  # guess
+    most: int = 12,  # trainings
 ) -> tuple[float, float]:
     "The best rate, and the least loss of those tried."
     losses = {rate: loss_of(rate) for rate in (first / 2, first, 2 * first)}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
-        if len(losses) == most: raise ValueError(f'{most} rates from {min(losses):.2g} to {max(losses):.2g} do not enclose the best; begin elsewhere')
+        if len(losses) == most:
+            raise ValueError(
+                f'{most} rates from {min(losses):.2g} to {max(losses):.2g} do not enclose the best; begin elsewhere'
+            )
         rate = best / 2 if best == min(losses) else best * 2
         losses[rate] = loss_of(rate)
     rates = sorted(losses)

@@ -17,22 +17,29 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 # %% ../../nbs/foundations/models/42_cost.ipynb #74a54a27
 class Cost(NamedTuple):
     "What one step costs."
-    forward: int         # FLOPs; a multiplication with its addition counts as two
-    backward: int        # FLOPs, those of recomputed layers included
-    activations: int     # bytes kept for the backward pass, parameters not included
+
+    forward: int  # FLOPs; a multiplication with its addition counts as two
+    backward: int  # FLOPs, those of recomputed layers included
+    activations: int  # bytes kept for the backward pass, parameters not included
 
 
-def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int: return sdpa_flop_count(query, key, value)
-def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int: return sdpa_backward_flop_count(grad, query, key, value)
+def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
+def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 # %% ../../nbs/foundations/models/42_cost.ipynb #c9a182f8
 def count(
-    step: Callable[[], Tensor],         # e.g. `lambda: model(**batch).loss`
-    without: nn.Module | None = None,   # its parameters are not activations
+    step: Callable[[], Tensor],  # e.g. `lambda: model(**batch).loss`
+    without: nn.Module | None = None,  # its parameters are not activations
 ) -> Cost:
     "FLOPs of a forward and a backward pass, and the bytes kept between them."
     own = {p.untyped_storage()._cdata for p in without.parameters()} if without else set()
@@ -41,31 +48,41 @@ def count(
     def keep(tensor: Tensor) -> Tensor:
         "Count the tensor's storage once."
         storage = tensor.untyped_storage()
-        if storage._cdata not in own: kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor): out = step()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = step()
         forward = counter.get_total_flops()
-        if out.requires_grad: out.sum().backward()
+        if out.requires_grad:
+            out.sum().backward()
     return Cost(forward, counter.get_total_flops() - forward, sum(kept.values()))
 
 # %% ../../nbs/foundations/models/42_cost.ipynb #b27d2220
 def as_fake(
-    model: nn.Module,                   # built on the meta device; changed in place
-    dtype: torch.dtype | None = None,   # floating-point parameters become this
+    model: nn.Module,  # built on the meta device; changed in place
+    dtype: torch.dtype | None = None,  # floating-point parameters become this
 ) -> FakeTensorMode:
     "Make a model's tensors pretend to be on the CPU; run it inside the returned mode."
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = sorted({t.device.type for t in [*model.parameters(), *model.buffers()]} - {'meta'})
-    if real: raise ValueError(f'{type(model).__name__} has tensors on {real}; build it under torch.device("meta")')
-    if dtype: model.to(dtype)
+    if real:
+        raise ValueError(f'{type(model).__name__} has tensors on {real}; build it under torch.device("meta")')
+    if dtype:
+        model.to(dtype)
     fakes = {}  # tied parameters stay tied
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is None: continue
-            if p not in fakes: fakes[p] = nn.Parameter(FakeTensor(mode, p.detach(), torch.device('cpu')), requires_grad=p.requires_grad)
+            if p is None:
+                continue
+            if p not in fakes:
+                fakes[p] = nn.Parameter(
+                    FakeTensor(mode, p.detach(), torch.device('cpu')), requires_grad=p.requires_grad
+                )
             module._parameters[name] = fakes[p]
         for name, b in module._buffers.items():
-            if b is not None: module._buffers[name] = FakeTensor(mode, b, torch.device('cpu'))
+            if b is not None:
+                module._buffers[name] = FakeTensor(mode, b, torch.device('cpu'))
     return mode

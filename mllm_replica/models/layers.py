@@ -19,18 +19,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 def side_of(
     count: int,  # number of cells
-    what: str,   # name of the number, for the error
+    what: str,  # name of the number, for the error
 ) -> int:
     "Side of the square that `count` cells fill."
     side = math.isqrt(max(count, 0))
     if side < 1 or side * side != count:
-        raise ValueError(f'{what} is {count}, which is not the square of a whole number: take {max(side, 1) ** 2} or {(side + 1) ** 2}')
+        raise ValueError(
+            f'{what} is {count}, which is not the square of a whole number: take {max(side, 1) ** 2} or {(side + 1) ** 2}'
+        )
     return side
 
 
 def grid_pool(
     features: Tensor,  # [B, N, D]
-    num_tokens: int,   # M
+    num_tokens: int,  # M
 ) -> Tensor:
     "Adaptive average pooling of a square map: [B, N, D] → [B, M, D]."
     grid = features.unflatten(1, (side_of(features.shape[1], 'number of features'), -1)).permute(0, 3, 1, 2)
@@ -40,19 +42,24 @@ def grid_pool(
 _CPU = getattr(torch.cpu, 'get_capabilities', dict)()
 _AMD_WITH_AVX512 = 'AMD' in _CPU.get('cpu_name', '') and bool(_CPU.get('avx512_f'))
 _ONEDNN_PAYS = _AMD_WITH_AVX512 and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-_ONEDNN_FROM = 2 ** 23   # multiply-adds; below, copying in and out costs more than it saves
+_ONEDNN_FROM = 2**23  # multiply-adds; below, copying in and out costs more than it saves
 
 
 def affine(
-    x: Tensor,            # [..., in]
-    weight: Tensor,       # [out, in]
+    x: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
     bias: Tensor | None,  # [out]
 ) -> Tensor:
     "`F.linear` by the fastest kernel: [..., in] → [..., out]."
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     large = x.dtype == torch.float32 and x.numel() * len(weight) >= _ONEDNN_FROM
-    if large and _ONEDNN_PAYS and x.device.type == 'cpu' and torch.backends.mkldnn.enabled and not (
-            torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
+    if (
+        large
+        and _ONEDNN_PAYS
+        and x.device.type == 'cpu'
+        and torch.backends.mkldnn.enabled
+        and not (torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+    ):
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
 
@@ -77,21 +84,24 @@ class Conv(nn.Conv2d):
     "Convolution over [B, s, s, C] that keeps the size of the map."
 
     def __init__(
-        self, in_channels: int, channels: int,
-        kernel_size: int = 1,   # odd
-        groups: int = 1,        # as many as channels: depthwise
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 1,  # odd
+        groups: int = 1,  # as many as channels: depthwise
         bias: bool = False,
     ):
         super().__init__(in_channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         "[..., in_channels] → [..., channels]."
-        if self.kernel_size == (1, 1): return affine(x, self.weight.flatten(1), self.bias)
+        if self.kernel_size == (1, 1):
+            return affine(x, self.weight.flatten(1), self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def split_heads(
-    x: Tensor,       # [B, T, D]
+    x: Tensor,  # [B, T, D]
     num_heads: int,  # H
 ) -> Tensor:
     "[B, T, D] → [B, H, T, D/H]."

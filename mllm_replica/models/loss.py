@@ -18,11 +18,11 @@ _CHUNK_BYTES = 2**25  # logits of one chunk in fp32: large enough for fast produ
 
 def _loss_and_gradients(
     hidden_states: Tensor,  # [P,D], supervised rows only
-    weight: Tensor,         # [V,D], same dtype
-    labels: Tensor,         # [P]
-    chunk_size: int,        # rows at a time
-    need_hidden: bool,      # make the gradient of the hidden states
-    need_weight: bool,      # make the gradient of the weight
+    weight: Tensor,  # [V,D], same dtype
+    labels: Tensor,  # [P]
+    chunk_size: int,  # rows at a time
+    need_hidden: bool,  # make the gradient of the hidden states
+    need_weight: bool,  # make the gradient of the weight
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     "Summed loss and its gradients: [P,D], [V,D], [P] → [], [P,D], [V,D] (fp32)."
     total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
@@ -33,11 +33,15 @@ def _loss_and_gradients(
         h, y = hidden_states[rows], labels[rows, None]
         log_p = torch.log_softmax(torch.mm(h, weight.T), dim=-1, dtype=torch.float32)
         total -= log_p.gather(1, y).sum()
-        if not (need_hidden or need_weight): continue
+        if not (need_hidden or need_weight):
+            continue
         grad = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1.0)).to(h.dtype)
-        if need_hidden: torch.mm(grad, weight, out=grad_hidden[rows])
-        if need_weight and h.dtype == torch.float32: grad_weight.addmm_(grad.T, h)
-        elif need_weight: grad_weight += torch.mm(grad.T, h)
+        if need_hidden:
+            torch.mm(grad, weight, out=grad_hidden[rows])
+        if need_weight and h.dtype == torch.float32:
+            grad_weight.addmm_(grad.T, h)
+        elif need_weight:
+            grad_weight += torch.mm(grad.T, h)
     return total, grad_hidden, grad_weight
 
 # %% ../../nbs/foundations/models/36_loss.ipynb #1731f0ba
@@ -50,10 +54,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         every = len(kept) == len(labels)
         device = hidden_states.device.type
         dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
-        if torch.is_autocast_enabled(device): dtype = torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         h, y = (hidden_states, labels) if every else (hidden_states[kept], labels[kept])
         with torch.autocast(device, enabled=False):
-            total, grad_hidden, grad_weight = _loss_and_gradients(h.to(dtype), weight.to(dtype), y, chunk_size, need_hidden, need_weight)
+            total, grad_hidden, grad_weight = _loss_and_gradients(
+                h.to(dtype), weight.to(dtype), y, chunk_size, need_hidden, need_weight
+            )
         ctx.scale, ctx.rows = (1 / len(kept) if mean else 1.0), (None if every else kept)
         ctx.like = hidden_states.shape, hidden_states.dtype, weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -68,28 +75,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = grad_output * ctx.scale
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(hidden_dtype)
-            if ctx.rows is not None: grad_hidden = grad_hidden.new_zeros(shape).index_copy_(0, ctx.rows, grad_hidden)
-        if grad_weight is not None: grad_weight = (grad_weight * scale).to(weight_dtype)
+            if ctx.rows is not None:
+                grad_hidden = grad_hidden.new_zeros(shape).index_copy_(0, ctx.rows, grad_hidden)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 # %% ../../nbs/foundations/models/36_loss.ipynb #7a12609c
 def chunked_cross_entropy(
-    hidden_states: Tensor,           # [P,D] the output matrix's input, already shifted against the labels
-    weight: Tensor,                  # [V,D] output matrix; may be frozen
-    labels: Tensor,                  # [P] word numbers, −100 where there is no loss
-    chunk_size: int | None = None,   # rows at a time; None: as many as keep the chunk's logits at 32 MB
-    reduction: str = 'mean',         # 'mean' over supervised rows, or 'sum'
+    hidden_states: Tensor,  # [P,D] the output matrix's input, already shifted against the labels
+    weight: Tensor,  # [V,D] output matrix; may be frozen
+    labels: Tensor,  # [P] word numbers, −100 where there is no loss
+    chunk_size: int | None = None,  # rows at a time; None: as many as keep the chunk's logits at 32 MB
+    reduction: str = 'mean',  # 'mean' over supervised rows, or 'sum'
 ) -> Tensor:
     "Cross-entropy of the supervised rows, in fp32, without the full logits: [P,D], [V,D], [P] → []."
     (positions, width), (vocabulary, weight_width) = hidden_states.shape, weight.shape
     if width != weight_width or labels.shape != (positions,):
-        raise ValueError(f'hidden_states {list(hidden_states.shape)}, weight {list(weight.shape)} and labels {list(labels.shape)} '
-                         'do not fit; expected [P,D], [V,D] and [P]')
-    if reduction not in ('mean', 'sum'): raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+        raise ValueError(
+            f'hidden_states {list(hidden_states.shape)}, weight {list(weight.shape)} and labels {list(labels.shape)} '
+            'do not fit; expected [P,D], [V,D] and [P]'
+        )
+    if reduction not in ('mean', 'sum'):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
     supervised = labels[labels != IGNORED]
-    if not len(supervised): raise ValueError(f'all {positions} labels are {IGNORED}: no position is supervised, so there is no loss to take')
+    if not len(supervised):
+        raise ValueError(
+            f'all {positions} labels are {IGNORED}: no position is supervised, so there is no loss to take'
+        )
     low, high = (int(v) for v in supervised.aminmax())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f'labels lie in {low}…{high}; the vocabulary has 0…{vocabulary - 1} (and {IGNORED} for no loss)')
+        raise ValueError(
+            f'labels lie in {low}…{high}; the vocabulary has 0…{vocabulary - 1} (and {IGNORED} for no loss)'
+        )
     chunk_size = chunk_size or max(16, _CHUNK_BYTES // (4 * vocabulary))
-    return _ChunkedCrossEntropy.apply(hidden_states, weight, labels, chunk_size, reduction == 'mean', torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(
+        hidden_states, weight, labels, chunk_size, reduction == 'mean', torch.is_grad_enabled()
+    )

@@ -20,25 +20,33 @@ def weight_files(
 ) -> list[Path]:
     "The weight files of a checkpoint folder: safetensors before .bin, an index before a single file."
     for stem, ending in (('model', 'safetensors'), ('pytorch_model', 'bin')):
-        index, single = folder/f'{stem}.{ending}.index.json', folder/f'{stem}.{ending}'
+        index, single = folder / f'{stem}.{ending}.index.json', folder / f'{stem}.{ending}'
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-            wrong = [n for n in names if Path(n).name != n or not (folder/n).is_file()]
-            if wrong: raise FileNotFoundError(f'{index.name} names {wrong}, which are not files of its folder; download them')
-            return [folder/n for n in names]
-        if single.is_file(): return [single]
-    raise FileNotFoundError(f'no model.safetensors or pytorch_model.bin (or their index) in {folder.name}; '
-                            f'found {sorted(p.name for p in folder.iterdir())}')
+            wrong = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+            if wrong:
+                raise FileNotFoundError(f'{index.name} names {wrong}, which are not files of its folder; download them')
+            return [folder / n for n in names]
+        if single.is_file():
+            return [single]
+    raise FileNotFoundError(
+        f'no model.safetensors or pytorch_model.bin (or their index) in {folder.name}; '
+        f'found {sorted(p.name for p in folder.iterdir())}'
+    )
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     "Names and tensors of one file, without running any code from it."
     try:
         if path.suffix == '.safetensors':
-            with safe_open(path, 'pt') as file: yield from ((name, file.get_tensor(name)) for name in file.keys())
-        else: yield from torch.load(path, map_location='cpu', weights_only=True, mmap=True).items()
+            with safe_open(path, 'pt') as file:
+                yield from ((name, file.get_tensor(name)) for name in file.keys())
+        else:
+            yield from torch.load(path, map_location='cpu', weights_only=True, mmap=True).items()
     except (SafetensorError, torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise OfficialWeightsError(f'{path.name} cannot be read: {error}; nothing was loaded, fetch the file again') from error
+        raise OfficialWeightsError(
+            f'{path.name} cannot be read: {error}; nothing was loaded, fetch the file again'
+        ) from error
 
 
 def read_weights(
@@ -48,7 +56,8 @@ def read_weights(
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for name, tensor in _tensors(path):
-            if name in state: raise OfficialWeightsError(f'{name} occurs in two files of {folder.name}')
+            if name in state:
+                raise OfficialWeightsError(f'{name} occurs in two files of {folder.name}')
             state[name] = tensor
     return state
 
@@ -59,11 +68,15 @@ class OfficialWeightsError(ValueError):
 
 def check_keys(
     expected: Mapping[str, Tensor],  # our model's state dict, meta tensors will do
-    found: Mapping[str, Tensor],     # converted weights
+    found: Mapping[str, Tensor],  # converted weights
 ) -> None:
     "Raise with the full list of missing, unexpected and wrongly shaped keys."
     lines = [f'missing     {name} {list(t.shape)}' for name, t in expected.items() if name not in found]
     lines += [f'unexpected  {name} {list(t.shape)}' for name, t in found.items() if name not in expected]
-    lines += [f'wrong shape {name}: found {list(found[name].shape)}, expected {list(t.shape)}'
-              for name, t in expected.items() if name in found and found[name].shape != t.shape]
-    if lines: raise OfficialWeightsError(f'{len(lines)} keys do not fit, nothing was loaded:\n' + '\n'.join(lines))
+    lines += [
+        f'wrong shape {name}: found {list(found[name].shape)}, expected {list(t.shape)}'
+        for name, t in expected.items()
+        if name in found and found[name].shape != t.shape
+    ]
+    if lines:
+        raise OfficialWeightsError(f'{len(lines)} keys do not fit, nothing was loaded:\n' + '\n'.join(lines))

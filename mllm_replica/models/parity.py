@@ -21,9 +21,10 @@ from ..core.registry import CHAPTERS
 # %% ../../nbs/foundations/models/41_parity.ipynb #55f19df9
 class Partial(NamedTuple):
     "A computed tensor that is to be compared in places only."
+
     value: Tensor
-    where: Tensor   # bool, broadcastable to value
-    reason: str     # printed in the report
+    where: Tensor  # bool, broadcastable to value
+    reason: str  # printed in the report
 
 
 Case = Callable[[dict[str, Any], Mapping[str, Tensor]], dict[str, Tensor | Partial]]
@@ -51,10 +52,11 @@ class Given(dict):
 # %% ../../nbs/foundations/models/41_parity.ipynb #67af9334
 class Golden(NamedTuple):
     "A golden file."
+
     path: Path
     kind: str
     config: dict[str, Any]
-    metadata: str                # all of it, as text
+    metadata: str  # all of it, as text
     tensors: dict[str, Tensor]
 
 
@@ -63,8 +65,10 @@ _SORTS = ('w', 'in', 'out', 'grad')
 
 def _decoded(text: str) -> Any:
     "What a metadata entry says: JSON, or plain text."
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _sort_first(name: str) -> str:
@@ -79,14 +83,20 @@ def read_golden(
     "Tensors, configuration and kind; a damaged or foreign file is an error that names it."
     try:
         with safe_open(path, 'pt') as file:
-            metadata, tensors = file.metadata() or {}, {_sort_first(name): file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error: raise ValueError(f'no safetensors file: {error}') from None
+            metadata, tensors = (
+                file.metadata() or {},
+                {_sort_first(name): file.get_tensor(name) for name in file.keys()},
+            )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f'no safetensors file: {error}') from None
     entries = {name: _decoded(text) for name, text in metadata.items()}
     config = entries.pop('config', {})
-    if not isinstance(config, dict): raise ValueError(f"no configuration in the metadata entry 'config': {config!r:.60}")
+    if not isinstance(config, dict):
+        raise ValueError(f"no configuration in the metadata entry 'config': {config!r:.60}")
     kind = config.get('kind') or metadata.get('kind') or ''
     strange = sorted(name for name in tensors if name.split('.')[0] not in _SORTS)
-    if strange: raise ValueError(f'tensors of an unknown sort: {strange[:5]}; expected names in w., in., out. or grad.')
+    if strange:
+        raise ValueError(f'tensors of an unknown sort: {strange[:5]}; expected names in w., in., out. or grad.')
     return Golden(Path(path), kind, config | {'metadata': entries}, ' '.join(metadata.values()), tensors)
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #1ad7689b
@@ -94,31 +104,34 @@ ABSOLUTE, RELATIVE, SINGLE, ZERO = 1e-5, {'out': 1e-5, 'grad': 1e-4}, 1e-4, 1e-6
 
 
 def allowed(
-    sort: str,            # 'out' or 'grad'
+    sort: str,  # 'out' or 'grad'
     recorded: Tensor,
-    scale: float = 1.0,   # largest number of all gradients in the file
+    scale: float = 1.0,  # largest number of all gradients in the file
 ) -> float:
     "The largest acceptable difference to a recorded tensor."
     largest = recorded.abs().max().item()
-    if recorded.numel() == 1: return SINGLE * (1 + largest)
-    if sort == 'out': return ABSOLUTE + RELATIVE[sort] * largest
+    if recorded.numel() == 1:
+        return SINGLE * (1 + largest)
+    if sort == 'out':
+        return ABSOLUTE + RELATIVE[sort] * largest
     rounding = ZERO * min(scale, 50) if largest <= ZERO * scale else 0
     return max(ABSOLUTE * min(max(scale, 0.2), 1), rounding) + RELATIVE[sort] * largest
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #468dcc89
 class Compared(NamedTuple):
     "The result for one tensor."
+
     name: str
-    sort: str             # 'out', 'grad' or 'ids' (whole numbers)
-    error: float          # largest difference, relative to the tensor's largest number (to 1 for zero tensors and ids)
-    problem: str          # '' if it agrees
+    sort: str  # 'out', 'grad' or 'ids' (whole numbers)
+    error: float  # largest difference, relative to the tensor's largest number (to 1 for zero tensors and ids)
+    problem: str  # '' if it agrees
 
 
 def compare(
     name: str,
-    recorded: Tensor,             # what the official code gave
-    computed: Tensor | Partial,   # what ours gives
-    scale: float = 1.0,           # as for `allowed`
+    recorded: Tensor,  # what the official code gave
+    computed: Tensor | Partial,  # what ours gives
+    scale: float = 1.0,  # as for `allowed`
 ) -> Compared:
     "One recorded tensor beside ours."
     sort = name.split('.')[0] if recorded.is_floating_point() else 'ids'
@@ -131,27 +144,40 @@ def compare(
         wrong = int((computed != recorded).sum())
         return Compared(name, sort, float(wrong > 0), f'{wrong} of {recorded.numel()} ids differ' if wrong else '')
     recorded, computed = recorded.detach().double(), computed.detach().double()
-    if not recorded.numel(): return Compared(name, sort, 0., '')
-    if not recorded.isfinite().all(): return Compared(name, sort, float('inf'), 'the recorded tensor is not finite')
+    if not recorded.numel():
+        return Compared(name, sort, 0.0, '')
+    if not recorded.isfinite().all():
+        return Compared(name, sort, float('inf'), 'the recorded tensor is not finite')
     difference, largest = (computed - recorded).abs(), recorded.abs().max().item()
     wrong, error = int((~(difference <= allowed(sort, recorded, scale))).sum()), difference.max().item()
-    return Compared(name, sort, error / (largest if largest > ABSOLUTE else 1),
-                    f'{wrong} of {recorded.numel()} numbers differ, by up to {error:.2g} (largest number {largest:.2g})' if wrong else '')
+    return Compared(
+        name,
+        sort,
+        error / (largest if largest > ABSOLUTE else 1),
+        f'{wrong} of {recorded.numel()} numbers differ, by up to {error:.2g} (largest number {largest:.2g})'
+        if wrong
+        else '',
+    )
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #0414b1b3
 class Report(NamedTuple):
     "What became of one file."
+
     file: str
     kind: str
     compared: list[Compared]
     problems: list[str]
-    notes: list[str]       # restrictions of the comparison
+    notes: list[str]  # restrictions of the comparison
 
     def line(self) -> str:
         "One line: kind, verdict, and per sort of tensor how many were compared and the worst relative error."
         parts = []
         for sort, found in ((s, [c for c in self.compared if c.sort == s]) for s in ('out', 'grad')):
-            parts.append(f'{sort} {len(found):3} worst {max(c.error for c in found):.1e}' if found else f'{sort}   0 worst       -')
+            parts.append(
+                f'{sort} {len(found):3} worst {max(c.error for c in found):.1e}'
+                if found
+                else f'{sort}   0 worst       -'
+            )
         ids = [c for c in self.compared if c.sort == 'ids']
         tokens = 'none' if not ids else 'differ' if any(c.problem for c in ids) else 'equal'
         notes = ''.join(f'  ({note})' for note in self.notes)
@@ -170,13 +196,19 @@ def check(
     given = Given(golden.tensors)
     computed = cases[golden.kind](golden.config, given)
     recorded = {name: tensor for name, tensor in golden.tensors.items() if name not in given}
-    scale = max((tensor.abs().max().item() for name, tensor in recorded.items() if name.startswith('grad.') and tensor.numel()), default=1.0)
+    scale = max(
+        (tensor.abs().max().item() for name, tensor in recorded.items() if name.startswith('grad.') and tensor.numel()),
+        default=1.0,
+    )
     for name in sorted(recorded):
-        if name not in computed: report.problems.append(f'{name}: recorded but not computed')
-        else: report.compared.append(compare(name, recorded[name], computed[name], scale))
+        if name not in computed:
+            report.problems.append(f'{name}: recorded but not computed')
+        else:
+            report.compared.append(compare(name, recorded[name], computed[name], scale))
     report.problems.extend(f'{c.name}: {c.problem}' for c in report.compared if c.problem)
     report.problems.extend(f'{name}: in the file but never used' for name in sorted(set(given) - given.read))
-    if not recorded: report.problems.append('the file records no output')
+    if not recorded:
+        report.problems.append('the file records no output')
     parts = [(name, part.reason) for name, part in computed.items() if isinstance(part, Partial) and name in recorded]
     report.notes.extend(f'{name} only {reason}' for name, reason in parts)
     return report
@@ -194,33 +226,46 @@ def paper_of(
     "The paper whose official code made the file."
     chapters = {paper: module for paper in CHAPTERS if (module := _golden_of(paper))}
     for paper, module in chapters.items():
-        if module.ORIGIN in golden.metadata: return paper
+        if module.ORIGIN in golden.metadata:
+            return paper
     folder = golden.path.resolve().parent.name
-    if folder in chapters: return folder
+    if folder in chapters:
+        return folder
     names = set(golden.tensors)
-    knows = lambda module: golden.kind in module.parity_cases if golden.kind else hasattr(module, 'recognises') and module.recognises(names)
+    knows = lambda module: (
+        golden.kind in module.parity_cases
+        if golden.kind
+        else hasattr(module, 'recognises') and module.recognises(names)
+    )
     knowing = [paper for paper, module in chapters.items() if knows(module)]
-    if len(knowing) == 1: return knowing[0]
-    if not knowing: raise ValueError(f'unknown kind of case {golden.kind!r}: none of the chapters {sorted(chapters)} knows it')
-    raise ValueError(f'unknown case: kind {golden.kind!r} in folder {folder!r} is claimed by {knowing}; name the paper with --paper')
+    if len(knowing) == 1:
+        return knowing[0]
+    if not knowing:
+        raise ValueError(f'unknown kind of case {golden.kind!r}: none of the chapters {sorted(chapters)} knows it')
+    raise ValueError(
+        f'unknown case: kind {golden.kind!r} in folder {folder!r} is claimed by {knowing}; name the paper with --paper'
+    )
 
 
 def _kind(golden: Golden, chapter: Any) -> str:
     "The kind of a file that does not name it, by the names of its tensors."
     if not hasattr(chapter, 'kind_of'):
-        raise ValueError("the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration")
+        raise ValueError(
+            "the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration"
+        )
     return chapter.kind_of(set(golden.tensors))
 
 
 def check_file(
-    path: Path,                # a golden file
+    path: Path,  # a golden file
     paper: str | None = None,  # None: found by `paper_of`
 ) -> Report:
     "The report of one file; an exception on the way is a problem, not a crash."
     try:
         golden = read_golden(path)
         chapter = _golden_of(paper or paper_of(golden))
-        if not golden.kind: golden = golden._replace(kind=_kind(golden, chapter))
+        if not golden.kind:
+            golden = golden._replace(kind=_kind(golden, chapter))
         return check(golden, chapter.parity_cases)
     except Exception as error:  # whatever a wrong file makes of our code belongs into its line
         return Report(Path(path).name, '?', [], [f'{type(error).__name__}: {error}'], [])
@@ -230,20 +275,27 @@ def main(
     arguments: list[str] | None = None,  # None: the command line
 ) -> int:
     "Check files, print one line each and the problems below it; 0 if all is well."
-    parser = argparse.ArgumentParser('mllm_replica.models.parity', description='Compare our modules with recorded outputs of the official code.')
+    parser = argparse.ArgumentParser(
+        'mllm_replica.models.parity', description='Compare our modules with recorded outputs of the official code.'
+    )
     parser.add_argument('files', nargs='+', type=Path, metavar='FILE', help='golden .safetensors file')
     parser.add_argument('--paper', choices=CHAPTERS, help='whose files these are, where their metadata does not say it')
     options = parser.parse_args(arguments)
     reports = [check_file(path, options.paper) for path in options.files]
     for report in reports:
         print(report.line())
-        for problem in report.problems[:20]: print(f'       {problem}')
-        if len(report.problems) > 20: print(f'       … and {len(report.problems) - 20} more')
+        for problem in report.problems[:20]:
+            print(f'       {problem}')
+        if len(report.problems) > 20:
+            print(f'       … and {len(report.problems) - 20} more')
     failed = sum(bool(report.problems) for report in reports)
-    print(f'{len(reports) - failed} of {len(reports)} files agree, {sum(len(r.compared) for r in reports)} tensors compared')
+    print(
+        f'{len(reports) - failed} of {len(reports)} files agree, {sum(len(r.compared) for r in reports)} tensors compared'
+    )
     return int(failed > 0)
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #82da284f
 if __name__ == '__main__':
     from mllm_replica.models import parity
+
     sys.exit(parity.main())

@@ -16,7 +16,8 @@ def _mismatch(found: list[int], images: int, per_image: int) -> str:
     "Which sample has too few or too many placeholders."
     left = images
     for i, count in enumerate(found):
-        if count % per_image: return f'sample {i}: found {count} image positions, expected a multiple of {per_image}, the visual tokens of one image'
+        if count % per_image:
+            return f'sample {i}: found {count} image positions, expected a multiple of {per_image}, the visual tokens of one image'
         if count // per_image > left:
             return f'sample {i}: found {count} image positions, expected {left * per_image}: {left} of {images} images are left for it'
         left -= count // per_image
@@ -25,19 +26,20 @@ def _mismatch(found: list[int], images: int, per_image: int) -> str:
 
 
 def place_images(
-    inputs_embeds: Tensor,   # [B,T,D] text embeddings
-    visual_embeds: Tensor,   # [N,M,D] connector output, images in reading order, sample by sample
-    is_image: Tensor,        # [B,T] true at placeholders
+    inputs_embeds: Tensor,  # [B,T,D] text embeddings
+    visual_embeds: Tensor,  # [N,M,D] connector output, images in reading order, sample by sample
+    is_image: Tensor,  # [B,T] true at placeholders
 ) -> Tensor:
     "Write visual vectors over the placeholders: [B,T,D], [N,M,D], [B,T] → [B,T,D]."
     images, per_image = visual_embeds.shape[:2]
     found = is_image.sum(1)
-    if int(found.sum()) != images * per_image or bool((found % per_image).any()): raise ValueError(_mismatch(found.tolist(), images, per_image))
+    if int(found.sum()) != images * per_image or bool((found % per_image).any()):
+        raise ValueError(_mismatch(found.tolist(), images, per_image))
     return inputs_embeds.masked_scatter(is_image[..., None], visual_embeds.to(inputs_embeds.dtype))
 
 # %% ../../nbs/foundations/models/37_placing.ipynb #4bd0a94d
 def pad_left(
-    inputs_embeds: Tensor,   # [B,T,D], padded anywhere
+    inputs_embeds: Tensor,  # [B,T,D], padded anywhere
     attention_mask: Tensor,  # [B,T] 1 at real tokens
 ) -> tuple[Tensor, Tensor]:
     "Move padding to the front of every row: [B,T,D], [B,T] → [B,T,D], [B,T]."
@@ -47,29 +49,38 @@ def pad_left(
 
 def mask_and_positions(
     attention_mask: Tensor | None,  # [B,T'] over past and new tokens, or a finished [B,1,T,T'] mask
-    position_ids: Tensor | None,    # [B,T] if known
-    inputs_embeds: Tensor,          # [B,T,D] the new tokens
+    position_ids: Tensor | None,  # [B,T] if known
+    inputs_embeds: Tensor,  # [B,T,D] the new tokens
 ) -> tuple[Tensor | None, Tensor | None]:
     "The mask and position numbers that the decoder gets."
-    if attention_mask is None: return None, position_ids
+    if attention_mask is None:
+        return None, position_ids
     if attention_mask.dim() == 4:
         if not attention_mask.is_floating_point():
-            raise ValueError(f'a 4-d attention mask is added to the scores: expected floats, found {attention_mask.dtype}')
+            raise ValueError(
+                f'a 4-d attention mask is added to the scores: expected floats, found {attention_mask.dtype}'
+            )
         return attention_mask.clamp(min=torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype), position_ids
-    if position_ids is None: return attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
+    if position_ids is None:
+        return attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
     real = attention_mask.bool()
     packed = real.shape == position_ids.shape and bool((real[:, 1:] & real[:, :-1] & (position_ids[:, 1:] == 0)).any())
     return (None if packed else attention_mask), position_ids
 
 # %% ../../nbs/foundations/models/37_placing.ipynb #53c3ac9e
 def answer_loss(
-    states: Tensor,    # [B,T,D] decoder output
-    head: nn.Linear,   # output matrix
-    labels: Tensor,    # [B,T] unshifted
+    states: Tensor,  # [B,T,D] decoder output
+    head: nn.Linear,  # output matrix
+    labels: Tensor,  # [B,T] unshifted
     num_items: int | Tensor | None = None,  # divides the sum; None: the mean
 ) -> Tensor:
     "Next-token cross-entropy over supervised positions: [B,T,D], [B,T] → []."
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise NotImplementedError(f'the output layer is a {type(head).__name__}; expected a Linear without bias')
-    loss = chunked_cross_entropy(states[:, :-1].flatten(0, 1), head.weight, labels[:, 1:].flatten(), reduction='mean' if num_items is None else 'sum')
+    loss = chunked_cross_entropy(
+        states[:, :-1].flatten(0, 1),
+        head.weight,
+        labels[:, 1:].flatten(),
+        reduction='mean' if num_items is None else 'sum',
+    )
     return loss if num_items is None else loss / num_items

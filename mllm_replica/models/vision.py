@@ -24,15 +24,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(
-    images: Sequence[Image.Image],            # RGB images of any size
-    size: int,                                # side of the square, in pixels
-    mean: Sequence[float] = CLIP_MEAN,        # per channel, of values in 0…1
-    std: Sequence[float] = CLIP_STD,          # per channel
+    images: Sequence[Image.Image],  # RGB images of any size
+    size: int,  # side of the square, in pixels
+    mean: Sequence[float] = CLIP_MEAN,  # per channel, of values in 0…1
+    std: Sequence[float] = CLIP_STD,  # per channel
 ) -> Tensor:
     "Squash-resize (PIL bicubic), scale to 0…1, normalise: N images → [N,3,size,size]."
     for i, image in enumerate(images):
-        if image.mode != 'RGB': raise ValueError(f'image {i} has mode {image.mode}; expected RGB: read it with `images.open_image`')
-    arrays = [np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+        if image.mode != 'RGB':
+            raise ValueError(f'image {i} has mode {image.mode}; expected RGB: read it with `images.open_image`')
+    arrays = [
+        np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
+        for image in images
+    ]
     pixels = torch.from_numpy(np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
@@ -40,24 +44,27 @@ def clip_pixels(
 # %% ../../nbs/foundations/models/38_vision.ipynb #4598dde0
 def _feature_index(
     encoder: nn.Module,  # with `encoder.layers`
-    layer: int,          # as in a list of hidden states: 0 … L, or −1 … −(L+1)
+    layer: int,  # as in a list of hidden states: 0 … L, or −1 … −(L+1)
 ) -> int:
     "The number of layers to run for hidden state `layer`."
     count = len(encoder.encoder.layers)
-    if not -count - 1 <= layer <= count: raise ValueError(f'feature layer {layer} does not exist: hidden states are 0…{count}, or −1…{-count - 1}')
+    if not -count - 1 <= layer <= count:
+        raise ValueError(f'feature layer {layer} does not exist: hidden states are 0…{count}, or −1…{-count - 1}')
     return layer % (count + 1)
 
 
 def hidden_states(
-    encoder: nn.Module,    # a CLIP-like encoder of transformers: `embeddings`, perhaps `pre_layrnorm`, `encoder.layers`
+    encoder: nn.Module,  # a CLIP-like encoder of transformers: `embeddings`, perhaps `pre_layrnorm`, `encoder.layers`
     pixel_values: Tensor,  # [N,3,height,width]
-    layer: int = -1,       # the last hidden state wanted
+    layer: int = -1,  # the last hidden state wanted
 ) -> list[Tensor]:
     "Hidden states 0 to `layer`, class token included: [N,3,h,w] → list of [N,1+S,D]. Layers above `layer` are not computed."
     count = _feature_index(encoder, layer)
     states = [encoder.embeddings(pixel_values.to(encoder.dtype))]
-    if hasattr(encoder, 'pre_layrnorm'): states[0] = encoder.pre_layrnorm(states[0])
-    for block in encoder.encoder.layers[:count]: states.append(block(states[-1], None))
+    if hasattr(encoder, 'pre_layrnorm'):
+        states[0] = encoder.pre_layrnorm(states[0])
+    for block in encoder.encoder.layers[:count]:
+        states.append(block(states[-1], None))
     return states
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #f659585f
@@ -69,9 +76,9 @@ def has_class_token(
 
 
 def features(
-    encoder: nn.Module,    # a CLIP-like encoder
+    encoder: nn.Module,  # a CLIP-like encoder
     pixel_values: Tensor,  # [N,3,height,width]
-    layer: int = -2,       # hidden state to read
+    layer: int = -2,  # hidden state to read
 ) -> Tensor:
     "Patch features of one layer, class token dropped: [N,3,h,w] → [N,S,D]."
     states = hidden_states(encoder, pixel_values, layer)[-1]
@@ -79,27 +86,33 @@ def features(
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #c88146a0
 def interpolate_positions(
-    table: Tensor,         # [1+n²,D] position embeddings, class token first
-    scale: float,          # factor on the side n of the grid, ≥ 1
+    table: Tensor,  # [1+n²,D] position embeddings, class token first
+    scale: float,  # factor on the side n of the grid, ≥ 1
 ) -> Tensor:
     "Enlarge a position table: [1+n²,D] → [1+floor(n·scale)²,D]."
     side = int((len(table) - 1) ** 0.5)
-    if side * side != len(table) - 1: raise ValueError(f'the position table has {len(table)} rows; expected 1 + a square number')
-    if scale < 1: raise ValueError(f'scale is {scale}; a position table can only be enlarged (scale ≥ 1)')
+    if side * side != len(table) - 1:
+        raise ValueError(f'the position table has {len(table)} rows; expected 1 + a square number')
+    if scale < 1:
+        raise ValueError(f'scale is {scale}; a position table can only be enlarged (scale ≥ 1)')
     grid = table[1:].T.reshape(1, -1, side, side)
     grid = F.interpolate(grid.float(), scale_factor=scale, mode='bicubic', align_corners=False).to(table.dtype)
     return torch.cat([table[:1], grid.flatten(2)[0].T])
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #47a79abf
 def encoder_key(
-    encoder: nn.Module,       # its weights and class decide
-    **settings: object,       # whatever else decides the features: layer, image size, mean, std, dtype
+    encoder: nn.Module,  # its weights and class decide
+    **settings: object,  # whatever else decides the features: layer, image size, mean, std, dtype
 ) -> str:
     "Hash of an encoder's weights and of all settings that decide its features."
     digest = hashlib.sha256(f'{type(encoder).__name__} {json.dumps(settings, sort_keys=True, default=str)}'.encode())
     config = getattr(encoder, 'config', None)
     if config is not None:
-        fields = {k: v for k, v in config.to_dict().items() if not k.startswith('_') and k not in ('transformers_version', 'dtype')}
+        fields = {
+            k: v
+            for k, v in config.to_dict().items()
+            if not k.startswith('_') and k not in ('transformers_version', 'dtype')
+        }
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, weight in sorted(encoder.state_dict().items()):
         digest.update(f'{name} {weight.dtype} {tuple(weight.shape)}'.encode())
@@ -111,9 +124,12 @@ def image_key(
     source: dict | bytes | str | Path | Image.Image,  # as for `images.open_image`
 ) -> str:
     "A name for an image: hash of its bytes, else of its pixels, else of path, size and time."
-    if isinstance(source, dict): source = source['bytes'] if source.get('bytes') is not None else source['path']
-    if isinstance(source, Image.Image): content = f'{source.mode} {source.size}'.encode() + source.tobytes()
-    elif isinstance(source, bytes): content = source
+    if isinstance(source, dict):
+        source = source['bytes'] if source.get('bytes') is not None else source['path']
+    if isinstance(source, Image.Image):
+        content = f'{source.mode} {source.size}'.encode() + source.tobytes()
+    elif isinstance(source, bytes):
+        content = source
     else:
         state = os.stat(source)
         content = f'{os.path.abspath(source)} {state.st_size} {state.st_mtime_ns}'.encode()
@@ -122,12 +138,15 @@ def image_key(
 
 def image_keys(
     images: Iterable[Any],  # as for `image_key`
-    sample: str,            # id of their sample, for the error
+    sample: str,  # id of their sample, for the error
 ) -> list[str]:
     "A name for each image of a sample; a missing one is an error."
-    try: return [image_key(image) for image in images]
+    try:
+        return [image_key(image) for image in images]
     except (OSError, TypeError, KeyError) as error:
-        raise ValueError(f'sample {sample!r}: an image is missing ({error}); restore it or leave the sample out') from error
+        raise ValueError(
+            f'sample {sample!r}: an image is missing ({error}); restore it or leave the sample out'
+        ) from error
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #3c823051
 class FeatureCache:
@@ -136,21 +155,25 @@ class FeatureCache:
     def __init__(
         self,
         folder: Path,  # a folder written by `compute`
-        key: str,      # the `encoder_key` that is expected in it
+        key: str,  # the `encoder_key` that is expected in it
     ) -> None:
         self.folder = Path(folder)
-        index = json.loads((self.folder/'index.json').read_text())
+        index = json.loads((self.folder / 'index.json').read_text())
         if index['key'] != key:
-            raise ValueError(f'{self.folder} holds features of key {index["key"]}, expected {key}: '
-                             'other weights, layer, transform or dtype; compute them anew')
+            raise ValueError(
+                f'{self.folder} holds features of key {index["key"]}, expected {key}: '
+                'other weights, layer, transform or dtype; compute them anew'
+            )
         self.rows = {name: row for row, name in enumerate(index['names'])}
-        self.array = np.load(self.folder/'features.npy', mmap_mode='r', allow_pickle=False)
+        self.array = np.load(self.folder / 'features.npy', mmap_mode='r', allow_pickle=False)
         if len(self.array) != len(self.rows):
             raise ValueError(f'{self.folder}: {len(self.array)} rows of features for {len(self.rows)} names; delete it')
 
-    def __len__(self) -> int: return len(self.rows)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def __contains__(self, name: str) -> bool: return name in self.rows
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
 
     def __getitem__(
         self,
@@ -158,23 +181,25 @@ class FeatureCache:
     ) -> Tensor:
         "Features of one image, [S,D], or of several, [N,S,D]."
         missing = [n for n in ([names] if isinstance(names, str) else names) if n not in self.rows]
-        if missing: raise KeyError(f'no features of {missing[:3]} in {self.folder} ({len(self)} images)')
+        if missing:
+            raise KeyError(f'no features of {missing[:3]} in {self.folder} ({len(self)} images)')
         rows = self.rows[names] if isinstance(names, str) else [self.rows[n] for n in names]
         return torch.from_numpy(np.array(self.array[rows]))
 
     @classmethod
     def compute(
         cls,
-        folder: Path,                                       # where caches lie
-        key: str,                                           # `encoder_key` of what `encode` does
-        names: Sequence[str],                               # a name per image, unique
+        folder: Path,  # where caches lie
+        key: str,  # `encoder_key` of what `encode` does
+        names: Sequence[str],  # a name per image, unique
         load: Callable[[Sequence[str]], Sequence[Image.Image]],  # names -> RGB images
         encode: Callable[[Sequence[Image.Image]], Tensor],  # images -> [N,S,D]
         batch_size: int = 64,
     ) -> 'FeatureCache':
         "Open the cache of these images, or compute and write it first (atomically)."
-        if len(set(names)) != len(names): raise ValueError('image names are not unique; give every image a name of its own')
-        target = Path(folder)/f'{key}-{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:12]}'
+        if len(set(names)) != len(names):
+            raise ValueError('image names are not unique; give every image a name of its own')
+        target = Path(folder) / f'{key}-{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:12]}'
         if not target.is_dir():
             Path(folder).mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix='part-', dir=folder))
@@ -182,26 +207,33 @@ class FeatureCache:
                 _write_features(part, key, names, load, encode, batch_size)
                 os.rename(part, target)
             except OSError:
-                if not target.is_dir(): raise  # else another process wrote the same cache meanwhile
-            finally: shutil.rmtree(part, ignore_errors=True)
+                if not target.is_dir():
+                    raise  # else another process wrote the same cache meanwhile
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
         return cls(target, key)
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #78a9a945
 @torch.no_grad()
-def _write_features(folder: Path, key: str, names: Sequence[str], load: Callable, encode: Callable, batch_size: int) -> None:
+def _write_features(
+    folder: Path, key: str, names: Sequence[str], load: Callable, encode: Callable, batch_size: int
+) -> None:
     "Write features.npy batch by batch, then index.json, both flushed to disk; a full disk is an ordinary error here."
-    if not names: raise ValueError('there are no images to compute features of')
-    with open(folder/'features.npy', 'wb') as file:
+    if not names:
+        raise ValueError('there are no images to compute features of')
+    with open(folder / 'features.npy', 'wb') as file:
         for start in range(0, len(names), batch_size):
-            part = encode(load(names[start:start + batch_size])).cpu()
-            part = (part.float() if part.dtype == torch.bfloat16 else part).contiguous().numpy()  # numpy has no bfloat16
+            part = encode(load(names[start : start + batch_size])).cpu()
+            part = (
+                (part.float() if part.dtype == torch.bfloat16 else part).contiguous().numpy()
+            )  # numpy has no bfloat16
             if start == 0:
                 header = dict(descr=part.dtype.str, fortran_order=False, shape=(len(names), *part.shape[1:]))
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(part.tobytes())
         file.flush()
         os.fsync(file.fileno())
-    with open(folder/'index.json', 'w', encoding='utf-8') as file:
+    with open(folder / 'index.json', 'w', encoding='utf-8') as file:
         json.dump({'key': key, 'names': list(names)}, file)
         file.flush()
         os.fsync(file.fileno())

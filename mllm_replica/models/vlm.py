@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationMixin,
-                          PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..data.encoded import IGNORED, Encoded
@@ -28,14 +38,15 @@ from .vision import CLIP_MEAN, CLIP_STD, clip_pixels, features, image_keys
 # %% ../../nbs/foundations/models/39_vlm.ipynb #0f16adf3
 class VisionLanguageConfig(PreTrainedConfig):
     "Encoder, connector and decoder settings."
+
     model_type = 'mllm_replica_vlm'
     sub_configs = {'vision_config': AutoConfig, 'text_config': AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None  # with 'model_type', by default CLIP's
-    connector_config: dict[str, Any] | None = None        # the paper's own settings
-    text_config: dict | PreTrainedConfig | None = None    # with 'model_type', by default Llama's
-    image_token_id: int = -1                              # placeholder, one per visual token
-    feature_layer: int = -2                               # hidden state of the encoder that is read
+    connector_config: dict[str, Any] | None = None  # the paper's own settings
+    text_config: dict | PreTrainedConfig | None = None  # with 'model_type', by default Llama's
+    image_token_id: int = -1  # placeholder, one per visual token
+    feature_layer: int = -2  # hidden state of the encoder that is read
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config(self.vision_config, 'clip_vision_model')
@@ -56,7 +67,8 @@ class VisionLanguageConfig(PreTrainedConfig):
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
     "A configuration object from a dict with `model_type`."
-    if isinstance(config, PreTrainedConfig): return config
+    if isinstance(config, PreTrainedConfig):
+        return config
     fields = dict(config or {})
     return AutoConfig.for_model(fields.pop('model_type', default), **fields)
 
@@ -70,6 +82,7 @@ def visual_token_count(
 # %% ../../nbs/foundations/models/39_vlm.ipynb #a0f99ab6
 class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     "Encoder → connector → decoder, images placed in the text sequence."
+
     config_class = VisionLanguageConfig
     main_input_name = 'input_ids'
     connector_name = 'connector'  # attribute that holds the connector
@@ -94,9 +107,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         "Encoder and decoder initialise themselves, `build_connector` its module; a checkpoint must hold the whole connector."
-        if not any(hasattr(p, '_is_hf_initialized') for p in self.parameters()): return  # built, not loaded
+        if not any(hasattr(p, '_is_hf_initialized') for p in self.parameters()):
+            return  # built, not loaded
         missing = [name for name, p in self.connector.named_parameters() if not hasattr(p, '_is_hf_initialized')]
-        if missing: raise ValueError(f'the checkpoint lacks {len(missing)} weights of the {self.connector_name}: {missing[:8]}; save the whole model')
+        if missing:
+            raise ValueError(
+                f'the checkpoint lacks {len(missing)} weights of the {self.connector_name}: {missing[:8]}; save the whole model'
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         "The decoder's table."
@@ -127,19 +144,20 @@ def visual_features(
 @patch
 def visual_embeds(
     self: VisionLanguageModel,
-    pixel_values: Tensor | None = None,    # [N,3,height,width]
+    pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
 ) -> Tensor:
     "Visual tokens in the decoder's width: → [N,M,D]."
-    if image_features is None: image_features = self.visual_features(pixel_values)
+    if image_features is None:
+        image_features = self.visual_features(pixel_values)
     return self.connector(image_features.to(next(self.connector.parameters()).dtype))
 
 
 @patch
 def embed(
     self: VisionLanguageModel,
-    input_ids: Tensor,                     # [B,T] with placeholders
-    pixel_values: Tensor | None = None,    # [N,3,height,width]
+    input_ids: Tensor,  # [B,T] with placeholders
+    pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
 ) -> Tensor:
     "Text embeddings with the visual tokens in their places: [B,T] → [B,T,D]."
@@ -147,7 +165,9 @@ def embed(
     inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
     if pixel_values is None and image_features is None:
         if bool(is_image.any()):
-            raise ValueError(f'sample {int(is_image.any(1).nonzero()[0])} has image positions but neither pixel_values nor image_features is given')
+            raise ValueError(
+                f'sample {int(is_image.any(1).nonzero()[0])} has image positions but neither pixel_values nor image_features is given'
+            )
         return inputs_embeds
     return place_images(inputs_embeds, self.visual_embeds(pixel_values, image_features), is_image)
 
@@ -155,54 +175,76 @@ def embed(
 @patch
 def forward(
     self: VisionLanguageModel,
-    input_ids: Tensor | None = None,         # [B,T] with placeholders
-    attention_mask: Tensor | None = None,    # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,      # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,    # [N,S,Dv] instead of pixel_values
-    labels: Tensor | None = None,            # [B,T] as input_ids, −100 without loss; shifted here
-    position_ids: Tensor | None = None,      # [B,T]; starts again at 0 for every packed sample
+    input_ids: Tensor | None = None,  # [B,T] with placeholders
+    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
+    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
+    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixel_values
+    labels: Tensor | None = None,  # [B,T] as input_ids, −100 without loss; shifted here
+    position_ids: Tensor | None = None,  # [B,T]; starts again at 0 for every packed sample
     past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,     # [B,T,D] instead of input_ids
+    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
     use_cache: bool | None = None,
-    logits_to_keep: int | Tensor = 0,        # last positions to return logits of; 0: all
-    return_logits: bool = False,             # with labels: return logits too
+    logits_to_keep: int | Tensor = 0,  # last positions to return logits of; 0: all
+    return_logits: bool = False,  # with labels: return logits too
     num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
-    if inputs_embeds is None: inputs_embeds = self.embed(input_ids, pixel_values, image_features)
+    if inputs_embeds is None:
+        inputs_embeds = self.embed(input_ids, pixel_values, image_features)
     attention_mask, position_ids = mask_and_positions(attention_mask, position_ids, inputs_embeds)
-    if use_cache is None: use_cache = past_key_values is not None  # transformers sees packed rows only without a cache
-    out = self.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                             use_cache=use_cache, **kwargs)
+    if use_cache is None:
+        use_cache = past_key_values is not None  # transformers sees packed rows only without a cache
+    out = self.get_decoder()(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        **kwargs,
+    )
     states, head = out.last_hidden_state, self.get_output_embeddings()
     loss = None if labels is None else answer_loss(states, head, labels, num_items_in_batch)
     logits = None
     if labels is None or return_logits:
-        logits = head(states[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep if logits_to_keep else None, None)])
-    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
-                                  hidden_states=out.hidden_states, attentions=out.attentions)
+        logits = head(
+            states[
+                :,
+                logits_to_keep
+                if isinstance(logits_to_keep, Tensor)
+                else slice(-logits_to_keep if logits_to_keep else None, None),
+            ]
+        )
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        past_key_values=out.past_key_values,
+        hidden_states=out.hidden_states,
+        attentions=out.attentions,
+    )
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #95ca68b3
 @patch
 @torch.no_grad()
 def generate(
     self: VisionLanguageModel,
-    input_ids: Tensor,                     # [B,T] prompts with placeholders
+    input_ids: Tensor,  # [B,T] prompts with placeholders
     attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,    # [N,3,height,width]
+    pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
-    **kwargs: Any,                         # as for transformers' generate
+    **kwargs: Any,  # as for transformers' generate
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
-    if attention_mask is None: attention_mask = torch.ones_like(input_ids)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     inputs_embeds = self.embed(input_ids, pixel_values, image_features)
     prompts = pad_left(input_ids[..., None], attention_mask)[0][..., 0]
     inputs_embeds, attention_mask = pad_left(inputs_embeds, attention_mask)
     out = GenerationMixin.generate(self, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
     new = out if isinstance(out, Tensor) else out.sequences
     sequences = torch.cat([prompts.repeat_interleave(len(new) // len(prompts), 0), new], dim=1)
-    if isinstance(out, Tensor): return sequences
+    if isinstance(out, Tensor):
+        return sequences
     out.sequences = sequences
     return out
 
@@ -213,11 +255,11 @@ class VisionLanguageProcessor:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,                       # positions per image, `visual_token_count(config)`
-        image_size: int,                          # side of the encoder's input, pixels
-        image_token_id: int = -1,                 # placeholder, as in the configuration
+        visual_tokens: int,  # positions per image, `visual_token_count(config)`
+        image_size: int,  # side of the encoder's input, pixels
+        image_token_id: int = -1,  # placeholder, as in the configuration
         image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,    # per channel
+        image_std: Sequence[float] = CLIP_STD,  # per channel
     ) -> None:
         self.tokenizer = tokenizer
         self.visual_tokens, self.image_size, self.image_token_id = visual_tokens, image_size, image_token_id
@@ -228,24 +270,29 @@ class VisionLanguageProcessor:
         cls,
         config: VisionLanguageConfig,
         tokenizer: PreTrainedTokenizerBase,
-        **kwargs: Any,                     # further settings of the processor
+        **kwargs: Any,  # further settings of the processor
     ) -> 'VisionLanguageProcessor':
         "The processor that fits a model's configuration."
         vision = config.vision_config
         colours = {k: getattr(vision, k) for k in ('image_mean', 'image_std') if hasattr(vision, k)}
-        return cls(tokenizer, visual_token_count(config), vision.image_size, config.image_token_id, **{**colours, **kwargs})
+        return cls(
+            tokenizer, visual_token_count(config), vision.image_size, config.image_token_id, **{**colours, **kwargs}
+        )
 
     def pieces(
         self,
         sample: dict[str, Any],  # conversation or interleaved document
-        training: bool,          # False: leave out the last answer
+        training: bool,  # False: leave out the last answer
     ) -> list[Piece]:
         "The prompt: turns without role names; of a document all text is supervised."
-        if sample.get('document'): return [*split_images(sample['document'], supervised=True), Piece('', supervised=True, end=True)]
+        if sample.get('document'):
+            return [*split_images(sample['document'], supervised=True), Piece('', supervised=True, end=True)]
         pieces = []
         for turn in sample['conversations'] if training else sample['conversations'][:-1]:
-            if turn['from'] == 'gpt': pieces.append(Piece(turn['value'], supervised=True, end=True))
-            else: pieces += split_images(turn['value'])
+            if turn['from'] == 'gpt':
+                pieces.append(Piece(turn['value'], supervised=True, end=True))
+            else:
+                pieces += split_images(turn['value'])
         return pieces
 
     def image_tensor(
@@ -264,7 +311,7 @@ class VisionLanguageProcessor:
 
 
 def split_images(
-    text: str,                # with `<image>` where images stand
+    text: str,  # with `<image>` where images stand
     supervised: bool = False,
 ) -> list[Piece]:
     "Text around `<image>` markers and the images as pieces."
@@ -277,44 +324,55 @@ def split_images(
 def encode(
     self: VisionLanguageProcessor,
     sample: dict[str, Any],  # id, images, conversations or document
-    training: bool = True,   # False: the prompt alone, to be answered
+    training: bool = True,  # False: the prompt alone, to be answered
 ) -> Encoded:
     "Token ids, labels and images of one sample."
     pieces, images = self.pieces(sample, training), list(sample.get('images') or [])
     found = sum(piece.text is None for piece in pieces)
-    if found != len(images): raise ValueError(f"sample {sample['id']!r}: {found} <image> placeholders, {len(images)} images; they must be equal")
+    if found != len(images):
+        raise ValueError(
+            f'sample {sample["id"]!r}: {found} <image> placeholders, {len(images)} images; they must be equal'
+        )
     ids, labels = tokenize(pieces, self.tokenizer, self.image_token_id, self.visual_tokens)
     unknown = self.tokenizer.unk_token_id
     if unknown in ids and unknown != self.tokenizer.pad_token_id:
         words = sorted({w for p in pieces for w in (p.text or '').split() if unknown in text_ids(self.tokenizer, w)})
-        raise ValueError(f"sample {sample['id']!r}: the tokenizer does not know {words}; add them to its vocabulary")
+        raise ValueError(f'sample {sample["id"]!r}: the tokenizer does not know {words}; add them to its vocabulary')
     if training and all(label == IGNORED for label in labels):
-        raise ValueError(f"sample {sample['id']!r}: nothing is supervised; expected an answer")
-    starts = [i for i, token in enumerate(ids) if token == self.image_token_id][::self.visual_tokens]
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=images, image_ids=image_keys(images, sample['id']),
-                   image_spans=[(i, i + self.visual_tokens) for i in starts])
+        raise ValueError(f'sample {sample["id"]!r}: nothing is supervised; expected an answer')
+    starts = [i for i, token in enumerate(ids) if token == self.image_token_id][:: self.visual_tokens]
+    return Encoded(
+        id=str(sample['id']),
+        input_ids=ids,
+        labels=labels,
+        images=images,
+        image_ids=image_keys(images, sample['id']),
+        image_spans=[(i, i + self.visual_tokens) for i in starts],
+    )
 
 
 @patch
 def save_pretrained(
     self: VisionLanguageProcessor,
     folder: str | Path,
-    **kwargs: Any,      # ignored; transformers passes some
+    **kwargs: Any,  # ignored; transformers passes some
 ) -> None:
     "Write tokenizer and settings."
     self.tokenizer.save_pretrained(folder)
     settings = {k: v for k, v in vars(self).items() if k != 'tokenizer'}
-    (Path(folder)/'processor_config.json').write_text(json.dumps({'processor_class': type(self).__name__, **settings}, indent=1))
+    (Path(folder) / 'processor_config.json').write_text(
+        json.dumps({'processor_class': type(self).__name__, **settings}, indent=1)
+    )
 
 
 @patch(cls_method=True)
 def from_pretrained(
     cls: VisionLanguageProcessor,
     folder: str | Path,
-    **kwargs: Any,      # ignored; transformers passes some
+    **kwargs: Any,  # ignored; transformers passes some
 ) -> VisionLanguageProcessor:
     "Read what `save_pretrained` wrote, from a local folder."
-    settings = json.loads((Path(folder)/'processor_config.json').read_text())
+    settings = json.loads((Path(folder) / 'processor_config.json').read_text())
     settings.pop('processor_class')
     return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True), **settings)
 
@@ -326,7 +384,8 @@ def register(
 ) -> None:
     "Make the Auto classes of transformers know a model."
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText): auto.register(config_class, model_class, exist_ok=True)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        auto.register(config_class, model_class, exist_ok=True)
     AutoProcessor.register(config_class, processor_class, exist_ok=True)
 
 

@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import (ALL_ATTENTION_FUNCTIONS, LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb,
-                                                      eager_attention_forward)
+from transformers.models.llama.modeling_llama import (
+    ALL_ATTENTION_FUNCTIONS,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm
 
 from ..models.layers import Linear
@@ -25,7 +31,7 @@ class Route:
 
     def __init__(
         self,
-        visual: Tensor,      # [B,T] bool
+        visual: Tensor,  # [B,T] bool
         lengths: list[int],  # of stretches of one modality in the flattened batch; the first is text, perhaps empty
     ) -> None:
         self.visual, self.lengths = visual, lengths
@@ -39,7 +45,8 @@ class Route:
         visual = visual.bool()
         kinds, lengths = torch.unique_consecutive(visual.flatten(), return_counts=True)
         first, lengths = bool(kinds[:1].any()), lengths.tolist()
-        if len(lengths) < 2 and not first: return None
+        if len(lengths) < 2 and not first:
+            return None
         return cls(visual, [0] * first + lengths)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,11 +70,12 @@ class WayLinear(nn.Module):
 
     def forward(
         self,
-        x: Tensor,            # [B,T,D]
+        x: Tensor,  # [B,T,D]
         route: Route | None,
     ) -> Tensor:
         "[B,T,D] → [B,T,D']."
-        if route is None: return self.multiway[0](x)
+        if route is None:
+            return self.multiway[0](x)
         return route.join(*(way(part) for way, part in zip(self.multiway, route.split(x))))
 
 
@@ -80,18 +88,19 @@ class WayNorm(nn.Module):
 
     def forward(
         self,
-        x: Tensor,            # [B,T,D]
+        x: Tensor,  # [B,T,D]
         route: Route | None,
     ) -> Tensor:
         "[B,T,D] → [B,T,D]."
         text, visual = self.multiway
-        if route is None: return text(x)
+        if route is None:
+            return text(x)
         states = x.float()
         states = (states * torch.rsqrt(states.square().mean(-1, keepdim=True) + text.variance_epsilon)).to(x.dtype)
         return torch.where(route.visual[..., None], visual.weight, text.weight) * states
 
 # %% ../../nbs/papers/01_owl2.ipynb #c0581a98
-ADAPTIVE = {   # language model -> parts with ways
+ADAPTIVE = {  # language model -> parts with ways
     'llama': ('input_layernorm', 'post_attention_layernorm', 'self_attn.k_proj', 'self_attn.v_proj'),
     'qwen2': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
 }
@@ -110,22 +119,34 @@ class _AdaptiveAttention:
 
     def forward(
         self,
-        hidden_states: Tensor,                        # [B,T,D]
-        position_embeddings: tuple[Tensor, Tensor],   # cos and sin, [B,T,d]
+        hidden_states: Tensor,  # [B,T,D]
+        position_embeddings: tuple[Tensor, Tensor],  # cos and sin, [B,T,d]
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         route: Route | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         "[B,T,D] → [B,T,D] and, with eager attention, its weights [B,H,T,T']."
-        query, key, value = (_through(part, hidden_states, route).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                             for part in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            _through(part, hidden_states, route).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None: key, value = past_key_values.update(key, value, self.layer_idx)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if (window := getattr(self, 'sliding_window', None)) is not None: kwargs['sliding_window'] = window
-        context, weights = attend(self, query, key, value, attention_mask, dropout=self.attention_dropout if self.training else 0.0,
-                                  scaling=self.scaling, **kwargs)
+        if (window := getattr(self, 'sliding_window', None)) is not None:
+            kwargs['sliding_window'] = window
+        context, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
         return self.o_proj(context.flatten(2)), weights
 
 
@@ -141,7 +162,7 @@ class _AdaptiveLayer:
 
     def forward(
         self,
-        hidden_states: Tensor,       # [B,T,D]
+        hidden_states: Tensor,  # [B,T,D]
         *args: Any,
         route: Route | None = None,  # None: text only
         **kwargs: Any,
@@ -152,34 +173,53 @@ class _AdaptiveLayer:
         return hidden_states + self.mlp(_through(self.post_attention_layernorm, hidden_states, route))
 
 # %% ../../nbs/papers/01_owl2.ipynb #cfb07a28
-class AdaptiveLlamaAttention(_AdaptiveAttention, LlamaAttention): "Llama's attention with ways."
-class AdaptiveLlamaLayer(_AdaptiveLayer, LlamaDecoderLayer): "Llama's layer with ways."
-class AdaptiveQwen2Attention(_AdaptiveAttention, Qwen2Attention): "Qwen2's attention with ways."
-class AdaptiveQwen2Layer(_AdaptiveLayer, Qwen2DecoderLayer): "Qwen2's layer with ways."
+class AdaptiveLlamaAttention(_AdaptiveAttention, LlamaAttention):
+    "Llama's attention with ways."
 
 
-_CLASSES = {LlamaDecoderLayer: (AdaptiveLlamaLayer, AdaptiveLlamaAttention), Qwen2DecoderLayer: (AdaptiveQwen2Layer, AdaptiveQwen2Attention)}
+class AdaptiveLlamaLayer(_AdaptiveLayer, LlamaDecoderLayer):
+    "Llama's layer with ways."
+
+
+class AdaptiveQwen2Attention(_AdaptiveAttention, Qwen2Attention):
+    "Qwen2's attention with ways."
+
+
+class AdaptiveQwen2Layer(_AdaptiveLayer, Qwen2DecoderLayer):
+    "Qwen2's layer with ways."
+
+
+_CLASSES = {
+    LlamaDecoderLayer: (AdaptiveLlamaLayer, AdaptiveLlamaAttention),
+    Qwen2DecoderLayer: (AdaptiveQwen2Layer, AdaptiveQwen2Attention),
+}
 
 
 def adapt_layers(
     language_model: nn.Module,  # a `LlamaForCausalLM` or `Qwen2ForCausalLM`
-    parts: tuple[str, ...],     # of `ADAPTIVE`; empty: nothing changes
+    parts: tuple[str, ...],  # of `ADAPTIVE`; empty: nothing changes
 ) -> None:
     "Give every layer of a language model ways, in place and without copying what is shared."
-    if not parts: return
+    if not parts:
+        return
     for layer in language_model.model.layers:
         if type(layer) not in _CLASSES:
-            raise NotImplementedError(f'ways in a {type(layer).__name__}; expected one of {[c.__name__ for c in _CLASSES]}')
-        if unknown := sorted(set(parts) - set(_WAYS)): raise ValueError(f'parts {unknown} cannot have ways; expected some of {_WAYS}')
-        for module in list(layer.modules()):   # the fast product of `layers`, with the same weights
+            raise NotImplementedError(
+                f'ways in a {type(layer).__name__}; expected one of {[c.__name__ for c in _CLASSES]}'
+            )
+        if unknown := sorted(set(parts) - set(_WAYS)):
+            raise ValueError(f'parts {unknown} cannot have ways; expected some of {_WAYS}')
+        for module in list(layer.modules()):  # the fast product of `layers`, with the same weights
             for name, part in list(module.named_children()):
-                if type(part) is nn.Linear: setattr(module, name, _fast(part))
+                if type(part) is nn.Linear:
+                    setattr(module, name, _fast(part))
         layer.__class__, layer.self_attn.__class__ = _CLASSES[type(layer)]
         layer.adapt(tuple(parts))
 
 
 def _fast(part: nn.Linear) -> Linear:
     "The same map through `layers.affine`."
-    with torch.device('meta'): new = Linear(part.in_features, part.out_features, bias=part.bias is not None)
+    with torch.device('meta'):
+        new = Linear(part.in_features, part.out_features, bias=part.bias is not None)
     new.weight, new.bias = part.weight, part.bias
     return new.train(part.training)

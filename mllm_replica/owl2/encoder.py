@@ -21,19 +21,20 @@ from ..models.layers import LayerNorm, Linear, side_of, split_heads
 # D text width.
 class Owl2VisionConfig(PreTrainedConfig):
     "Settings of the encoder, under the official names."
+
     model_type = 'owl2_vision'
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    image_size: int = 448             # pixels
-    patch_size: int = 14              # pixels
+    image_size: int = 448  # pixels
+    patch_size: int = 14  # pixels
     hidden_act: str = 'quick_gelu'
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
-    use_cls_token: bool = True        # a class token before the patches
-    use_post_layernorm: bool = True   # a LayerNorm over all tokens at the end
+    use_cls_token: bool = True  # a class token before the patches
+    use_post_layernorm: bool = True  # a LayerNorm over all tokens at the end
 
     @property
     def num_patches(self) -> int:
@@ -42,12 +43,13 @@ class Owl2VisionConfig(PreTrainedConfig):
 
 # %% ../../nbs/papers/01_owl2.ipynb #1aae8216
 def resize_positions(
-    table: Tensor,     # [rows,C], rows of a square map
+    table: Tensor,  # [rows,C], rows of a square map
     num_patches: int,  # P, of another square map
 ) -> Tensor:
     "Bicubic resize of a position table: [rows,C] → [P,C]."
     old, new = side_of(len(table), 'rows of the position table'), side_of(num_patches, 'number of patches')
-    if old == new: return table
+    if old == new:
+        return table
     grid = table.float().T.reshape(1, -1, old, old)
     return F.interpolate(grid, size=(new, new), mode='bicubic', align_corners=False).flatten(2)[0].T.to(table.dtype)
 
@@ -71,11 +73,15 @@ class PatchEmbeddings(nn.Module):
         "[N,3,h,w] → [N,S,C]."
         height, width = pixel_values.shape[-2:]
         x = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        if height != width: raise ValueError(f'pixel_values are {height} × {width}; the encoder reads squares')
-        if self.cls_token is None: return self.pre_layernorm(x + resize_positions(self.position_embedding, x.shape[1]))
+        if height != width:
+            raise ValueError(f'pixel_values are {height} × {width}; the encoder reads squares')
+        if self.cls_token is None:
+            return self.pre_layernorm(x + resize_positions(self.position_embedding, x.shape[1]))
         if x.shape[1] != self.num_patches:
-            raise ValueError(f'pixel_values are {height} × {width}: {x.shape[1]} patches, the position table has {self.num_patches}; '
-                             'resize the image, or the table with resize_positions')
+            raise ValueError(
+                f'pixel_values are {height} × {width}: {x.shape[1]} patches, the position table has {self.num_patches}; '
+                'resize the image, or the table with resize_positions'
+            )
         return self.pre_layernorm(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.position_embedding)
 
 # %% ../../nbs/papers/01_owl2.ipynb #7e704208
@@ -106,7 +112,9 @@ class VisionLayer(GradientCheckpointingLayer):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.input_layernorm, self.post_attention_layernorm = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
         self.self_attn = VisionAttention(config)
-        self.mlp = nn.ModuleDict(dict(fc1=Linear(width, config.intermediate_size), fc2=Linear(config.intermediate_size, width)))
+        self.mlp = nn.ModuleDict(
+            dict(fc1=Linear(width, config.intermediate_size), fc2=Linear(config.intermediate_size, width))
+        )
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +137,7 @@ class WholeCheckpoint:
 
 class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     "The encoder: pixels → token features."
+
     config_class = Owl2VisionConfig
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
@@ -136,21 +145,27 @@ class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     def __init__(self, config: Owl2VisionConfig) -> None:
         super().__init__(config)
         self.embeddings = PatchEmbeddings(config)
-        self.encoder = nn.ModuleDict({'layers': nn.ModuleList([VisionLayer(config) for _ in range(config.num_hidden_layers)])})
-        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else None
+        self.encoder = nn.ModuleDict(
+            {'layers': nn.ModuleList([VisionLayer(config) for _ in range(config.num_hidden_layers)])}
+        )
+        self.post_layernorm = (
+            LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else None
+        )
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None: "Nothing: each part draws its own weights when it is made."
+    def _init_weights(self, module: nn.Module) -> None:
+        "Nothing: each part draws its own weights when it is made."
 
     def forward(
         self,
-        pixel_values: Tensor,                # [N,3,height,width]
+        pixel_values: Tensor,  # [N,3,height,width]
         output_hidden_states: bool = False,  # return the input of every block and the output of the last, before the final norm
         **kwargs: Any,
     ) -> BaseModelOutput:
         "[N,3,h,w] → last_hidden_state [N,S,C], class token first."
         states = [self.embeddings(pixel_values)]
-        for layer in self.encoder['layers']: states = (states if output_hidden_states else []) + [layer(states[-1])]
+        for layer in self.encoder['layers']:
+            states = (states if output_hidden_states else []) + [layer(states[-1])]
         last = states[-1] if self.post_layernorm is None else self.post_layernorm(states[-1])
         return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(states) if output_hidden_states else None)
 
@@ -161,7 +176,7 @@ AutoModel.register(Owl2VisionConfig, Owl2VisionModel)
 # %% ../../nbs/papers/01_owl2.ipynb #aace4128
 def sine_positions(
     positions: Tensor,  # [n]
-    width: int,         # C
+    width: int,  # C
 ) -> Tensor:
     "Sines, then cosines, of positions over a geometric row of wavelengths: [n] → [n,C]."
     omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
@@ -170,9 +185,9 @@ def sine_positions(
 
 
 def sine_grid(
-    side: int,         # patches in a row
-    width: int,        # C
-    class_row: bool,   # a zero row in front, for the class token
+    side: int,  # patches in a row
+    width: int,  # C
+    class_row: bool,  # a zero row in front, for the class token
 ) -> Tensor:
     "Column and row of every patch, row-major: → [side² (+1),C]."
     steps = sine_positions(torch.arange(side), width // 2)
@@ -202,30 +217,56 @@ class AbstractorLayer(nn.Module):
         self.num_heads, self.dropout = config['num_attention_heads'], config['attention_probs_dropout_prob']
         self.norm1, self.normk = LayerNorm(width), LayerNorm(width)
         self.attention = nn.ModuleDict({name: Linear(width, width) for name in ('query', 'key', 'value')})
-        self.output = nn.ModuleDict(dict(out_proj=Linear(width, width), norm2=LayerNorm(width),
-                                         mlp=GatedMLP(width, config['intermediate_size'], config['layer_norm_eps'])))
+        self.output = nn.ModuleDict(
+            dict(
+                out_proj=Linear(width, width),
+                norm2=LayerNorm(width),
+                mlp=GatedMLP(width, config['intermediate_size'], config['layer_norm_eps']),
+            )
+        )
 
     def forward(
         self,
-        queries: Tensor,      # [N,K,C]
-        image: Tensor,        # [N,S,C]
-        positions: Tensor,    # [K+S,C] of queries, then image tokens
+        queries: Tensor,  # [N,K,C]
+        image: Tensor,  # [N,S,C]
+        positions: Tensor,  # [K+S,C] of queries, then image tokens
         record: dict[str, Tensor] | None = None,
     ) -> Tensor:
         "[N,K,C] → [N,K,C]."
         normed, read = self.norm1(queries), self.normk(image)
         seen = torch.cat([normed, read], 1)
-        query, key, value = (split_heads(self.attention[name](x), self.num_heads) for name, x in
-                             (('query', normed + positions[:queries.shape[1]]), ('key', seen + positions), ('value', seen)))
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
-        if record is not None: record |= dict(norm1=normed, normk=read, context=context)
+        query, key, value = (
+            split_heads(self.attention[name](x), self.num_heads)
+            for name, x in (
+                ('query', normed + positions[: queries.shape[1]]),
+                ('key', seen + positions),
+                ('value', seen),
+            )
+        )
+        context = (
+            F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+        if record is not None:
+            record |= dict(norm1=normed, normk=read, context=context)
         attended = normed + self.output['out_proj'](context)
         return attended + self.output['mlp'](self.output['norm2'](attended))
 
 # %% ../../nbs/papers/01_owl2.ipynb #e08086be
-ABSTRACTOR = dict(num_learnable_queries=64, hidden_size=1024, encoder_hidden_size=1024, num_hidden_layers=6, num_attention_heads=16,
-                  intermediate_size=2816, layer_norm_eps=1e-6, grid_size=32, use_cls_token=True, add_v2t_pos_emb=False,
-                  attention_probs_dropout_prob=0.0)
+ABSTRACTOR = dict(
+    num_learnable_queries=64,
+    hidden_size=1024,
+    encoder_hidden_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    intermediate_size=2816,
+    layer_norm_eps=1e-6,
+    grid_size=32,
+    use_cls_token=True,
+    add_v2t_pos_emb=False,
+    attention_probs_dropout_prob=0.0,
+)
 
 
 def abstractor_fields(
@@ -233,14 +274,20 @@ def abstractor_fields(
 ) -> dict[str, Any]:
     "All settings of an abstractor; unknown or impossible ones are errors."
     unknown = sorted(set(given) - set(ABSTRACTOR))
-    if unknown: raise ValueError(f'abstractor settings {unknown} are unknown; expected some of {list(ABSTRACTOR)}')
+    if unknown:
+        raise ValueError(f'abstractor settings {unknown} are unknown; expected some of {list(ABSTRACTOR)}')
     config = ABSTRACTOR | {name: value for name, value in given.items() if value is not None}
     config['grid_size'] = config['grid_size'] or ABSTRACTOR['grid_size']
     if config['hidden_size'] != config['encoder_hidden_size']:
-        raise ValueError(f"abstractor: hidden_size {config['hidden_size']} must equal encoder_hidden_size {config['encoder_hidden_size']}")
-    if config['add_v2t_pos_emb']: raise NotImplementedError('abstractor: add_v2t_pos_emb (no published model uses it) is not built; set it to False')
+        raise ValueError(
+            f'abstractor: hidden_size {config["hidden_size"]} must equal encoder_hidden_size {config["encoder_hidden_size"]}'
+        )
+    if config['add_v2t_pos_emb']:
+        raise NotImplementedError(
+            'abstractor: add_v2t_pos_emb (no published model uses it) is not built; set it to False'
+        )
     if config['num_learnable_queries'] < 1:
-        raise ValueError(f"abstractor: num_learnable_queries is {config['num_learnable_queries']}; expected 1 or more")
+        raise ValueError(f'abstractor: num_learnable_queries is {config["num_learnable_queries"]}; expected 1 or more')
     return config
 
 
@@ -249,24 +296,39 @@ class VisualAbstractor(nn.Module):
 
     def __init__(
         self,
-        config: dict[str, Any],    # from `abstractor_fields`
-        output_hidden_size: int,   # D
+        config: dict[str, Any],  # from `abstractor_fields`
+        output_hidden_size: int,  # D
     ) -> None:
         super().__init__()
         width, queries = config['hidden_size'], config['num_learnable_queries']
         self.query_embeds = nn.Parameter(0.02 * torch.randn(1, queries, width))
-        self.encoder = nn.ModuleDict({'layers': nn.ModuleList([nn.ModuleDict({'crossattention': AbstractorLayer(config)})
-                                                               for _ in range(config['num_hidden_layers'])])})
+        self.encoder = nn.ModuleDict(
+            {
+                'layers': nn.ModuleList(
+                    [
+                        nn.ModuleDict({'crossattention': AbstractorLayer(config)})
+                        for _ in range(config['num_hidden_layers'])
+                    ]
+                )
+            }
+        )
         self.visual_fc = Linear(width, output_hidden_size)
         self.vit_eos = nn.Parameter(0.02 * torch.randn(1, 1, output_hidden_size))
-        self.width, self.grid_size, self.class_row, self._positions = width, config['grid_size'], config['use_cls_token'], None
-        self.num_image_tokens = config['grid_size'] ** 2 + config['use_cls_token']   # S
+        self.width, self.grid_size, self.class_row, self._positions = (
+            width,
+            config['grid_size'],
+            config['use_cls_token'],
+            None,
+        )
+        self.num_image_tokens = config['grid_size'] ** 2 + config['use_cls_token']  # S
 
     def positions(self, like: Tensor) -> Tensor:
         "Fixed positions of queries, then image tokens, made on first use (no checkpoint holds them): → [K+S,C]."
         if self._positions is None or self._positions.device != like.device:
             queries = sine_positions(torch.arange(self.query_embeds.shape[1]), self.width)
-            self._positions = torch.cat([queries, sine_grid(self.grid_size, self.width, self.class_row)]).to(like.device)
+            self._positions = torch.cat([queries, sine_grid(self.grid_size, self.width, self.class_row)]).to(
+                like.device
+            )
         return self._positions.to(like.dtype)
 
     def forward(
@@ -276,11 +338,14 @@ class VisualAbstractor(nn.Module):
     ) -> Tensor:
         "[N,S,C] → [N,K+1,D]."
         if image.shape[1] != self.num_image_tokens:
-            raise ValueError(f'the image has {image.shape[1]} tokens, the abstractor has positions for {self.num_image_tokens}: '
-                             'grid_size must be image_size / patch_size, and use_cls_token as in the encoder')
+            raise ValueError(
+                f'the image has {image.shape[1]} tokens, the abstractor has positions for {self.num_image_tokens}: '
+                'grid_size must be image_size / patch_size, and use_cls_token as in the encoder'
+            )
         queries, positions = self.query_embeds.expand(len(image), -1, -1), self.positions(image)
         for layer in self.encoder['layers']:
             notes: dict[str, Tensor] | None = None if record is None else {}
             queries = layer['crossattention'](queries, image, positions, notes)
-            if record is not None: record.append(notes | {'out': queries})
+            if record is not None:
+                record.append(notes | {'out': queries})
         return torch.cat([self.visual_fc(queries), self.vit_eos.expand(len(image), -1, -1)], 1)

@@ -21,7 +21,7 @@ from .model import Owl2Model, convert_official, official_config
 from .processor import to_square
 
 # %% ../../nbs/papers/01_owl2.ipynb #3fc08eaa
-ORIGIN = 'mPLUG-Owl2'   # named in the files
+ORIGIN = 'mPLUG-Owl2'  # named in the files
 
 
 def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -43,13 +43,17 @@ def vision_case(
     model.load_state_dict(tensors.weights())
     pixels = tensors['in.pixel_values'].clone().requires_grad_()
     out = model(pixels, output_hidden_states=True)
-    query, key, _ = model.encoder['layers'][0].self_attn.heads(model.encoder['layers'][0].input_layernorm(out.hidden_states[0]))
+    query, key, _ = model.encoder['layers'][0].self_attn.heads(
+        model.encoder['layers'][0].input_layernorm(out.hidden_states[0])
+    )
     last, first = out.last_hidden_state, out.last_hidden_state[:, 0]
     found = {f'out.hidden_states.{i}': state for i, state in enumerate(out.hidden_states)} | {
-        'out.embeddings': out.hidden_states[0], 'out.last_hidden_state': last,
+        'out.embeddings': out.hidden_states[0],
+        'out.last_hidden_state': last,
         'out.attention_probs.0': (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1),
         'out.pooler_output': first if model.post_layernorm is None else model.post_layernorm(first),
-        'out.loss': (loss := (last * tensors['in.loss_weight']).sum())}
+        'out.loss': (loss := (last * tensors['in.loss_weight']).sum()),
+    }
     loss.backward()
     return found | {'grad.in.pixel_values': pixels.grad} | {f'grad.w.{n}': p.grad for n, p in model.named_parameters()}
 
@@ -65,14 +69,23 @@ def abstractor_case(
     positions = module.positions(module.query_embeds.detach())
     for name in [n for n in weights if n.endswith('_pos_embed')]:
         ours = positions[:queries] if 'q_pos' in name else positions[queries:]
-        if not torch.allclose(weights.pop(name), ours, atol=1e-6): raise ValueError(f'{name} is not our table of sines')
+        if not torch.allclose(weights.pop(name), ours, atol=1e-6):
+            raise ValueError(f'{name} is not our table of sines')
     module.load_state_dict(weights)
     image = tensors['in.encoder_hidden_states'].clone().requires_grad_()
     last = module(image, record)
     (loss := (last * tensors['in.loss_weight']).sum()).backward()
     found = {f'out.layer{i}.{name}': state for i, layer in enumerate(record) for name, state in layer.items()}
-    return found | {'out.last_hidden_state': last, 'out.loss': loss, 'out.pooler_output': record[-1]['out'][:, 0],
-                    'grad.in.encoder_hidden_states': image.grad} | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
+    return (
+        found
+        | {
+            'out.last_hidden_state': last,
+            'out.loss': loss,
+            'out.pooler_output': record[-1]['out'][:, 0],
+            'grad.in.encoder_hidden_states': image.grad,
+        }
+        | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #b15b10cc
 def multiway_case(
@@ -84,9 +97,13 @@ def multiway_case(
     for part in sorted({name.split('.')[0] for name in weights}):
         fields = config[part]
         module = WayLinear(nn.Linear(fields['in_features'], fields['out_features'], bias=fields['bias']))
-        module.load_state_dict({name.removeprefix(f'{part}.'): tensor for name, tensor in weights.items() if name.startswith(f'{part}.')})
+        module.load_state_dict(
+            {name.removeprefix(f'{part}.'): tensor for name, tensor in weights.items() if name.startswith(f'{part}.')}
+        )
         for pattern in sorted(name.split('.')[1] for name in tensors if name.endswith('.indices')):
-            found[f'out.{pattern}.{part}'] = module(tensors['in.hidden_states'], Route.of(tensors[f'in.{pattern}.indices']))
+            found[f'out.{pattern}.{part}'] = module(
+                tensors['in.hidden_states'], Route.of(tensors[f'in.{pattern}.indices'])
+            )
     return found
 
 
@@ -102,34 +119,62 @@ def layer_case(
     adapt_layers(holder, ADAPTIVE['llama'])
     layer, rotary, cache, seen = holder.model.layers[0].eval(), LlamaRotaryEmbedding(fields), DynamicCache(), {}
     weights = tensors.weights()
-    if not torch.allclose(weights.pop('self_attn.rotary_emb.inv_freq'), rotary.inv_freq): raise ValueError('inv_freq is not ours')
+    if not torch.allclose(weights.pop('self_attn.rotary_emb.inv_freq'), rotary.inv_freq):
+        raise ValueError('inv_freq is not ours')
     layer.load_state_dict(weights)
-    for name in ('input_layernorm', 'post_attention_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'):
-        layer.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({f"out.{name.split('.')[-1]}": out}))
-    layer.self_attn.register_forward_hook(lambda _, __, out: seen.update({'out.self_attn': out[0], 'out.attn_probs': out[1]}))
+    for name in (
+        'input_layernorm',
+        'post_attention_layernorm',
+        'self_attn.q_proj',
+        'self_attn.k_proj',
+        'self_attn.v_proj',
+    ):
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: seen.update({f'out.{name.split(".")[-1]}': out})
+        )
+    layer.self_attn.register_forward_hook(
+        lambda _, __, out: seen.update({'out.self_attn': out[0], 'out.attn_probs': out[1]})
+    )
     x, length = tensors['in.hidden_states'].clone().requires_grad_(), tensors['in.hidden_states'].shape[1]
-    allowed = torch.ones(length, length, dtype=torch.bool).tril() & tensors['in.attention_mask_2d'][:, None, None].bool()
+    allowed = (
+        torch.ones(length, length, dtype=torch.bool).tril() & tensors['in.attention_mask_2d'][:, None, None].bool()
+    )
     mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
-    output = layer(x, position_embeddings=rotary(x, tensors['in.position_ids']), attention_mask=mask, past_key_values=cache,
-                   route=Route.of(tensors['in.modality_indicators']))
+    output = layer(
+        x,
+        position_embeddings=rotary(x, tensors['in.position_ids']),
+        attention_mask=mask,
+        past_key_values=cache,
+        route=Route.of(tensors['in.modality_indicators']),
+    )
     (loss := (output * tensors['in.loss_weight']).sum()).backward()
-    return seen | {'out.hidden_states': output, 'out.loss': loss, 'out.key_cache': cache.layers[0].keys, 'out.value_cache': cache.layers[0].values,
-                   'grad.in.hidden_states': x.grad} | {f'grad.w.{n}': p.grad for n, p in layer.named_parameters()}
+    return (
+        seen
+        | {
+            'out.hidden_states': output,
+            'out.loss': loss,
+            'out.key_cache': cache.layers[0].keys,
+            'out.value_cache': cache.layers[0].values,
+            'grad.in.hidden_states': x.grad,
+        }
+        | {f'grad.w.{n}': p.grad for n, p in layer.named_parameters()}
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #042e2665
 def expand(
-    ids: Tensor,              # [B,T] with one `placeholder` per image or video
-    counts: list[int],        # visual tokens of each placeholder, in reading order
+    ids: Tensor,  # [B,T] with one `placeholder` per image or video
+    counts: list[int],  # visual tokens of each placeholder, in reading order
     placeholder: int,
-    mask: Tensor | None = None,     # [B,T]
-    labels: Tensor | None = None,   # [B,T]
+    mask: Tensor | None = None,  # [B,T]
+    labels: Tensor | None = None,  # [B,T]
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Ids with −1 per visual token, mask and labels, padded on the right: [B,T'] each."
     rows, left = [], list(counts)
     for b, row in enumerate(ids.tolist()):
         line = []
         for t, token in enumerate(row):
-            if mask is not None and not mask[b, t]: continue
+            if mask is not None and not mask[b, t]:
+                continue
             label = -100 if labels is None else int(labels[b, t])
             line += [(-1, -100)] * left.pop(0) if token == placeholder else [(token, label)]
         rows.append(torch.tensor(line))
@@ -142,27 +187,47 @@ class _Case:
     "The inputs of one case in our form."
 
     def __init__(self, name: str, config: dict[str, Any], tensors: Given) -> None:
-        given = {part: tensors[f'in.{name}.{part}'] for part in ('input_ids', 'images', 'attention_mask', 'labels') if f'in.{name}.{part}' in tensors}
+        given = {
+            part: tensors[f'in.{name}.{part}']
+            for part in ('input_ids', 'images', 'attention_mask', 'labels')
+            if f'in.{name}.{part}' in tensors
+        }
         ids, images, self.pixels = given['input_ids'], given.get('images'), None
         found = (ids == config['image_token_index']).sum(1).tolist()
         frames = images.shape[1] if images is not None and images.dim() == 5 else 1
-        self.input_ids, self.mask, labels = expand(ids, [frames * config['tokens_per_image']] * sum(found), config['image_token_index'],
-                                                   given.get('attention_mask'), given.get('labels'))
+        self.input_ids, self.mask, labels = expand(
+            ids,
+            [frames * config['tokens_per_image']] * sum(found),
+            config['image_token_index'],
+            given.get('attention_mask'),
+            given.get('labels'),
+        )
         self.labels = labels if 'labels' in given else None
-        if images is None: return
+        if images is None:
+            return
         self.images = images.clone().requires_grad_()
         self.pixels = self.images.flatten(0, 1) if frames > 1 or images.dim() == 5 else self.images
-        rows = [is_image for n in found for is_image in ([True] * n or [False])]   # a sample without placeholder owns a row, too
-        self.shown = self.pixels if images.dim() == 5 else self.pixels[[i for i, is_image in enumerate(rows) if is_image]]
+        rows = [
+            is_image for n in found for is_image in ([True] * n or [False])
+        ]  # a sample without placeholder owns a row, too
+        self.shown = (
+            self.pixels if images.dim() == 5 else self.pixels[[i for i, is_image in enumerate(rows) if is_image]]
+        )
 
     def inputs(self) -> dict[str, Any]:
         "Arguments of the model."
-        return dict(input_ids=self.input_ids, attention_mask=self.mask, pixel_values=None if self.pixels is None else self.shown)
+        return dict(
+            input_ids=self.input_ids, attention_mask=self.mask, pixel_values=None if self.pixels is None else self.shown
+        )
 
     def partial(self, tensor: Tensor) -> Tensor | Partial:
         "Compared at real positions only."
         real = self.mask.bool()
-        return tensor if real.all() else Partial(tensor, real.view(*real.shape, *[1] * (tensor.dim() - 2)), 'at real positions')
+        return (
+            tensor
+            if real.all()
+            else Partial(tensor, real.view(*real.shape, *[1] * (tensor.dim() - 2)), 'at real positions')
+        )
 
 # %% ../../nbs/papers/01_owl2.ipynb #42fa4cd1
 def model_case(
@@ -170,19 +235,27 @@ def model_case(
     tensors: Given,
 ) -> dict[str, Tensor | Partial]:
     "A whole model: all cases of the file."
-    official = config['llm'] | {'visual_config': {'visual_model': config['vision'], 'visual_abstractor': config['abstractor']}}
+    official = config['llm'] | {
+        'visual_config': {'visual_model': config['vision'], 'visual_abstractor': config['abstractor']}
+    }
     ours, weights, found = official_config(official), tensors.weights(), {}
     model = Owl2Model(ours).eval()
     model.load_state_dict(convert_official(weights, ours))
     for name in sorted({name.split('.')[1] for name in tensors if name.startswith('in.')}):
         case, leaves = _Case(name, config, tensors), _leaves(weights)
-        result = functional_call(model, convert_official(leaves, ours), kwargs=case.inputs() | dict(labels=case.labels, return_logits=True,
-                                                                                                output_hidden_states=True))
+        result = functional_call(
+            model,
+            convert_official(leaves, ours),
+            kwargs=case.inputs() | dict(labels=case.labels, return_logits=True, output_hidden_states=True),
+        )
         compared = _forward_results(case, model, result)
         if result.loss is not None:
             result.loss.backward()
-            found |= _gradients(leaves, f'grad.{name}.w.') | ({} if case.pixels is None else {f'grad.in.{name}.images': case.images.grad})
-        if f'out.{name}.greedy_new_ids' in tensors.wanted: compared |= _greedy(case, model, tensors.wanted[f'out.{name}.greedy_new_ids'][1])
+            found |= _gradients(leaves, f'grad.{name}.w.') | (
+                {} if case.pixels is None else {f'grad.in.{name}.images': case.images.grad}
+            )
+        if f'out.{name}.greedy_new_ids' in tensors.wanted:
+            compared |= _greedy(case, model, tensors.wanted[f'out.{name}.greedy_new_ids'][1])
         found |= {f'out.{name}.{part}': tensor for part, tensor in compared.items()}
     return found
 
@@ -190,20 +263,37 @@ def model_case(
 def _forward_results(case: _Case, model: Owl2Model, result: Any) -> dict[str, Tensor | Partial]:
     "What one forward pass shows."
     ids, inputs = case.input_ids, case.inputs()
-    with torch.no_grad(): embeds = model.embed(ids, inputs['pixel_values'])
-    found = {'inputs_embeds': embeds, 'modality_indicators': (ids == model.config.image_token_id).long(), 'logits': result.logits,
-             'hidden_states.1': result.hidden_states[1], 'hidden_states.last': result.hidden_states[-1]}
+    with torch.no_grad():
+        embeds = model.embed(ids, inputs['pixel_values'])
+    found = {
+        'inputs_embeds': embeds,
+        'modality_indicators': (ids == model.config.image_token_id).long(),
+        'logits': result.logits,
+        'hidden_states.1': result.hidden_states[1],
+        'hidden_states.last': result.hidden_states[-1],
+    }
     found = {name: case.partial(tensor) for name, tensor in found.items()}
-    if case.pixels is not None: found['image_features'] = model.visual_embeds(case.pixels)
-    if case.labels is not None: found |= dict(loss=result.loss, expanded_labels=case.labels, expanded_attention_mask=case.mask)
+    if case.pixels is not None:
+        found['image_features'] = model.visual_embeds(case.pixels)
+    if case.labels is not None:
+        found |= dict(loss=result.loss, expanded_labels=case.labels, expanded_attention_mask=case.mask)
     return found
 
 
 def _greedy(case: _Case, model: Owl2Model, steps: int) -> dict[str, Tensor]:
     "The recorded number of greedy tokens and the logits of every step."
-    answer = model.generate(**case.inputs(), max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-                            return_dict_in_generate=True)
-    return dict(greedy_new_ids=answer.sequences[:, case.input_ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
+    answer = model.generate(
+        **case.inputs(),
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return dict(
+        greedy_new_ids=answer.sequences[:, case.input_ids.shape[1] :], greedy_step_logits=torch.stack(answer.logits, 1)
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #2e01bc4c
 def image_case(
@@ -214,8 +304,12 @@ def image_case(
     modes, found = {'resize': 'resize', 'pad': 'pad', 'plain': 'crop'}, {}
     for name in [name for name in tensors if name.startswith('in.image.')]:
         image = Image.fromarray(tensors[name].numpy())
-        found |= {f"out.{theirs}.{name.rpartition('.')[2]}": clip_pixels([to_square(image, config['size'], mode)], config['size'])[0]
-                  for theirs, mode in modes.items()}
+        found |= {
+            f'out.{theirs}.{name.rpartition(".")[2]}': clip_pixels(
+                [to_square(image, config['size'], mode)], config['size']
+            )[0]
+            for theirs, mode in modes.items()
+        }
     return found
 
 
@@ -223,10 +317,21 @@ def kind_of(
     names: set[str],  # tensors of a file
 ) -> str:
     "Which case a file holds."
-    signs = {'in.modality_indicators': 'layer', 'w.query_embeds': 'abstractor', 'w.embeddings.patch_embed.weight': 'encoder', 'in.image.0': 'images',
-             'w.lm_head.weight': 'model'}
+    signs = {
+        'in.modality_indicators': 'layer',
+        'w.query_embeds': 'abstractor',
+        'w.embeddings.patch_embed.weight': 'encoder',
+        'in.image.0': 'images',
+        'w.lm_head.weight': 'model',
+    }
     return next((kind for name, kind in signs.items() if name in names), 'multiway')
 
 
-parity_cases = {'encoder': vision_case, 'abstractor': abstractor_case, 'multiway': multiway_case, 'layer': layer_case, 'model': model_case,
-                'images': image_case}
+parity_cases = {
+    'encoder': vision_case,
+    'abstractor': abstractor_case,
+    'multiway': multiway_case,
+    'layer': layer_case,
+    'model': model_case,
+    'images': image_case,
+}

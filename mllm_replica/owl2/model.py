@@ -18,28 +18,49 @@ from ..models.official import OfficialWeightsError, check_keys, read_weights
 from ..models.placing import pad_left
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import (Owl2VisionConfig, VisualAbstractor, WholeCheckpoint, abstractor_fields, resize_positions, sine_grid,
-                                       sine_positions)
+from mllm_replica.owl2.encoder import (
+    Owl2VisionConfig,
+    VisualAbstractor,
+    WholeCheckpoint,
+    abstractor_fields,
+    resize_positions,
+    sine_grid,
+    sine_positions,
+)
 from .processor import Owl2Processor
 
 # %% ../../nbs/papers/01_owl2.ipynb #87ea7669
 class Owl2Config(VisionLanguageConfig):
     "Settings of mPLUG-Owl2; `connector_config` is the official `visual_abstractor`."
+
     model_type = 'owl2'
 
-    adaptive: list[str] | tuple[str, ...] | None = None   # parts of each layer with a way per modality; None: those of the paper; []: none
+    adaptive: list[str] | tuple[str, ...] | None = (
+        None  # parts of each layer with a way per modality; None: those of the paper; []: none
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_config is None or isinstance(self.vision_config, dict):
             self.vision_config = {'model_type': 'owl2_vision'} | (self.vision_config or {})
         super().__post_init__(**kwargs)
         vision, text = self.vision_config, self.text_config
-        implied = dict(encoder_hidden_size=vision.hidden_size, grid_size=vision.image_size // vision.patch_size, use_cls_token=vision.use_cls_token)
+        implied = dict(
+            encoder_hidden_size=vision.hidden_size,
+            grid_size=vision.image_size // vision.patch_size,
+            use_cls_token=vision.use_cls_token,
+        )
         self.connector_config = abstractor_fields(implied | self.connector_config)
-        wrong = {name: self.connector_config[name] for name, value in implied.items() if self.connector_config[name] != value}
-        if wrong: raise ValueError(f'the abstractor has {wrong}, the encoder needs {({name: implied[name] for name in wrong})}')
+        wrong = {
+            name: self.connector_config[name] for name, value in implied.items() if self.connector_config[name] != value
+        }
+        if wrong:
+            raise ValueError(
+                f'the abstractor has {wrong}, the encoder needs { ({name: implied[name] for name in wrong}) }'
+            )
         if self.adaptive is None and text.model_type not in ADAPTIVE:
-            raise ValueError(f'language model {text.model_type!r}: expected one of {list(ADAPTIVE)}, or say which parts are adaptive')
+            raise ValueError(
+                f'language model {text.model_type!r}: expected one of {list(ADAPTIVE)}, or say which parts are adaptive'
+            )
         self.adaptive = list(ADAPTIVE[text.model_type] if self.adaptive is None else self.adaptive)
 
     def visual_token_count(self) -> int:
@@ -49,6 +70,7 @@ class Owl2Config(VisionLanguageConfig):
 # %% ../../nbs/papers/01_owl2.ipynb #04d50f01
 class Owl2Model(WholeCheckpoint, VisionLanguageModel):
     "Encoder → abstractor → language model with ways."
+
     config_class = Owl2Config
     connector_name = 'visual_abstractor'
 
@@ -69,18 +91,26 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 
     def route(
         self,
-        input_ids: Tensor | None,                   # [B,T]
-        inputs_embeds: Tensor | None,               # [B,T,D]
+        input_ids: Tensor | None,  # [B,T]
+        inputs_embeds: Tensor | None,  # [B,T,D]
         modality_indicators: Tensor | bool | None,  # [B,T] 1 at visual tokens, False: all text, None: not said
     ) -> Route | None:
         "Who goes which way; None for a batch of text."
-        if modality_indicators is False: return None
-        found, tokens = None if input_ids is None else input_ids == self.config.image_token_id, input_ids if inputs_embeds is None else inputs_embeds
-        if modality_indicators is None: return None if found is None or inputs_embeds is not None else Route.of(found)
+        if modality_indicators is False:
+            return None
+        found, tokens = (
+            None if input_ids is None else input_ids == self.config.image_token_id,
+            input_ids if inputs_embeds is None else inputs_embeds,
+        )
+        if modality_indicators is None:
+            return None if found is None or inputs_embeds is not None else Route.of(found)
         if modality_indicators.shape != tokens.shape[:2]:
-            raise ValueError(f'modality_indicators are {list(modality_indicators.shape)}, the tokens {list(tokens.shape[:2])}; they must be equal')
+            raise ValueError(
+                f'modality_indicators are {list(modality_indicators.shape)}, the tokens {list(tokens.shape[:2])}; they must be equal'
+            )
         strange = modality_indicators[(modality_indicators != 0) & (modality_indicators != 1)].unique().tolist()
-        if strange: raise ValueError(f'modality_indicators hold {strange[:5]}; expected 0 at text and 1 at visual tokens')
+        if strange:
+            raise ValueError(f'modality_indicators hold {strange[:5]}; expected 0 at text and 1 at visual tokens')
         if inputs_embeds is None and not torch.equal(found, modality_indicators.bool()):
             raise ValueError('modality_indicators differ from the placeholders in input_ids; leave them out')
         return Route.of(modality_indicators)
@@ -89,25 +119,42 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 @patch
 def forward(
     self: Owl2Model,
-    input_ids: Tensor | None = None,            # [B,T] with placeholders
-    attention_mask: Tensor | None = None,       # [B,T'] over past and new tokens, 1 at real tokens
-    pixel_values: Tensor | None = None,         # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,       # [N,S,C] instead of pixels
-    inputs_embeds: Tensor | None = None,        # [B,T,D] instead of input_ids
-    modality_indicators: Tensor | bool | None = None,   # [B,T] 1 at visual tokens; None: read off input_ids; False: text only, as inputs_embeds alone
+    input_ids: Tensor | None = None,  # [B,T] with placeholders
+    attention_mask: Tensor | None = None,  # [B,T'] over past and new tokens, 1 at real tokens
+    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
+    image_features: Tensor | None = None,  # [N,S,C] instead of pixels
+    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
+    modality_indicators: Tensor
+    | bool
+    | None = None,  # [B,T] 1 at visual tokens; None: read off input_ids; False: text only, as inputs_embeds alone
     labels: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
-    **kwargs: Any,                              # as for `VisionLanguageModel`
+    **kwargs: Any,  # as for `VisionLanguageModel`
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
-    pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
-    if self.config.adaptive: kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
-    out = VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values,
-                                      image_features=image_features, inputs_embeds=inputs_embeds, labels=labels, position_ids=position_ids,
-                                      past_key_values=past_key_values, use_cache=use_cache, **kwargs)
-    if out.loss is not None and torch.is_grad_enabled() and not out.loss.requires_grad:   # stage 1 without an image: gradients of zero, not none
+    pixel_values, image_features = (
+        None if given is None or not len(given) else given for given in (pixel_values, image_features)
+    )
+    if self.config.adaptive:
+        kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
+    out = VisionLanguageModel.forward(
+        self,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pixel_values=pixel_values,
+        image_features=image_features,
+        inputs_embeds=inputs_embeds,
+        labels=labels,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        **kwargs,
+    )
+    if (
+        out.loss is not None and torch.is_grad_enabled() and not out.loss.requires_grad
+    ):  # stage 1 without an image: gradients of zero, not none
         out.loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), out.loss)
     return out
 
@@ -115,36 +162,48 @@ def forward(
 @patch
 def prepare_inputs_for_generation(
     self: Owl2Model,
-    input_ids: Tensor,                          # [B,T'] so far
-    modality_indicators: Tensor | bool | None = None,   # [B,T] of the prompt; False: text only
-    inputs_embeds: Tensor | None = None,        # [B,T,D] of the prompt, instead of ids in the first step
+    input_ids: Tensor,  # [B,T'] so far
+    modality_indicators: Tensor | bool | None = None,  # [B,T] of the prompt; False: text only
+    inputs_embeds: Tensor | None = None,  # [B,T,D] of the prompt, instead of ids in the first step
     **kwargs: Any,
 ) -> dict[str, Any]:
     "transformers' inputs of one step, and their indicators: what was generated is text."
     inputs = super(Owl2Model, self).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-    if not isinstance(modality_indicators, Tensor): return inputs | dict(modality_indicators=modality_indicators)
+    if not isinstance(modality_indicators, Tensor):
+        return inputs | dict(modality_indicators=modality_indicators)
     cache = inputs.get('past_key_values')
-    past, new = (cache.get_seq_length() if cache is not None else 0,
-                 (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1])
-    if past >= modality_indicators.shape[1]: return inputs | dict(modality_indicators=False)
-    return inputs | dict(modality_indicators=F.pad(modality_indicators, (0, max(0, past + new - modality_indicators.shape[1])))[:, past:past + new])
+    past, new = (
+        cache.get_seq_length() if cache is not None else 0,
+        (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1],
+    )
+    if past >= modality_indicators.shape[1]:
+        return inputs | dict(modality_indicators=False)
+    return inputs | dict(
+        modality_indicators=F.pad(modality_indicators, (0, max(0, past + new - modality_indicators.shape[1])))[
+            :, past : past + new
+        ]
+    )
 
 
 @patch
 @torch.no_grad()
 def generate(
     self: Owl2Model,
-    input_ids: Tensor,                     # [B,T] prompts with placeholders, padded on any side
+    input_ids: Tensor,  # [B,T] prompts with placeholders, padded on any side
     attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,    # [N,3,height,width]
+    pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,C] instead of pixels
-    **kwargs: Any,                         # as for transformers' generate
+    **kwargs: Any,  # as for transformers' generate
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
-    if attention_mask is None: attention_mask = torch.ones_like(input_ids)
-    pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    pixel_values, image_features = (
+        None if given is None or not len(given) else given for given in (pixel_values, image_features)
+    )
     visual = pad_left((input_ids == self.config.image_token_id)[..., None], attention_mask)[0][..., 0]
-    if 'modality_indicators' in kwargs: raise ValueError('generate finds modality_indicators in input_ids; leave them out')
+    if 'modality_indicators' in kwargs:
+        raise ValueError('generate finds modality_indicators in input_ids; leave them out')
     kwargs['modality_indicators'] = visual.long() if visual.any() else False
     return VisionLanguageModel.generate(self, input_ids, attention_mask, pixel_values, image_features, **kwargs)
 
@@ -152,8 +211,8 @@ def generate(
 @patch
 def planned_step(
     self: Owl2Model,
-    length: int,             # text tokens
-    images: int,             # N
+    length: int,  # text tokens
+    images: int,  # N
     image_features: Tensor | None,  # [N,S,C]; None: the encoder is counted, too
 ) -> Tensor:
     "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
@@ -162,35 +221,62 @@ def planned_step(
     visual = self.visual_embeds(pixels, image_features).flatten(0, 1)[None]
     text = self.get_input_embeddings()(torch.zeros(1, max(length - visual.shape[1], 0), dtype=torch.long))
     embeds = torch.cat([visual, text], 1)
-    route = Route(torch.ones(1, embeds.shape[1], dtype=torch.bool), [0, visual.shape[1]] + [text.shape[1]] * bool(text.shape[1]))
-    return VisionLanguageModel.forward(self, inputs_embeds=embeds, use_cache=False, **({'route': route} if self.config.adaptive else {})).logits
+    route = Route(
+        torch.ones(1, embeds.shape[1], dtype=torch.bool), [0, visual.shape[1]] + [text.shape[1]] * bool(text.shape[1])
+    )
+    return VisionLanguageModel.forward(
+        self, inputs_embeds=embeds, use_cache=False, **({'route': route} if self.config.adaptive else {})
+    ).logits
 
 
 register(Owl2Config, Owl2Model, Owl2Processor)
 
 # %% ../../nbs/papers/01_owl2.ipynb #cf38a054
-_LLAMA = dict(model_type='llama', vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-              max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-              pad_token_id=0)
+_LLAMA = dict(
+    model_type='llama',
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 
 
 def paper_config(
-    image_size: int = 448,       # pixels; 224 in stage 1 and in Tables 5 to 7
-    num_queries: int = 64,       # K
-    adaptive: list[str] | None = None,   # []: without modality-adaptive module
+    image_size: int = 448,  # pixels; 224 in stage 1 and in Tables 5 to 7
+    num_queries: int = 64,  # K
+    adaptive: list[str] | None = None,  # []: without modality-adaptive module
 ) -> Owl2Config:
     "The configuration of the paper's model."
-    return Owl2Config(vision_config={'image_size': image_size}, connector_config={'num_learnable_queries': num_queries}, text_config=_LLAMA,
-                      adaptive=adaptive)
+    return Owl2Config(
+        vision_config={'image_size': image_size},
+        connector_config={'num_learnable_queries': num_queries},
+        text_config=_LLAMA,
+        adaptive=adaptive,
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #1a0cedfd
 _OWL2 = ((r'^model\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^(model\.|lm_head\.)', r'language_model.\1'))
-_OWL21 = ((r'^transformer\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^transformer\.wte\.', 'language_model.model.embed_tokens.'),
-          (r'^transformer\.ln_f\.', 'language_model.model.norm.'), (r'^transformer\.h\.', 'language_model.model.layers.'),
-          (r'^lm_head\.', 'language_model.lm_head.'),
-          (r'\.ln_1\.', '.input_layernorm.'), (r'\.ln_2\.', '.post_attention_layernorm.'), (r'\.attn\.c_proj\.', '.self_attn.o_proj.'),
-          (r'(layers\.\d+)\.mlp\.w1\.', r'\1.mlp.up_proj.'), (r'(layers\.\d+)\.mlp\.w2\.', r'\1.mlp.gate_proj.'),
-          (r'(layers\.\d+)\.mlp\.c_proj\.', r'\1.mlp.down_proj.'))
+_OWL21 = (
+    (r'^transformer\.(vision_model|visual_abstractor)\.', r'\1.'),
+    (r'^transformer\.wte\.', 'language_model.model.embed_tokens.'),
+    (r'^transformer\.ln_f\.', 'language_model.model.norm.'),
+    (r'^transformer\.h\.', 'language_model.model.layers.'),
+    (r'^lm_head\.', 'language_model.lm_head.'),
+    (r'\.ln_1\.', '.input_layernorm.'),
+    (r'\.ln_2\.', '.post_attention_layernorm.'),
+    (r'\.attn\.c_proj\.', '.self_attn.o_proj.'),
+    (r'(layers\.\d+)\.mlp\.w1\.', r'\1.mlp.up_proj.'),
+    (r'(layers\.\d+)\.mlp\.w2\.', r'\1.mlp.gate_proj.'),
+    (r'(layers\.\d+)\.mlp\.c_proj\.', r'\1.mlp.down_proj.'),
+)
 _TABLES = re.compile(r'(rotary_emb\.inv_freq|attention\.[qk]_pos_embed)$')
 
 
@@ -204,8 +290,10 @@ def is_owl21(
 def _fixed_table(name: str, config: Owl2Config) -> Tensor:
     "Our values of a table that a file may hold."
     abstractor, text = config.connector_config, config.text_config
-    if name.endswith('q_pos_embed'): return sine_positions(torch.arange(abstractor['num_learnable_queries']), abstractor['hidden_size'])
-    if name.endswith('k_pos_embed'): return sine_grid(abstractor['grid_size'], abstractor['hidden_size'], abstractor['use_cls_token'])
+    if name.endswith('q_pos_embed'):
+        return sine_positions(torch.arange(abstractor['num_learnable_queries']), abstractor['hidden_size'])
+    if name.endswith('k_pos_embed'):
+        return sine_grid(abstractor['grid_size'], abstractor['hidden_size'], abstractor['use_cls_token'])
     width = text.hidden_size // text.num_attention_heads
     return text.rope_parameters['rope_theta'] ** (-torch.arange(0, width, 2).float() / width)
 
@@ -217,39 +305,79 @@ def convert_official(
     "The same tensors under our names."
     if is_owl21(state) != (config.text_config.model_type == 'qwen2'):
         kinds = ('Owl2 (Llama)', 'Owl2.1 (Qwen)')
-        raise OfficialWeightsError(f'the weights are those of {kinds[is_owl21(state)]}, the configuration is of {kinds[not is_owl21(state)]}; '
-                                   'take both from one model')
+        raise OfficialWeightsError(
+            f'the weights are those of {kinds[is_owl21(state)]}, the configuration is of {kinds[not is_owl21(state)]}; '
+            'take both from one model'
+        )
     ours = {}
     for name, tensor in state.items():
         if _TABLES.search(name):
             fixed = _fixed_table(name, config)
-            if tensor.shape != fixed.shape or not torch.allclose(tensor.float(), fixed, atol=1e-2 if tensor.dtype != torch.float32 else 1e-5):
-                raise OfficialWeightsError(f'{name} is not the fixed table that it should be; the model was trained with other positions')
+            if tensor.shape != fixed.shape or not torch.allclose(
+                tensor.float(), fixed, atol=1e-2 if tensor.dtype != torch.float32 else 1e-5
+            ):
+                raise OfficialWeightsError(
+                    f'{name} is not the fixed table that it should be; the model was trained with other positions'
+                )
             continue
-        for pattern, replacement in _OWL21 if is_owl21(state) else _OWL2: name = re.sub(pattern, replacement, name)
-        if '.attn.c_attn.' not in name: ours[name] = tensor
-        else: ours |= {name.replace('attn.c_attn', f'self_attn.{part}_proj'): third for part, third in zip('qkv', tensor.chunk(3))}
+        for pattern, replacement in _OWL21 if is_owl21(state) else _OWL2:
+            name = re.sub(pattern, replacement, name)
+        if '.attn.c_attn.' not in name:
+            ours[name] = tensor
+        else:
+            ours |= {
+                name.replace('attn.c_attn', f'self_attn.{part}_proj'): third
+                for part, third in zip('qkv', tensor.chunk(3))
+            }
     return ours
 
 # %% ../../nbs/papers/01_owl2.ipynb #1d8c5a63
 _LLAMA_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_LLAMA_OPTIONS = ('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'hidden_act', 'attention_bias', 'bos_token_id',
-                  'eos_token_id', 'pad_token_id', 'tie_word_embeddings')
-_QWEN_FIELDS = dict(vocab_size='vocab_size', hidden_size='hidden_size', num_hidden_layers='num_hidden_layers',
-                    num_attention_heads='num_attention_heads', max_position_embeddings='max_position_embeddings',
-                    rms_norm_eps='layer_norm_epsilon', rope_theta='rotary_emb_base')
+_LLAMA_OPTIONS = (
+    'num_key_value_heads',
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'rope_theta',
+    'hidden_act',
+    'attention_bias',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'tie_word_embeddings',
+)
+_QWEN_FIELDS = dict(
+    vocab_size='vocab_size',
+    hidden_size='hidden_size',
+    num_hidden_layers='num_hidden_layers',
+    num_attention_heads='num_attention_heads',
+    max_position_embeddings='max_position_embeddings',
+    rms_norm_eps='layer_norm_epsilon',
+    rope_theta='rotary_emb_base',
+)
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     "Settings of the language model; Qwen's are told by `rotary_emb_base`."
     qwen = 'rotary_emb_base' in config
-    missing = [name for name in (*(_QWEN_FIELDS.values() if qwen else _LLAMA_FIELDS), 'intermediate_size') if config.get(name) is None]
-    if missing: raise ValueError(f'config.json lacks {sorted(set(missing))}; found {sorted(config)}')
-    if config.get('rope_scaling'): raise NotImplementedError(f"config.json: rope_scaling {config['rope_scaling']}; no released model has it")
-    if not qwen: return {'model_type': 'llama'} | {name: config[name] for name in (*_LLAMA_FIELDS, *_LLAMA_OPTIONS) if config.get(name) is not None}
+    missing = [
+        name
+        for name in (*(_QWEN_FIELDS.values() if qwen else _LLAMA_FIELDS), 'intermediate_size')
+        if config.get(name) is None
+    ]
+    if missing:
+        raise ValueError(f'config.json lacks {sorted(set(missing))}; found {sorted(config)}')
+    if config.get('rope_scaling'):
+        raise NotImplementedError(f'config.json: rope_scaling {config["rope_scaling"]}; no released model has it')
+    if not qwen:
+        return {'model_type': 'llama'} | {
+            name: config[name] for name in (*_LLAMA_FIELDS, *_LLAMA_OPTIONS) if config.get(name) is not None
+        }
     fields = {ours: config[theirs] for ours, theirs in _QWEN_FIELDS.items()}
-    return {'model_type': 'qwen2', 'tie_word_embeddings': False} | fields | dict(intermediate_size=config['intermediate_size'] // 2,
-                                                                                num_key_value_heads=config['num_attention_heads'])
+    return (
+        {'model_type': 'qwen2', 'tie_word_embeddings': False}
+        | fields
+        | dict(intermediate_size=config['intermediate_size'] // 2, num_key_value_heads=config['num_attention_heads'])
+    )
 
 
 def official_config(
@@ -258,48 +386,65 @@ def official_config(
     "Our configuration of an official checkpoint."
     visual = config.get('visual_config') or {}
     if set(visual) != {'visual_model', 'visual_abstractor'}:
-        raise ValueError(f'config.json: visual_config has {sorted(visual)}; expected visual_model and visual_abstractor')
+        raise ValueError(
+            f'config.json: visual_config has {sorted(visual)}; expected visual_model and visual_abstractor'
+        )
     vision = {name: value for name, value in visual['visual_model'].items() if name in Owl2VisionConfig.__annotations__}
-    abstractor = {name: visual['visual_abstractor'][name] for name in abstractor_fields({}) if name in visual['visual_abstractor']}
+    abstractor = {
+        name: visual['visual_abstractor'][name] for name in abstractor_fields({}) if name in visual['visual_abstractor']
+    }
     return Owl2Config(vision_config=vision, connector_config=abstractor, text_config=_text_config(config))
 
 
 def load_official(
-    folder: str | Path,                # an official checkpoint: config.json and weights
+    folder: str | Path,  # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
 ) -> Owl2Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
     folder = Path(folder)
-    config, state = official_config(json.loads((folder/'config.json').read_text())), read_weights(folder)
+    config, state = official_config(json.loads((folder / 'config.json').read_text())), read_weights(folder)
     state = convert_official(state, config)
-    with torch.device('meta'): check_keys(Owl2Model(config).state_dict(), state)
-    return Owl2Model.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
+    with torch.device('meta'):
+        check_keys(Owl2Model(config).state_dict(), state)
+    return Owl2Model.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
+    ).eval()
 
 # %% ../../nbs/papers/01_owl2.ipynb #1479d377
-_CLIP = ((r'^vision_model\.', ''), (r'^embeddings\.class_embedding$', 'embeddings.cls_token'),
-         (r'^embeddings\.patch_embedding\.', 'embeddings.patch_embed.'),
-         (r'^embeddings\.position_embedding\.weight$', 'embeddings.position_embedding'), (r'^pre_layrnorm\.', 'embeddings.pre_layernorm.'),
-         (r'\.layer_norm1\.', '.input_layernorm.'), (r'\.layer_norm2\.', '.post_attention_layernorm.'),
-         (r'\.self_attn\.out_proj\.', '.self_attn.dense.'))
+_CLIP = (
+    (r'^vision_model\.', ''),
+    (r'^embeddings\.class_embedding$', 'embeddings.cls_token'),
+    (r'^embeddings\.patch_embedding\.', 'embeddings.patch_embed.'),
+    (r'^embeddings\.position_embedding\.weight$', 'embeddings.position_embedding'),
+    (r'^pre_layrnorm\.', 'embeddings.pre_layernorm.'),
+    (r'\.layer_norm1\.', '.input_layernorm.'),
+    (r'\.layer_norm2\.', '.post_attention_layernorm.'),
+    (r'\.self_attn\.out_proj\.', '.self_attn.dense.'),
+)
 
 
 def encoder_from_clip(
     state: Mapping[str, Tensor],  # of transformers' CLIPVisionModel
     num_heads: int,
-    num_patches: int,             # P at the new resolution
+    num_patches: int,  # P at the new resolution
 ) -> dict[str, Tensor]:
     "The encoder's weights from CLIP's."
     ours: dict[str, Tensor] = {}
     for theirs, tensor in state.items():
         name = theirs
-        for pattern, replacement in _CLIP: name = re.sub(pattern, replacement, name)
-        if re.search(r'position_ids$|\.[kv]_proj\.', name): continue
+        for pattern, replacement in _CLIP:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r'position_ids$|\.[kv]_proj\.', name):
+            continue
         if '.q_proj.' in name:
             parts = [state[theirs.replace('q_proj', f'{part}_proj')].unflatten(0, (num_heads, -1)) for part in 'qkv']
             ours[name.replace('q_proj', 'query_key_value')] = torch.stack(parts, 1).flatten(0, 2)
-        elif name == 'embeddings.cls_token': ours[name] = tensor[None, None]
-        elif name == 'embeddings.position_embedding': ours[name] = torch.cat([tensor[:1], resize_positions(tensor[1:], num_patches)])[None]
-        else: ours[name] = tensor
+        elif name == 'embeddings.cls_token':
+            ours[name] = tensor[None, None]
+        elif name == 'embeddings.position_embedding':
+            ours[name] = torch.cat([tensor[:1], resize_positions(tensor[1:], num_patches)])[None]
+        else:
+            ours[name] = tensor
     return ours
 
 # %% ../../nbs/papers/01_owl2.ipynb #52d5fd35
@@ -308,7 +453,7 @@ def both_ways(
     config: Owl2Config,
 ) -> dict[str, Tensor]:
     "A language model's weights under our names, adaptive parts twice."
-    parts = re.compile(rf"^(.*\.layers\.\d+\.)({'|'.join(map(re.escape, config.adaptive)) or '(?!)'})(\.\w+)$")
+    parts = re.compile(rf'^(.*\.layers\.\d+\.)({"|".join(map(re.escape, config.adaptive)) or "(?!)"})(\.\w+)$')
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         found = parts.match(name)

@@ -26,19 +26,23 @@ MODES = ('resize', 'pad', 'crop')
 
 
 def to_square(
-    image: Any,                        # PIL image, or a source as for `open_image`
-    size: int,                         # side of the encoder's input, pixels
-    mode: str = 'resize',              # one of `MODES`
-    mean: Sequence[float] = CLIP_MEAN, # of the channels, 0…1: the colour around a padded picture
+    image: Any,  # PIL image, or a source as for `open_image`
+    size: int,  # side of the encoder's input, pixels
+    mode: str = 'resize',  # one of `MODES`
+    mean: Sequence[float] = CLIP_MEAN,  # of the channels, 0…1: the colour around a padded picture
 ) -> Image.Image:
     "The picture as the encoder sees it: RGB, size × size."
-    if mode not in MODES: raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
+    if mode not in MODES:
+        raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
     picture = open_image(image)
     width, height = picture.size
     side, short = max(width, height), min(width, height)
     if (size * size * side // short if mode == 'crop' else side * side) > 4 * MAX_PIXELS:
-        raise ImageError(f'{image_name(image)}: {width} x {height} pixels are too long a strip for mode {mode!r}; cut or shrink it')
-    if mode == 'resize': picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        raise ImageError(
+            f'{image_name(image)}: {width} x {height} pixels are too long a strip for mode {mode!r}; cut or shrink it'
+        )
+    if mode == 'resize':
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
     elif mode == 'pad':
         inner, picture = picture, Image.new('RGB', (side, side), tuple(int(255 * value) for value in mean))
         picture.paste(inner, ((side - width) // 2, (side - height) // 2))
@@ -48,8 +52,10 @@ def to_square(
 
 # %% ../../nbs/papers/01_owl2.ipynb #c75fd410
 PLACEHOLDER = '<|image|>'  # the official mark of an image; the house's own is `<image>`, both are understood
-SYSTEM = ('A chat between a curious user and an artificial intelligence assistant. '
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = (
+    'A chat between a curious user and an artificial intelligence assistant. '
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 STYLES = ('chat', 'training', 'plain')
 _IMAGE, _VIDEO = re.compile(r'<image>|<\|image\|>'), re.compile('<video>')
 _ANY = re.compile(f'{_IMAGE.pattern}|{_VIDEO.pattern}')
@@ -65,12 +71,13 @@ def image_first(
 
 def rounds(
     turns: Sequence[dict[str, str]],  # {'from', 'value'}: human and gpt in turn
-    system: str = '',                 # sentence before the first question
+    system: str = '',  # sentence before the first question
 ) -> list[tuple[str, str | None]]:
     "Question by question what the model reads and what it answers, None where the answer is open."
-    asked = [f"USER: {turn['value']} ASSISTANT:" for turn in turns[::2]]
-    answers = [f" {turn['value']}" for turn in turns[1::2]]
-    if system: asked[0] = f'{system} {asked[0]}'
+    asked = [f'USER: {turn["value"]} ASSISTANT:' for turn in turns[::2]]
+    answers = [f' {turn["value"]}' for turn in turns[1::2]]
+    if system:
+        asked[0] = f'{system} {asked[0]}'
     return list(zip_longest(asked, answers))
 
 
@@ -89,8 +96,10 @@ def prompt_ids(
     "Token ids of a text, None where an image stands."
     chunks, ids = _IMAGE.split(text), []
     for i, chunk in enumerate(chunks):
-        if i: ids.append(None)
-        if chunk: ids += [tokenizer.bos_token_id] * (i == 0 or not chunks[0]) + text_ids(tokenizer, chunk)
+        if i:
+            ids.append(None)
+        if chunk:
+            ids += [tokenizer.bos_token_id] * (i == 0 or not chunks[0]) + text_ids(tokenizer, chunk)
     return ids
 
 # %% ../../nbs/papers/01_owl2.ipynb #2767574d
@@ -98,10 +107,10 @@ _WORD = 'Answer the question using a single word or phrase.'
 _LETTER = 'Answer with the option’s letter from the given choices directly.'
 PROMPTS = {
     'caption': 'Provide a one-sentence caption for the provided image.',  # Flickr30K
-    'vqa': '{question} ' + _WORD,                                         # VQAv2, OKVQA, TextVQA
+    'vqa': '{question} ' + _WORD,  # VQAv2, OKVQA, TextVQA
     'mme': '{question}\n' + _WORD,
-    'mmbench': '{hint}\n{question}\n{options}\n' + _LETTER,               # hint: 'N/A' if there is none; options: lines 'A. …'
-    'mmmu_choice': '{question}\n{options}\n' + _LETTER,                   # the question holds its placeholders
+    'mmbench': '{hint}\n{question}\n{options}\n' + _LETTER,  # hint: 'N/A' if there is none; options: lines 'A. …'
+    'mmmu_choice': '{question}\n{options}\n' + _LETTER,  # the question holds its placeholders
     'mmmu_open': '{question}\n' + _WORD,
 }
 
@@ -112,20 +121,23 @@ class Owl2Processor(VisionLanguageProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,                       # positions per image, the end token included
-        image_size: int,                          # side of the encoder's input, pixels
-        image_token_id: int = -1,                 # placeholder, as in the configuration
+        visual_tokens: int,  # positions per image, the end token included
+        image_size: int,  # side of the encoder's input, pixels
+        image_token_id: int = -1,  # placeholder, as in the configuration
         image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,    # per channel
-        style: str = 'chat',                      # one of `STYLES`
-        mode: str = 'resize',                     # how a picture becomes a square, one of `MODES`
-        ends: bool = True,                        # whether an end token follows an answer in the plain style
+        image_std: Sequence[float] = CLIP_STD,  # per channel
+        style: str = 'chat',  # one of `STYLES`
+        mode: str = 'resize',  # how a picture becomes a square, one of `MODES`
+        ends: bool = True,  # whether an end token follows an answer in the plain style
     ) -> None:
-        if style not in STYLES: raise ValueError(f'style {style!r} is unknown; expected one of {STYLES}')
-        if mode not in MODES: raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
+        if style not in STYLES:
+            raise ValueError(f'style {style!r} is unknown; expected one of {STYLES}')
+        if mode not in MODES:
+            raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
         self.style, self.mode, self.ends = style, mode, ends
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token
 
     def image_tensor(
         self,
@@ -143,9 +155,12 @@ def _turns(turns: Sequence[dict[str, str]], training: bool, name: str) -> list[d
     if not roles or any(role != ROLES[i % 2] for i, role in enumerate(roles)):
         raise ValueError(f'{name}: the roles are {roles}; expected human and gpt in turn, the human first')
     for i, turn in enumerate(turns[1::2]):
-        if not turn['value'].strip(): raise ValueError(f'{name}: the answer in turn {2 * i + 1} is empty; write it or drop the turn')
+        if not turn['value'].strip():
+            raise ValueError(f'{name}: the answer in turn {2 * i + 1} is empty; write it or drop the turn')
         if mark := _ANY.search(turn['value']):
-            raise ValueError(f'{name}: the answer in turn {2 * i + 1} contains {mark[0]}; images and videos belong in human turns')
+            raise ValueError(
+                f'{name}: the answer in turn {2 * i + 1} contains {mark[0]}; images and videos belong in human turns'
+            )
     return turns
 
 
@@ -154,10 +169,13 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
     images, videos = (list(sample.get(kind) or []) for kind in ('images', 'videos'))
     for kind, mark, given in (('image', _IMAGE, images), ('video', _VIDEO, videos)):
         found = sum(len(mark.findall(text)) for text in texts)
-        if found != len(given): raise ValueError(f'{name}: {found} <{kind}> placeholders, {len(given)} {kind}s; they must be equal')
+        if found != len(given):
+            raise ValueError(f'{name}: {found} <{kind}> placeholders, {len(given)} {kind}s; they must be equal')
     for i, video in enumerate(videos):
         if not isinstance(video, (list, tuple)) or not video:
-            raise ValueError(f'{name}: video {i} is {"of no frames" if not video else type(video).__name__}; expected a list of frames, at least one')
+            raise ValueError(
+                f'{name}: video {i} is {"of no frames" if not video else type(video).__name__}; expected a list of frames, at least one'
+            )
     frames, shown, pictures = iter(videos), iter(images), []
 
     def place(mark: re.Match) -> str:
@@ -165,6 +183,7 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
         new = next(frames) if mark[0] == '<video>' else [next(shown)]
         pictures.extend(new)
         return IMAGE * len(new)
+
     return [_ANY.sub(place, text) for text in texts], pictures
 
 # %% ../../nbs/papers/01_owl2.ipynb #0a562a6a
@@ -174,16 +193,20 @@ _Part = tuple[list[int | None], bool]  # token ids, None for an image, and wheth
 @patch
 def _chat(self: Owl2Processor, turns: Sequence[dict[str, str]], name: str) -> Iterator[_Part]:
     "The parts of a conversation, one `<image>` per picture, in the official template."
-    if self.style == 'training': turns = [dict(turn, value=image_first(turn['value'])) for turn in turns]
+    if self.style == 'training':
+        turns = [dict(turn, value=image_first(turn['value'])) for turn in turns]
     for i, (asked, answer) in enumerate(rounds(turns, SYSTEM if self.style == 'training' else '')):
-        prompt = prompt_ids(self.tokenizer, asked)[i > 0:]  # one begin token, in front of everything
+        prompt = prompt_ids(self.tokenizer, asked)[i > 0 :]  # one begin token, in front of everything
         yield prompt, False
-        if answer is None: continue
-        whole = prompt_ids(self.tokenizer, asked + answer)[i > 0:]
-        if whole[:len(prompt)] != prompt:
-            raise ValueError(f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, so no loss can begin there; "
-                             'use another tokenizer, such as that of LLaMA-2')
-        yield [*whole[len(prompt):], self.tokenizer.eos_token_id], True
+        if answer is None:
+            continue
+        whole = prompt_ids(self.tokenizer, asked + answer)[i > 0 :]
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, so no loss can begin there; "
+                'use another tokenizer, such as that of LLaMA-2'
+            )
+        yield [*whole[len(prompt) :], self.tokenizer.eos_token_id], True
 
 
 @patch
@@ -199,25 +222,44 @@ def _plain(self: Owl2Processor, sample: dict[str, Any]) -> Iterator[_Part]:
 def encode(
     self: Owl2Processor,
     sample: dict[str, Any],  # id; conversations or document; images, videos (lists of frames)
-    training: bool = True,   # False: the prompt alone, to be answered
+    training: bool = True,  # False: the prompt alone, to be answered
 ) -> Encoded:
     "Token ids, labels, pictures and their places of one sample, which stays as it is."
-    name, document = f"sample {sample['id']!r}", sample.get('document')
+    name, document = f'sample {sample["id"]!r}', sample.get('document')
     turns = [] if document else _turns(sample['conversations'], training, name)
     texts, pictures = _with_pictures([document] if document else [turn['value'] for turn in turns], sample, name)
     turns = [dict(turn, value=text) for turn, text in zip(turns, texts)]
     chat = not document and self.style != 'plain'
     ids, labels, spans = [], [], []
-    for tokens, supervised in self._chat(turns, name) if chat else self._plain({'document': texts[0] if document else '', 'conversations': turns}):
+    for tokens, supervised in (
+        self._chat(turns, name)
+        if chat
+        else self._plain({'document': texts[0] if document else '', 'conversations': turns})
+    ):
         for token in tokens:
             new = [self.image_token_id] * self.visual_tokens if token is None else [token]
-            if token is None: spans.append((len(ids), len(ids) + len(new)))
+            if token is None:
+                spans.append((len(ids), len(ids) + len(new)))
             ids += new
             labels += new if supervised else [IGNORED] * len(new)
     unknown = self.tokenizer.unk_token_id
     if unknown in ids and unknown != self.tokenizer.pad_token_id:
-        words = sorted({word for text in texts for word in text.replace(IMAGE, ' ').split() if unknown in text_ids(self.tokenizer, word)})
+        words = sorted(
+            {
+                word
+                for text in texts
+                for word in text.replace(IMAGE, ' ').split()
+                if unknown in text_ids(self.tokenizer, word)
+            }
+        )
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
-    if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']),
-                   image_spans=spans)
+    if training and all(label == IGNORED for label in labels):
+        raise ValueError(f'{name}: nothing is supervised; expected an answer')
+    return Encoded(
+        id=str(sample['id']),
+        input_ids=ids,
+        labels=labels,
+        images=pictures,
+        image_ids=image_keys(pictures, sample['id']),
+        image_spans=spans,
+    )

@@ -11,12 +11,12 @@ from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/01_owl2.ipynb #8235875f
-_VISUAL = (r'^(vision_model|visual_abstractor)\.|\.multiway\.1\.',)   # stage 1: whatever a model has of them
+_VISUAL = (r'^(vision_model|visual_abstractor)\.|\.multiway\.1\.',)  # stage 1: whatever a model has of them
 _ALL, _ALL_BUT_ENCODER = (r'.',), (r'^(visual_abstractor|language_model)\.',)
 
 
 def layerwise_decay(
-    layers: int,    # of the encoder
+    layers: int,  # of the encoder
     factor: float,  # per layer, from the top down
 ) -> dict[str, float]:
     "Factors on the learning rate of the encoder: 1 above, `factor` ** (layers + 1) at the patches."
@@ -30,29 +30,76 @@ def mixture_of(
 ) -> dict[str, float]:
     "Data sets of instruction tuning and their sizes in thousands (Table 14)."
     used = {True: text, False: multimodal}
-    return {row.key: row.values['size_k'] for row in load_table('owl2', '14').rows if used[row.params['type'] == 'text']}
+    return {
+        row.key: row.values['size_k'] for row in load_table('owl2', '14').rows if used[row.params['type'] == 'text']
+    }
 
 
 def published_stages(
-    tuning: dict[str, float],       # data sets of stage 2
+    tuning: dict[str, float],  # data sets of stage 2
     trainable: tuple[str, ...] = _ALL,
-    decay: float | None = 0.9,      # of the encoder's rate in stage 2
+    decay: float | None = 0.9,  # of the encoder's rate in stage 2
 ) -> tuple[Stage, ...]:
     "Table 15; a smaller mixture is seen once, as the whole is."
     steps = round(4800 * sum(tuning.values()) / sum(mixture_of().values()))
     scale = layerwise_decay(24, decay) if decay and trainable == _ALL else {}
-    return (Stage(name='pretrain', trainable=_VISUAL, mixture={'pairs': 1.0}, steps=42_500, batch_size=8192, lr=1e-4, min_lr=1e-6, warmup_steps=1000,
-                  weight_decay=0.05, lr_scale=layerwise_decay(24, 0.9), max_length=256, accumulate=16, precision='bf16'),
-            Stage(name='tune', trainable=trainable, mixture=tuning, steps=steps, batch_size=256, lr=2e-5, min_lr=1e-7, warmup_steps=min(250, steps),
-                  lr_scale=scale, max_length=2048, accumulate=8, precision='bf16'))
+    return (
+        Stage(
+            name='pretrain',
+            trainable=_VISUAL,
+            mixture={'pairs': 1.0},
+            steps=42_500,
+            batch_size=8192,
+            lr=1e-4,
+            min_lr=1e-6,
+            warmup_steps=1000,
+            weight_decay=0.05,
+            lr_scale=layerwise_decay(24, 0.9),
+            max_length=256,
+            accumulate=16,
+            precision='bf16',
+        ),
+        Stage(
+            name='tune',
+            trainable=trainable,
+            mixture=tuning,
+            steps=steps,
+            batch_size=256,
+            lr=2e-5,
+            min_lr=1e-7,
+            warmup_steps=min(250, steps),
+            lr_scale=scale,
+            max_length=2048,
+            accumulate=8,
+            precision='bf16',
+        ),
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #aff177b4
-_VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
-_ABSTRACTOR = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, num_learnable_queries=8)
-_TEXT = dict(model_type='llama', hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-             initializer_range=0.08, rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-_ASSUMPTIONS = ('encoder and abstractor start from random weights; so does the language model, which Tables 6 to 8 train together with them',
-                'prompts without role words and end tokens')
+_VISION = dict(
+    hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+)
+_ABSTRACTOR = dict(
+    hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, num_learnable_queries=8
+)
+_TEXT = dict(
+    model_type='llama',
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    initializer_range=0.08,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_ASSUMPTIONS = (
+    'encoder and abstractor start from random weights; so does the language model, which Tables 6 to 8 train together with them',
+    'prompts without role words and end tokens',
+)
 
 
 def _world(name: str, scale: str, split: str, size: int, **options: Any) -> Source:
@@ -60,42 +107,106 @@ def _world(name: str, scale: str, split: str, size: int, **options: Any) -> Sour
     return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else 16, options=options)
 
 
-def _stage(name: str, scale: str, trainable: tuple[str, ...], mixture: dict[str, float], steps: int, lr: float = 3e-3, **more: Any) -> Stage:
+def _stage(
+    name: str,
+    scale: str,
+    trainable: tuple[str, ...],
+    mixture: dict[str, float],
+    steps: int,
+    lr: float = 3e-3,
+    **more: Any,
+) -> Stage:
     "A stage of the small model."
     steps, batch = (steps, 32) if scale == 'tiny' else (4, 4)
-    return Stage(name=name, trainable=trainable, mixture=mixture, steps=steps, batch_size=batch, lr=lr, min_lr=lr / 20, warmup_steps=steps // 15,
-                 max_length=256, **more)
+    return Stage(
+        name=name,
+        trainable=trainable,
+        mixture=mixture,
+        steps=steps,
+        batch_size=batch,
+        lr=lr,
+        min_lr=lr / 20,
+        warmup_steps=steps // 15,
+        max_length=256,
+        **more,
+    )
 
 
-def _unit(table: str, row: str, scale: str, seed: int, model: dict[str, Any], train: dict[str, Source], tests: dict[str, Source],
-          stages: tuple[Stage, ...], words: dict[str, int] = {}) -> Recipe:
+def _unit(
+    table: str,
+    row: str,
+    scale: str,
+    seed: int,
+    model: dict[str, Any],
+    train: dict[str, Source],
+    tests: dict[str, Source],
+    stages: tuple[Stage, ...],
+    words: dict[str, int] = {},
+) -> Recipe:
     "A recipe; a test with more than one word is scored word by word."
-    how = lambda name: dict(metric='word_accuracy' if words.get(name, 1) > 1 else 'exact_match', max_new_tokens=words.get(name, 1),
-                            method='options' if name.startswith('disturbed') else 'generate')
-    return Recipe(paper='owl2', table=table, row=row, scale=scale, seed=seed,
-                  model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': _TEXT} | model,
-                  sources=train | {f'test_{name}': source for name, source in tests.items()}, stages=stages, assumptions=_ASSUMPTIONS,
-                  benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', **how(n)) for n in tests))
+    how = lambda name: dict(
+        metric='word_accuracy' if words.get(name, 1) > 1 else 'exact_match',
+        max_new_tokens=words.get(name, 1),
+        method='options' if name.startswith('disturbed') else 'generate',
+    )
+    return Recipe(
+        paper='owl2',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': _TEXT} | model,
+        sources=train | {f'test_{name}': source for name, source in tests.items()},
+        stages=stages,
+        assumptions=_ASSUMPTIONS,
+        benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', **how(n)) for n in tests),
+    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #ba03f3a1
-_QUERIES = {'q8': 1, 'q16': 2, 'q32': 4, 'q64': 8, 'q128': 16}   # of Table 7: an eighth
-_SIDES = {'r224': 8, 'r336': 16, 'r448': 32}                     # pixels, of Table 8
+_QUERIES = {'q8': 1, 'q16': 2, 'q32': 4, 'q64': 8, 'q128': 16}  # of Table 7: an eighth
+_SIDES = {'r224': 8, 'r336': 16, 'r448': 32}  # pixels, of Table 8
 
 
 def _queries(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 7: a mosaic must pass through K tokens."
-    train = {'mosaic': _world('mosaics', scale, 'train', 8000, tasks=['all']), 'ground': _world('posters', scale, 'train', 2000, tasks=['ground'])}
-    tests = {'mosaic': _world('mosaics', scale, 'test', 500, tasks=['all']), 'control': _world('posters', scale, 'test', 500, tasks=['ground'])}
-    return _unit(table, row, scale, seed, {'abstractor': _ABSTRACTOR | {'num_learnable_queries': _QUERIES[row]}}, train, tests,
-                 (_stage('joint', scale, _ALL, {'mosaic': 0.9, 'ground': 0.1}, 1000),), {'mosaic': 16})
+    train = {
+        'mosaic': _world('mosaics', scale, 'train', 8000, tasks=['all']),
+        'ground': _world('posters', scale, 'train', 2000, tasks=['ground']),
+    }
+    tests = {
+        'mosaic': _world('mosaics', scale, 'test', 500, tasks=['all']),
+        'control': _world('posters', scale, 'test', 500, tasks=['ground']),
+    }
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        {'abstractor': _ABSTRACTOR | {'num_learnable_queries': _QUERIES[row]}},
+        train,
+        tests,
+        (_stage('joint', scale, _ALL, {'mosaic': 0.9, 'ground': 0.1}, 1000),),
+        {'mosaic': 16},
+    )
 
 
 def _resolution(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 8: the same posters, reduced."
     train = {'poster': _world('posters', scale, 'train', 8000, tasks=['ground', 'sign'], turns=2)}
-    tests = {'sign': _world('posters', scale, 'test', 500, tasks=['sign']), 'control': _world('posters', scale, 'test', 500, tasks=['ground'])}
-    return _unit(table, row, scale, seed, {'vision': _VISION | {'image_size': _SIDES[row]}}, train, tests,
-                 (_stage('joint', scale, _ALL, {'poster': 1.0}, 800),))
+    tests = {
+        'sign': _world('posters', scale, 'test', 500, tasks=['sign']),
+        'control': _world('posters', scale, 'test', 500, tasks=['ground']),
+    }
+    return _unit(
+        table,
+        row,
+        scale,
+        seed,
+        {'vision': _VISION | {'image_size': _SIDES[row]}},
+        train,
+        tests,
+        (_stage('joint', scale, _ALL, {'poster': 1.0}, 800),),
+    )
 
 
 def _encoder(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
@@ -103,9 +214,17 @@ def _encoder(table: str, row: str, params: dict[str, Any], scale: str, seed: int
     poster = lambda split, size, digits: _world('posters', scale, split, size, tasks=['sign'], digits=digits)
     train = {'letters': poster('train', 8000, False), 'digits': poster('train', 8000, True)}
     tests = {'digits': poster('test', 500, True), 'letters': poster('test', 500, False)}
-    stages = (_stage('pretrain', scale, _ALL, {'letters': 1.0}, 600),
-              _stage('tune', scale, _ALL if params['unfreeze'] else _ALL_BUT_ENCODER, {'digits': 1.0}, 100,
-                     lr_scale=layerwise_decay(_VISION['num_hidden_layers'], 0.5) if params['layerwise_lr'] else {}))
+    stages = (
+        _stage('pretrain', scale, _ALL, {'letters': 1.0}, 600),
+        _stage(
+            'tune',
+            scale,
+            _ALL if params['unfreeze'] else _ALL_BUT_ENCODER,
+            {'digits': 1.0},
+            100,
+            lr_scale=layerwise_decay(_VISION['num_hidden_layers'], 0.5) if params['layerwise_lr'] else {},
+        ),
+    )
     return _unit(table, row, scale, seed, {'vision': _VISION | {'image_size': 32}, 'probe': True}, train, tests, stages)
 
 # %% ../../nbs/papers/01_owl2.ipynb #e7bb11a3
@@ -116,29 +235,46 @@ _LANGUAGE_STEPS, _TUNE_STEPS, _LENGTH = 800, 150, 8
 def _collaboration(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 5: which instructions, with and without ways. Each kind is seen equally often wherever it is used."
     asked, lists = ['item', 'next'], dict(length=_LENGTH)
-    train = {'language': _world('lists', scale, 'train', 8000, tasks=['all', *asked], kinds=['digits', 'colors'], **lists),
-             'caption': _world('mosaics', scale, 'train', 8000, tasks=['all'], **_STRIPES),
-             'picture': _world('mosaics', scale, 'train', 8000, tasks=asked, **_STRIPES),
-             'text': _world('lists', scale, 'train', 8000, tasks=asked, **lists)}
-    tests = {f'{kind}_{task}': _world(name, scale, 'test', 500, tasks=[task], **options) for task in asked for kind, name, options in
-             (('picture', 'mosaics', _STRIPES), ('text', 'lists', lists), ('disturbed', 'lists', lists | {'picture': True}))}
+    train = {
+        'language': _world('lists', scale, 'train', 8000, tasks=['all', *asked], kinds=['digits', 'colors'], **lists),
+        'caption': _world('mosaics', scale, 'train', 8000, tasks=['all'], **_STRIPES),
+        'picture': _world('mosaics', scale, 'train', 8000, tasks=asked, **_STRIPES),
+        'text': _world('lists', scale, 'train', 8000, tasks=asked, **lists),
+    }
+    tests = {
+        f'{kind}_{task}': _world(name, scale, 'test', 500, tasks=[task], **options)
+        for task in asked
+        for kind, name, options in (
+            ('picture', 'mosaics', _STRIPES),
+            ('text', 'lists', lists),
+            ('disturbed', 'lists', lists | {'picture': True}),
+        )
+    }
     mixture = {name: 1.0 for name, used in (('text', params['text']), ('picture', params['mm'])) if used}
-    model = ({'vision': _VISION | {'image_size': 20}, 'language': {'source': 'language', 'steps': _LANGUAGE_STEPS}}
-             | ({} if params['mam'] else {'adaptive': []}))
-    stages = (_stage('align', scale, _VISUAL, {'caption': 1.0}, 300), _stage('tune', scale, _ALL, mixture, _TUNE_STEPS * len(mixture), lr=4e-3))
+    model = {'vision': _VISION | {'image_size': 20}, 'language': {'source': 'language', 'steps': _LANGUAGE_STEPS}} | (
+        {} if params['mam'] else {'adaptive': []}
+    )
+    stages = (
+        _stage('align', scale, _VISUAL, {'caption': 1.0}, 300),
+        _stage('tune', scale, _ALL, mixture, _TUNE_STEPS * len(mixture), lr=4e-3),
+    )
     return _unit(table, row, scale, seed, model, train, tests, stages)
 
 # %% ../../nbs/papers/01_owl2.ipynb #2b2eb680
 _TINY = {'5': _collaboration, 'fig5': _collaboration, '6': _encoder, '7': _queries, '8': _resolution}
-_DATA = ('14', '15', '16')   # tables that describe data and settings
+_DATA = ('14', '15', '16')  # tables that describe data and settings
 
 
 def _reason(table: str, row: str, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
-    if table in _DATA: return 'describes data or settings'
-    if scale in ('smoke', 'tiny'): return None if table in _TINY else 'not testable on small models trained from scratch'
-    if scale == 'small': return 'has no recipe at scale small'
-    if table == 'fig3': return 'its rows are benchmarks; the two models are rows of Table 5'
+    if table in _DATA:
+        return 'describes data or settings'
+    if scale in ('smoke', 'tiny'):
+        return None if table in _TINY else 'not testable on small models trained from scratch'
+    if scale == 'small':
+        return 'has no recipe at scale small'
+    if table == 'fig3':
+        return 'its rows are benchmarks; the two models are rows of Table 5'
     return None if table in _TINY or 'owl2' in row.split('_') else 'another model'
 
 
@@ -162,17 +298,38 @@ _TEXT_SETS = ('sharegpt', 'slimorca')
 
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     "The published recipe of a row; the ablations are tuned at 224 pixels."
-    model: dict[str, Any] = {'image_size': params.get('resolution', 224 if table in _TINY else 448), 'num_queries': params.get('num_queries', 64)}
-    if params.get('mam') is False: model['adaptive'] = []
+    model: dict[str, Any] = {
+        'image_size': params.get('resolution', 224 if table in _TINY else 448),
+        'num_queries': params.get('num_queries', 64),
+    }
+    if params.get('mam') is False:
+        model['adaptive'] = []
     unfrozen = params.get('unfreeze', True)
-    stages = published_stages(mixture_of(params.get('text', True), params.get('mm', True)), _ALL if unfrozen else _ALL_BUT_ENCODER,
-                              0.9 if params.get('layerwise_lr', True) else None)
+    stages = published_stages(
+        mixture_of(params.get('text', True), params.get('mm', True)),
+        _ALL if unfrozen else _ALL_BUT_ENCODER,
+        0.9 if params.get('layerwise_lr', True) else None,
+    )
     names = {name for stage in stages for name in stage.mixture}
-    return Recipe(paper='owl2', table=table, row=row, scale='paper', seed=seed, model=model | {'in_stage': {'pretrain': {'image_size': 224}}},
-                  stages=stages, benchmarks=(), assumptions=('a part of the tuning data is seen once, in proportionally fewer steps',
-                                              'layer-wise decay: exponent 0 above the encoder, 25 at the patches',
-                                              'gradient accumulation (16, then 8): the first is uncertain, the second not stated'),
-                  sources={name: Source(kind='folder', name=f'owl2/{name}', options={'images': int(name not in _TEXT_SETS)}) for name in names})
+    return Recipe(
+        paper='owl2',
+        table=table,
+        row=row,
+        scale='paper',
+        seed=seed,
+        model=model | {'in_stage': {'pretrain': {'image_size': 224}}},
+        stages=stages,
+        benchmarks=(),
+        assumptions=(
+            'a part of the tuning data is seen once, in proportionally fewer steps',
+            'layer-wise decay: exponent 0 above the encoder, 25 at the patches',
+            'gradient accumulation (16, then 8): the first is uncertain, the second not stated',
+        ),
+        sources={
+            name: Source(kind='folder', name=f'owl2/{name}', options={'images': int(name not in _TEXT_SETS)})
+            for name in names
+        },
+    )
 
 
 def recipe(
@@ -183,7 +340,8 @@ def recipe(
 ) -> Recipe:
     "The recipe of one unit; a row that cannot run says why."
     params, reason = load_table('owl2', table).row(row).params, rows(table, scale)[row]
-    if reason: raise ValueError(f'owl2 table {table} row {row} cannot run at scale {scale}: {reason}')
+    if reason:
+        raise ValueError(f'owl2 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
 # %% ../../nbs/papers/01_owl2.ipynb #d6d4dd1e
@@ -192,6 +350,7 @@ def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[st
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from mllm_replica.training.starts import pretrained
+
     made = recipe.model['language']
     stage = _stage('language', recipe.scale, _ALL, {made['source']: 1.0}, made['steps'])
     torch.manual_seed(recipe.seed)
@@ -208,31 +367,43 @@ def build(
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.owl2.model import Owl2Config, Owl2Model, both_ways, paper_config
     from mllm_replica.owl2.processor import Owl2Processor
+
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
     if recipe.scale == 'paper':
         if not meta:
-            raise NotImplementedError(f'{recipe.unit}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only')
+            raise NotImplementedError(
+                f'{recipe.unit}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only'
+            )
         return Owl2Model(paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))), None
     tokenizer = word_tokenizer(vocabulary())
     text = made['text'] | {'vocab_size': len(tokenizer)}
-    config = Owl2Config(vision_config=made['vision'], connector_config=made['abstractor'], text_config=text, adaptive=made.get('adaptive'))
+    config = Owl2Config(
+        vision_config=made['vision'],
+        connector_config=made['abstractor'],
+        text_config=text,
+        adaptive=made.get('adaptive'),
+    )
     processor = Owl2Processor.from_config(config, tokenizer, style='plain', ends=False)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = Owl2Model(config)
-        if 'language' in made and not meta: model.load_state_dict(both_ways(_language(recipe, text, processor), config), strict=False)
+        if 'language' in made and not meta:
+            model.load_state_dict(both_ways(_language(recipe, text, processor), config), strict=False)
     return model, processor
 
 # %% ../../nbs/papers/01_owl2.ipynb #9d46d478
 def linear_probe(
-    train: tuple[Any, Any],   # features [n,F], class numbers [n]
+    train: tuple[Any, Any],  # features [n,F], class numbers [n]
     test: tuple[Any, Any],
     ridge: float = 1e-2,
 ) -> float:
     "Accuracy on `test` of a linear map from features to classes, fitted on `train` by ridge regression."
     import torch
+
     mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
-    x, unseen = (torch.nn.functional.pad((part - mean) / scale, (0, 1), value=1.0).double() for part in (train[0], test[0]))
+    x, unseen = (
+        torch.nn.functional.pad((part - mean) / scale, (0, 1), value=1.0).double() for part in (train[0], test[0])
+    )
     gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=torch.double)
     fitted = torch.linalg.solve(gram, x.T @ torch.nn.functional.one_hot(train[1]).double())
     return float(((unseen @ fitted).argmax(1) == test[1]).float().mean())
@@ -243,8 +414,13 @@ def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     import torch
     from mllm_replica.data.worlds.making import samples
     from mllm_replica.data.worlds.mosaics import LETTERS
-    asked = {split: list(samples('posters', split, recipe.seed + 1000, 1000 if recipe.scale == 'tiny' else 40, tasks=['sign']))
-             for split in ('train', 'test')}
+
+    asked = {
+        split: list(
+            samples('posters', split, recipe.seed + 1000, 1000 if recipe.scale == 'tiny' else 40, tasks=['sign'])
+        )
+        for split in ('train', 'test')
+    }
 
     @torch.inference_mode()
     def seen(encoder: Any, split: str) -> tuple[Any, Any]:
@@ -252,6 +428,7 @@ def _probe(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
         pixels = processor.image_tensor([sample['images'][0] for sample in asked[split]]).to(encoder.device)
         features = torch.cat([encoder(part).last_hidden_state[:, 1:].mean(1) for part in pixels.split(100)]).cpu()
         return features, torch.tensor([LETTERS.index(sample['answer']) for sample in asked[split]])
+
     encoders = {'probe': model.vision_model, 'probe_untrained': build(recipe)[0].vision_model.eval()}
     return {name: linear_probe(seen(encoder, 'train'), seen(encoder, 'test')) for name, encoder in encoders.items()}
 
@@ -261,15 +438,25 @@ def _attention(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     import torch
     from mllm_replica.data.worlds.making import samples
     from mllm_replica.scoring.evaluation import collate_prompts
-    asked = list(samples('mosaics', 'test', recipe.seed + 1000, 200 if recipe.scale == 'tiny' else 8, tasks=['item'], **_STRIPES))
+
+    asked = list(
+        samples('mosaics', 'test', recipe.seed + 1000, 200 if recipe.scale == 'tiny' else 8, tasks=['item'], **_STRIPES)
+    )
     batch = collate_prompts([processor.encode(sample, training=False) for sample in asked], processor)
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    visual, usual = (batch['input_ids'] == model.config.image_token_id).float(), model.language_model.config._attn_implementation
+    visual, usual = (
+        (batch['input_ids'] == model.config.image_token_id).float(),
+        model.language_model.config._attn_implementation,
+    )
     model.language_model.set_attn_implementation('eager')
     try:
-        with torch.inference_mode(): seen = model(**batch, output_attentions=True).attentions
-    finally: model.language_model.set_attn_implementation(usual)
-    return {f'on_image_{i}': float((weights[:, :, -1].mean(1) * visual).sum(1).mean()) for i, weights in enumerate(seen)}
+        with torch.inference_mode():
+            seen = model(**batch, output_attentions=True).attentions
+    finally:
+        model.language_model.set_attn_implementation(usual)
+    return {
+        f'on_image_{i}': float((weights[:, :, -1].mean(1) * visual).sum(1).mean()) for i, weights in enumerate(seen)
+    }
 
 
 def measure(
@@ -279,5 +466,6 @@ def measure(
     scores: dict[str, float],  # benchmark -> score
 ) -> dict[str, float]:
     "Further numbers of a unit."
-    if recipe.model.get('probe'): return _probe(model.eval(), processor, recipe)
+    if recipe.model.get('probe'):
+        return _probe(model.eval(), processor, recipe)
     return _attention(model.eval(), processor, recipe) if 'language' in recipe.model else {}

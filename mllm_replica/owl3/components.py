@@ -12,8 +12,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import (ALL_ATTENTION_FUNCTIONS, Qwen2Attention, Qwen2DecoderLayer, Qwen2RMSNorm, apply_rotary_pos_emb,
-                                                      eager_attention_forward)
+from transformers.models.qwen2.modeling_qwen2 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2RMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from ..models.layers import Linear, split_heads
 from .media import Sight, States, image_attention, image_states
@@ -30,20 +36,26 @@ class HyperAttention(Qwen2Attention):
         config: Qwen2Config,
         layer_idx: int,
         gate: str = 'adaptive',  # one of `GATES`
-        mi_rope: bool = True,    # rotate image keys to their placeholders
+        mi_rope: bool = True,  # rotate image keys to their placeholders
     ) -> None:
         super().__init__(config, layer_idx)
-        if gate not in GATES: raise ValueError(f'gate {gate!r} is unknown; expected one of {GATES}')
+        if gate not in GATES:
+            raise ValueError(f'gate {gate!r} is unknown; expected one of {GATES}')
         self.gate_kind, self.mi_rope, self.num_key_value_heads = gate, mi_rope, config.num_key_value_heads
         self.v_kv_proj = Linear(config.hidden_size, 2 * config.num_key_value_heads * self.head_dim)
-        if gate == 'adaptive': self.gate_proj = nn.Sequential(nn.Linear(self.head_dim, self.head_dim), nn.Sigmoid())
-        else: self.gate = nn.Parameter(torch.zeros(config.num_attention_heads * self.head_dim if gate == 'static' else 1))
+        if gate == 'adaptive':
+            self.gate_proj = nn.Sequential(nn.Linear(self.head_dim, self.head_dim), nn.Sigmoid())
+        else:
+            self.gate = nn.Parameter(torch.zeros(config.num_attention_heads * self.head_dim if gate == 'static' else 1))
 
     @torch.no_grad()
     def initialise(self) -> None:
         "Image keys and values start as those of the text (section 2 of the paper); the gate near one half."
         for kind in ('weight', 'bias'):
-            k, v = (getattr(part, kind).unflatten(0, (self.num_key_value_heads, self.head_dim)) for part in (self.k_proj, self.v_proj))
+            k, v = (
+                getattr(part, kind).unflatten(0, (self.num_key_value_heads, self.head_dim))
+                for part in (self.k_proj, self.v_proj)
+            )
             getattr(self.v_kv_proj, kind).copy_(torch.stack([k, v], 1).flatten(0, 2))
         if self.gate_kind == 'adaptive':
             nn.init.normal_(self.gate_proj[0].weight, std=self.config.initializer_range)
@@ -52,30 +64,39 @@ class HyperAttention(Qwen2Attention):
     def visual_states(
         self,
         sight: Sight,
-        norm: nn.Module,               # normalises image features
+        norm: nn.Module,  # normalises image features
         record: dict | None = None,
     ) -> States:
         "Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice."
+
         def project(part: Tensor) -> States:
             "Keys and values of some images."
             projected = self.v_kv_proj(norm(part))
-            if record is not None: record.setdefault('visual_kv_proj', []).append(projected)
+            if record is not None:
+                record.setdefault('visual_kv_proj', []).append(projected)
             return projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)
+
         return image_states(sight.media, project, sight.media.angles if self.mi_rope else None)
 
     def mix(
         self,
         context: Tensor,  # [B,T,H,d] self-attention
-        visual: Tensor,   # [B,T,H,d] attention to images
-        sees: Tensor,     # [B,T]
+        visual: Tensor,  # [B,T,H,d] attention to images
+        sees: Tensor,  # [B,T]
         record: dict | None = None,
     ) -> Tensor:
         "The gate: → [B,T,H,d]."
         visual = visual.to(context.dtype)
-        if self.gate_kind == 'scalar': mixed = context + (torch.tanh(self.gate) * visual).to(context.dtype)
+        if self.gate_kind == 'scalar':
+            mixed = context + (torch.tanh(self.gate) * visual).to(context.dtype)
         else:
-            gate = self.gate_proj(context) if self.gate_kind == 'adaptive' else torch.sigmoid(self.gate.view(context.shape[2:]))
-            if record is not None: record['gate'] = gate
+            gate = (
+                self.gate_proj(context)
+                if self.gate_kind == 'adaptive'
+                else torch.sigmoid(self.gate.view(context.shape[2:]))
+            )
+            if record is not None:
+                record['gate'] = gate
             mixed = torch.lerp(context, visual, gate.expand_as(context).to(context.dtype))
         return torch.where(sees[..., None, None], mixed, context)
 
@@ -83,32 +104,54 @@ class HyperAttention(Qwen2Attention):
 @patch
 def forward(
     self: HyperAttention,
-    hidden_states: Tensor,                        # [B,T,D] normalised
-    position_embeddings: tuple[Tensor, Tensor],   # cos and sin of the text, [B,T,d]
+    hidden_states: Tensor,  # [B,T,D] normalised
+    position_embeddings: tuple[Tensor, Tensor],  # cos and sin of the text, [B,T,d]
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
-    sight: Sight | None = None,                   # None: no images, Qwen2's own code
-    norm: nn.Module | None = None,                # normalises image features; None: they are normalised already
+    sight: Sight | None = None,  # None: no images, Qwen2's own code
+    norm: nn.Module | None = None,  # normalises image features; None: they are normalised already
     record: dict | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     "[B,T,D] → [B,T,D]."
     if sight is None:
-        return Qwen2Attention.forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs)
+        return Qwen2Attention.forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+    query, key, value = (
+        part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)
+    )
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    if past_key_values is not None: key, value = past_key_values.update(key, value, self.layer_idx)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    context, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs)
+    context, _ = attend(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=self.scaling,
+        sliding_window=self.sliding_window,
+        **kwargs,
+    )
     keys, values = sight.states(self.layer_idx, lambda: self.visual_states(sight, norm or nn.Identity(), record))
     visual = image_attention(query, keys, values, sight).transpose(1, 2)
     mixed = self.mix(context, visual, sight.sees, record).flatten(2)
     output = self.o_proj(mixed)
     if record is not None:
-        record |= dict(query_rope=query, self_context=context.flatten(2), keys=keys, values=values, visual=visual.flatten(2), fused_context=mixed,
-                       hidden_states=output)
+        record |= dict(
+            query_rope=query,
+            self_context=context.flatten(2),
+            keys=keys,
+            values=values,
+            visual=visual.flatten(2),
+            fused_context=mixed,
+            hidden_states=output,
+        )
     return output, None
 
 # %% ../../nbs/papers/05_owl3.ipynb #6e83f1ef
@@ -125,7 +168,8 @@ class HyperLayer(Qwen2DecoderLayer):
     ) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = HyperAttention(config, layer_idx, gate, mi_rope)
-        if not shared_norm: self.visual_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not shared_norm:
+            self.visual_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def initialise(self) -> None:
         "Start the new parts from the language model's."
@@ -139,7 +183,8 @@ class HyperLayer(Qwen2DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         "[B,T,D] → [B,T,D]."
-        if sight is not None: kwargs['norm'] = getattr(self, 'visual_layernorm', self.input_layernorm)
+        if sight is not None:
+            kwargs['norm'] = getattr(self, 'visual_layernorm', self.input_layernorm)
         return super().forward(hidden_states, *args, sight=sight, **kwargs)
 
 # %% ../../nbs/papers/05_owl3.ipynb #37a75b7d
@@ -153,7 +198,11 @@ class ImageCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-        self.layer_idx, self.num_heads, self.num_key_value_heads = layer_idx, config.num_attention_heads, config.num_key_value_heads
+        self.layer_idx, self.num_heads, self.num_key_value_heads = (
+            layer_idx,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
         self.text_norm, self.image_norm = (Qwen2RMSNorm(width, eps=config.rms_norm_eps) for _ in range(2))
         self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width, bias=False)
         self.kv_proj = Linear(width, 2 * config.num_key_value_heads * head)
@@ -162,7 +211,9 @@ class ImageCrossAttention(nn.Module):
     def visual_states(self, sight: Sight) -> States:
         "Keys and values of all images: [N,S,D] → [N·S,G,d] twice."
         layout = (2, self.num_key_value_heads, -1)
-        return image_states(sight.media, lambda part: self.kv_proj(self.image_norm(part)).unflatten(-1, layout).unbind(-3))
+        return image_states(
+            sight.media, lambda part: self.kv_proj(self.image_norm(part)).unflatten(-1, layout).unbind(-3)
+        )
 
     def forward(
         self,
@@ -186,7 +237,8 @@ class CrossLayer(Qwen2DecoderLayer):
         place: str,  # 'pre' or 'post'
     ) -> None:
         super().__init__(config, layer_idx)
-        if place not in ('pre', 'post'): raise ValueError(f"place {place!r} is unknown; expected 'pre' or 'post'")
+        if place not in ('pre', 'post'):
+            raise ValueError(f"place {place!r} is unknown; expected 'pre' or 'post'")
         self.place, self.cross_attn = place, ImageCrossAttention(config, layer_idx)
 
     def initialise(self) -> None:
@@ -194,7 +246,8 @@ class CrossLayer(Qwen2DecoderLayer):
         for part in self.cross_attn.modules():
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=self.self_attn.config.initializer_range)
-                if part.bias is not None: nn.init.zeros_(part.bias)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
 
     def forward(
         self,
@@ -204,8 +257,10 @@ class CrossLayer(Qwen2DecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         "[B,T,D] → [B,T,D]."
-        if sight is None: return super().forward(hidden_states, *args, **kwargs)
-        if self.place == 'pre': return super().forward(hidden_states + self.cross_attn(hidden_states, sight), *args, **kwargs)
+        if sight is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        if self.place == 'pre':
+            return super().forward(hidden_states + self.cross_attn(hidden_states, sight), *args, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         hidden_states = hidden_states + attended
         normalised = self.post_attention_layernorm(hidden_states)
@@ -217,18 +272,27 @@ FUSIONS = ('hyper', 'pre_cross', 'post_cross')
 
 def insert_layers(
     language_model: nn.Module,  # a `Qwen2ForCausalLM`
-    layers: list[int],          # which blocks, counted from 0
-    fusion: str = 'hyper',      # one of `FUSIONS`
-    **options: Any,             # of `HyperLayer`
+    layers: list[int],  # which blocks, counted from 0
+    fusion: str = 'hyper',  # one of `FUSIONS`
+    **options: Any,  # of `HyperLayer`
 ) -> None:
     "Extend blocks of a language model in place."
-    if fusion not in FUSIONS: raise ValueError(f'fusion {fusion!r} is unknown; expected one of {FUSIONS}')
+    if fusion not in FUSIONS:
+        raise ValueError(f'fusion {fusion!r} is unknown; expected one of {FUSIONS}')
     blocks, config = language_model.model.layers, language_model.config
     wrong = [i for i in layers if not 0 <= i < len(blocks)]
-    if len(set(layers)) < len(layers): raise ValueError(f'layers {list(layers)}: some are named twice')
-    if wrong or not layers: raise ValueError(f'layers {list(layers)}: expected some of 0…{len(blocks) - 1}' + f', not {wrong}' * bool(wrong))
+    if len(set(layers)) < len(layers):
+        raise ValueError(f'layers {list(layers)}: some are named twice')
+    if wrong or not layers:
+        raise ValueError(
+            f'layers {list(layers)}: expected some of 0…{len(blocks) - 1}' + f', not {wrong}' * bool(wrong)
+        )
     for i in layers:
-        new = HyperLayer(config, i, **options) if fusion == 'hyper' else CrossLayer(config, i, fusion.removesuffix('_cross'))
+        new = (
+            HyperLayer(config, i, **options)
+            if fusion == 'hyper'
+            else CrossLayer(config, i, fusion.removesuffix('_cross'))
+        )
         old = next(blocks[i].parameters())
         new = new.to(device=old.device, dtype=old.dtype)
         new.load_state_dict(blocks[i].state_dict(), strict=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import mllm_replica.data.worlds.albums   # registers the world
+import mllm_replica.data.worlds.albums  # registers the world
 from ..data.images import open_image
 from ..data.samples import COLUMNS, IMAGE, check_sample
 from ..data.worlds.making import samples
@@ -22,35 +22,46 @@ from ..scoring.official_scorers import infer
 @dataclass(frozen=True)
 class Question:
     "A multiple-choice question about one image; `{number}` in it stands for the image's."
+
     id: str
-    image: dict[str, Any]     # undecoded: bytes, path
+    image: dict[str, Any]  # undecoded: bytes, path
     question: str
     options: tuple[str, ...]
-    answer: int               # index of the right option
+    answer: int  # index of the right option
 
     def __post_init__(self) -> None:
-        if len(self.options) < 2: raise ValueError(f'question {self.id!r} has the options {list(self.options)}; a choice needs at least two')
-        if not 0 <= self.answer < len(self.options): raise ValueError(f'question {self.id!r}: no option has the index {self.answer}')
+        if len(self.options) < 2:
+            raise ValueError(f'question {self.id!r} has the options {list(self.options)}; a choice needs at least two')
+        if not 0 <= self.answer < len(self.options):
+            raise ValueError(f'question {self.id!r}: no option has the index {self.answer}')
 
 # %% ../../nbs/papers/05_owl3.ipynb #160a1e10
 def album_questions(
-    count: int,           # questions, each with a picture of its own
-    seed: int,            # of pictures and options
+    count: int,  # questions, each with a picture of its own
+    seed: int,  # of pictures and options
     split: str = 'test',
-    **options: Any,       # of the world `albums`, e.g. pixels, style
+    **options: Any,  # of the world `albums`, e.g. pixels, style
 ) -> list[Question]:
     "Questions for the colour of a picture, at most four options each."
     rng, questions = np.random.default_rng(seed), {}
     for row in samples('albums', split, seed, 4 * count, images=[1, 1], tasks=['color'], **options):
         others = rng.permutation([color for color in row['options'] if color != row['answer']])
         listed = tuple(rng.permutation([row['answer'], *others[:3]]).tolist())
-        question = Question(row['id'], row['images'][0], 'what color is picture {number}', listed, listed.index(row['answer']))
-        if len(questions) < count: questions.setdefault(row['images'][0]['bytes'], question)
-    if len(questions) < count: raise ValueError(f'count is {count}, but only {len(questions)} different pictures were drawn; lower it')
+        question = Question(
+            row['id'], row['images'][0], 'what color is picture {number}', listed, listed.index(row['answer'])
+        )
+        if len(questions) < count:
+            questions.setdefault(row['images'][0]['bytes'], question)
+    if len(questions) < count:
+        raise ValueError(f'count is {count}, but only {len(questions)} different pictures were drawn; lower it')
     return list(questions.values())
 
 # %% ../../nbs/papers/05_owl3.ipynb #5e6d09db
-_COLUMNS, _LONGEST, _TURN = {'index', 'question', 'A', 'B', 'answer', 'image'}, 100_000_000, 1_000_000   # of a cell; between rotated forms
+_COLUMNS, _LONGEST, _TURN = (
+    {'index', 'question', 'A', 'B', 'answer', 'image'},
+    100_000_000,
+    1_000_000,
+)  # of a cell; between rotated forms
 _NUMBER, _LETTER = '{number}', 'Answer with the option’s letter from the given choices directly.'
 
 
@@ -58,32 +69,41 @@ def _mmbench_question(row: Mapping[str, str | None], where: str) -> Question:
     "The question of one row."
     cell = lambda name: (row.get(name) or '').strip()
     letters = [letter for letter in 'ABCD' if cell(letter)]
-    if cell('answer') not in letters: raise ValueError(f"{where}: the answer is {cell('answer')!r}; expected one of the given options {letters}")
+    if cell('answer') not in letters:
+        raise ValueError(f'{where}: the answer is {cell("answer")!r}; expected one of the given options {letters}')
     try:
-        image = dict(bytes=base64.b64decode(cell('image'), validate=True), path=f"image of index {cell('index')}")
+        image = dict(bytes=base64.b64decode(cell('image'), validate=True), path=f'image of index {cell("index")}')
         open_image(image)
-    except ValueError as error: raise ValueError(f'{where}: the image cannot be read ({error}); expected base64') from error
-    text = cell('question') + f"\nContext: {cell('hint')}" * bool(cell('hint'))
-    return Question(cell('index'), image, text, tuple(cell(letter) for letter in letters), letters.index(cell('answer')))
+    except ValueError as error:
+        raise ValueError(f'{where}: the image cannot be read ({error}); expected base64') from error
+    text = cell('question') + f'\nContext: {cell("hint")}' * bool(cell('hint'))
+    return Question(
+        cell('index'), image, text, tuple(cell(letter) for letter in letters), letters.index(cell('answer'))
+    )
 
 
 def mmbench_questions(
     path: str | Path,  # tab-separated file under `root`
-    root: Path,        # folder of local data
+    root: Path,  # folder of local data
 ) -> list[Question]:
     "The questions of an MMBench file with answers (the dev split)."
-    file, questions = (Path(root)/path).resolve(), []
-    if not file.is_relative_to(Path(root).resolve()): raise ValueError(f'{path} leads outside the data root {root}')
+    file, questions = (Path(root) / path).resolve(), []
+    if not file.is_relative_to(Path(root).resolve()):
+        raise ValueError(f'{path} leads outside the data root {root}')
     before = csv.field_size_limit(_LONGEST)
     try:
         with open(file, encoding='utf-8-sig', newline='') as lines:
             table = csv.DictReader(lines, delimiter='\t')
-            if missing := sorted(_COLUMNS.difference(table.fieldnames or [])): raise ValueError(f'{file.name}: the columns {missing} are missing')
+            if missing := sorted(_COLUMNS.difference(table.fieldnames or [])):
+                raise ValueError(f'{file.name}: the columns {missing} are missing')
             for number, row in enumerate(table, 1):
-                where = f"{file.name}: row {number} (index {row['index']})"
-                if not (row['index'] or '').isdigit(): raise ValueError(f'{where}: index is not a number')
-                if int(row['index']) < _TURN: questions.append(_mmbench_question(row, where))
-    finally: csv.field_size_limit(before)
+                where = f'{file.name}: row {number} (index {row["index"]})'
+                if not (row['index'] or '').isdigit():
+                    raise ValueError(f'{where}: index is not a number')
+                if int(row['index']) < _TURN:
+                    questions.append(_mmbench_question(row, where))
+    finally:
+        csv.field_size_limit(before)
     return questions
 
 # %% ../../nbs/papers/05_owl3.ipynb #400023fd
@@ -91,7 +111,7 @@ def _prompt(style: str, n_images: int, number: int, text: str, options: Sequence
     "The text of a prompt; `words` is that of an album."
     if style == 'words':
         head = IMAGE if n_images == 1 else ' '.join(f'picture {i + 1} {IMAGE}' for i in range(n_images))
-        return f"{head}\nof {' '.join(options)} {text.replace(_NUMBER, str(number))}"
+        return f'{head}\nof {" ".join(options)} {text.replace(_NUMBER, str(number))}'
     head = ' '.join(f'Image {i + 1}: {IMAGE}' for i in range(n_images))
     lines = '\n'.join(f'{letter}. {option}' for letter, option in zip(string.ascii_uppercase, options))
     return f'{head}. In Image {number}, {text.replace(_NUMBER, str(number))}\nOptions: {lines}\n{_LETTER}'
@@ -100,51 +120,72 @@ def _prompt(style: str, n_images: int, number: int, text: str, options: Sequence
 def _sample(question: Question, turn: int, images: list[dict], place: int, prompt: str) -> dict[str, Any]:
     "One pass as a canonical sample; the true image is at `place`."
     options = [*question.options[turn:], *question.options[:turn]]
-    letters = list(string.ascii_uppercase)[:len(options)]
+    letters = list(string.ascii_uppercase)[: len(options)]
     right = (question.answer - turn) % len(options)
     answer, listed = (options[right], options) if prompt == 'words' else (letters[right], letters)
-    turns = [{'from': 'human', 'value': _prompt(prompt, len(images), place + 1, question.question, options)}, {'from': 'gpt', 'value': answer}]
+    turns = [
+        {'from': 'human', 'value': _prompt(prompt, len(images), place + 1, question.question, options)},
+        {'from': 'gpt', 'value': answer},
+    ]
     meta = json.dumps(dict(question=question.id, turn=turn, place=place, options=dict(zip(letters, options))))
-    sample = dict(zip(COLUMNS, (f'{question.id}-{len(images)}-{turn}', images, turns, '', 'distractors', answer, listed, meta)))
+    sample = dict(
+        zip(COLUMNS, (f'{question.id}-{len(images)}-{turn}', images, turns, '', 'distractors', answer, listed, meta))
+    )
     check_sample(sample)
     return sample
 
 # %% ../../nbs/papers/05_owl3.ipynb #dbe288fd
 def build(
     questions: Sequence[Question],
-    n_images: int,                    # images per prompt, the true one included
-    seed: int,                        # of places and distractors
-    prompt: str = 'paper',            # 'paper' or 'words'
+    n_images: int,  # images per prompt, the true one included
+    seed: int,  # of places and distractors
+    prompt: str = 'paper',  # 'paper' or 'words'
 ) -> list[dict[str, Any]]:
     "One sample per question and rotation of its options; only (seed, question id, pass) decide what is drawn."
-    if prompt not in ('paper', 'words'): raise ValueError(f"unknown prompt {prompt!r}; known: ['paper', 'words']")
-    if n_images < 1: raise ValueError(f'n_images is {n_images}; a prompt has at least the true image')
-    if len({question.id for question in questions}) < len(questions): raise ValueError('two questions have the same id; each needs its own')
+    if prompt not in ('paper', 'words'):
+        raise ValueError(f"unknown prompt {prompt!r}; known: ['paper', 'words']")
+    if n_images < 1:
+        raise ValueError(f'n_images is {n_images}; a prompt has at least the true image')
+    if len({question.id for question in questions}) < len(questions):
+        raise ValueError('two questions have the same id; each needs its own')
     key = lambda question: question.image['bytes'] or question.image['path']
     images = {key(question): question.image for question in questions}
-    if len(images) < n_images: raise ValueError(f'{n_images} images per prompt, but the questions have only {len(images)} different ones; add some')
+    if len(images) < n_images:
+        raise ValueError(
+            f'{n_images} images per prompt, but the questions have only {len(images)} different ones; add some'
+        )
     pool, names, made = [*images.values()], [*images], []
     for question, true in zip(questions, [names.index(key(question)) for question in questions]):
         for turn in range(len(question.options)):
             rng = np.random.default_rng([seed, zlib.crc32(f'{question.id} {turn}'.encode())])
-            chosen = [pool[i] for i in rng.permutation(len(pool)) if i != true][:n_images - 1]
+            chosen = [pool[i] for i in rng.permutation(len(pool)) if i != true][: n_images - 1]
             chosen.insert(place := int(rng.integers(n_images)), pool[true])
             made.append(_sample(question, turn, chosen, place, prompt))
     return made
 
 # %% ../../nbs/papers/05_owl3.ipynb #b338ac8f
 def circular(
-    predictions: Mapping[str, str],       # sample id -> the model's text
+    predictions: Mapping[str, str],  # sample id -> the model's text
     samples: Sequence[Mapping[str, Any]],  # from `build`, all passes of every question
 ) -> dict[str, float]:
     "Accuracy over prompts (plain) and over questions (circular); a letter or the text of an option counts."
     questions: dict[tuple[str, int], list[bool]] = {}
     for sample in samples:
-        if sample['id'] not in predictions: raise ValueError(f"no prediction for sample {sample['id']!r} ({len(predictions)} given)")
+        if sample['id'] not in predictions:
+            raise ValueError(f'no prediction for sample {sample["id"]!r} ({len(predictions)} given)')
         meta, text = json.loads(sample['meta']), predictions[sample['id']].strip()
-        right = text == sample['answer'] or text not in meta['options'] and infer(text, meta['options']) == sample['answer']
+        right = (
+            text == sample['answer'] or text not in meta['options'] and infer(text, meta['options']) == sample['answer']
+        )
         questions.setdefault((meta['question'], len(meta['options'])), []).append(right)
-    if not questions: raise ValueError('no samples; there is nothing to score')
+    if not questions:
+        raise ValueError('no samples; there is nothing to score')
     for (name, passes), values in questions.items():
-        if len(values) != passes: raise ValueError(f'question {name!r} has {len(values)} samples; expected one per pass of one build, {passes}')
-    return dict(plain=sum(map(sum, questions.values())) / len(samples), circular=sum(map(all, questions.values())) / len(questions))
+        if len(values) != passes:
+            raise ValueError(
+                f'question {name!r} has {len(values)} samples; expected one per pass of one build, {passes}'
+            )
+    return dict(
+        plain=sum(map(sum, questions.values())) / len(samples),
+        circular=sum(map(all, questions.values())) / len(questions),
+    )

@@ -16,26 +16,35 @@ from ..models.parity import Given
 from ..models.vision import clip_pixels, hidden_states
 from .components import HyperAttention, HyperLayer
 from .media import Media, Sight, media_offset, rotate
-from .model import IMAGE_TOKENS, Owl3Model, convert_official, gate_of, official_config, placeholder_starts
+from mllm_replica.owl3.model import (
+    IMAGE_TOKENS,
+    Owl3Model,
+    convert_official,
+    gate_of,
+    official_config,
+    placeholder_starts,
+)
 from .processor import GRIDS, choose_grid, cut
 
 # %% ../../nbs/papers/05_owl3.ipynb #169ce9a8
-ORIGIN = 'mPLUG-Owl3'   # named in the files
+ORIGIN = 'mPLUG-Owl3'  # named in the files
 _OFFSET = 'media_offset does not follow from media_starts'
 
 
 def starts_of(
     tensors: Given,
-    length: int,             # T
+    length: int,  # T
 ) -> list[list[int]]:
     "Where the placeholders of each sample start; both recorded forms must say the same."
     starts = [tensors[f'in.media_starts.{b}'].tolist() for b in range(len(tensors['in.num_images']))]
     counted = [len(s) for s in starts]
-    if counted != tensors['in.num_images'].tolist(): raise ValueError(f'num_images is not {counted}, the number of media_starts')
+    if counted != tensors['in.num_images'].tolist():
+        raise ValueError(f'num_images is not {counted}, the number of media_starts')
     if 'in.media_offset' in tensors:
         ours, theirs = media_offset(starts, length), tensors['in.media_offset']
         some = torch.tensor(counted) > 0
-        if not torch.equal(ours[some], theirs[some]) or bool((theirs[~some][..., 1] >= 0).any()): raise ValueError(_OFFSET)
+        if not torch.equal(ours[some], theirs[some]) or bool((theirs[~some][..., 1] >= 0).any()):
+            raise ValueError(_OFFSET)
     return starts
 
 
@@ -63,8 +72,15 @@ def layer_case(
     tensors: Given,
 ) -> dict[str, Tensor]:
     "One hyper attention or one block, with everything on the way."
-    fields = Qwen2Config(**{k: v for k, v in config.items() if k not in ('vision_config', 'hyper_layers', 'metadata')}, attn_implementation='sdpa')
-    weights, x, images = tensors.weights(), tensors['in.hidden_states'].clone().requires_grad_(), tensors['in.image_embeds'].clone().requires_grad_()
+    fields = Qwen2Config(
+        **{k: v for k, v in config.items() if k not in ('vision_config', 'hyper_layers', 'metadata')},
+        attn_implementation='sdpa',
+    )
+    weights, x, images = (
+        tensors.weights(),
+        tensors['in.hidden_states'].clone().requires_grad_(),
+        tensors['in.image_embeds'].clone().requires_grad_(),
+    )
     whole = any(name.startswith('self_attn.') for name in weights)
     gate = 'static' if any(name.endswith('gate') for name in weights) else 'adaptive'
     module = (HyperLayer(fields, 0, gate) if whole else HyperAttention(fields, 0, gate)).eval()
@@ -73,18 +89,29 @@ def layer_case(
     media = Media(images, starts_of(tensors, x.shape[1]))
     media.rotary(rotary)
     sight = Sight.of(media, positions)
-    output = module(x, position_embeddings=rotary(x, positions), attention_mask=causal_mask(tensors['in.attention_mask']), sight=sight, record=record)
+    output = module(
+        x,
+        position_embeddings=rotary(x, positions),
+        attention_mask=causal_mask(tensors['in.attention_mask']),
+        sight=sight,
+        record=record,
+    )
     output = output if whole else output[0]
     (output * tensors['in.cotangent']).sum().backward()
-    return _recorded(record, sight) | {'out.hidden_states': output} | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()} \
+    return (
+        _recorded(record, sight)
+        | {'out.hidden_states': output}
+        | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
         | {'grad.in.hidden_states': x.grad, 'grad.in.image_embeds': images.grad}
+    )
 
 
 def _recorded(record: dict[str, Any], sight: Sight) -> dict[str, Tensor]:
     "The intermediate results in the official shapes."
     found = {f'out.{name}': record[name] for name in ('query_rope', 'self_context', 'fused_context')}
     found['out.visual_kv_proj'] = torch.cat(record['visual_kv_proj'])
-    if 'gate' in record and record['gate'].ndim == 4: found['out.gate'] = record['gate'].flatten(2)
+    if 'gate' in record and record['gate'].ndim == 4:
+        found['out.gate'] = record['gate'].flatten(2)
     repeat, at = record['query_rope'].shape[1] // record['keys'].shape[1], 0
     for b, starts in enumerate(sight.media.starts):
         part = slice(at, at := at + len(starts) * sight.media.embeds.shape[1])
@@ -101,17 +128,25 @@ def mi_rope_case(
 ) -> dict[str, Tensor]:
     "Positions of images, their rotated keys, and who may not see them."
     meta, found, number = config['metadata'], {}, 0
-    fields = Qwen2Config(head_dim=meta['head_dim'], rope_theta=meta['rope_base'], hidden_size=meta['head_dim'], num_attention_heads=1)
+    fields = Qwen2Config(
+        head_dim=meta['head_dim'], rope_theta=meta['rope_base'], hidden_size=meta['head_dim'], num_attention_heads=1
+    )
     while f'in.{number}.visual_key' in tensors:
         keys, starts = tensors[f'in.{number}.visual_key'], [tensors[f'in.{number}.media_starts'].tolist()]
         media = Media(torch.zeros(len(starts[0]), meta['tokens_per_image'], 1), starts)
-        if not torch.equal(media_offset(starts, meta['text_len'])[0], tensors[f'in.{number}.media_offset']): raise ValueError(_OFFSET)
+        if not torch.equal(media_offset(starts, meta['text_len'])[0], tensors[f'in.{number}.media_offset']):
+            raise ValueError(_OFFSET)
         media.rotary(Qwen2RotaryEmbedding(fields))
         rotated = rotate(keys[0].transpose(0, 1).unflatten(0, (len(starts[0]), -1)), media.angles)
         sight = Sight.of(media, torch.arange(meta['text_len'])[None])
-        mask = ~(torch.arange(len(starts[0]))[None] < sight.counts[0][:, None]).repeat_interleave(meta['tokens_per_image'], 1)
-        found |= {f'out.{number}.image_position': media.positions, f'out.{number}.visual_key_rope': rotated.flatten(0, 1).transpose(0, 1)[None],
-                  f'out.{number}.blocked_mask': mask}
+        mask = ~(torch.arange(len(starts[0]))[None] < sight.counts[0][:, None]).repeat_interleave(
+            meta['tokens_per_image'], 1
+        )
+        found |= {
+            f'out.{number}.image_position': media.positions,
+            f'out.{number}.visual_key_rope': rotated.flatten(0, 1).transpose(0, 1)[None],
+            f'out.{number}.blocked_mask': mask,
+        }
         number += 1
     return found
 
@@ -132,30 +167,55 @@ def full_case(
         raise ValueError(f'placeholders were found at {seen}, recorded are {starts}')
     if 'in.pixel_values' in tensors:
         pixels = tensors['in.pixel_values']
-        with torch.no_grad(): states = hidden_states(model.vision_model, pixels)
+        with torch.no_grad():
+            states = hidden_states(model.vision_model, pixels)
         media = model.media(ids, mask, pixels, media_starts=starts)
         media.embeds.retain_grad()
-        found |= {'vision_feature_hidden_-2': states[-2], 'vision_last_hidden_state_unused': states[-1], 'image_embeds': media.embeds}
+        found |= {
+            'vision_feature_hidden_-2': states[-2],
+            'vision_last_hidden_state_unused': states[-1],
+            'image_embeds': media.embeds,
+        }
     labels = tensors['in.labels'] if 'in.labels' in tensors else None
-    result = model(input_ids=ids, attention_mask=mask, media=media, labels=labels, return_logits=True, output_hidden_states=True)
-    if result.loss is not None: result.loss.backward()
-    gradients = {f'grad.w.{name}': p.grad for name, p in model.named_parameters()} | ({'grad.image_embeds': media.embeds.grad} if media else {})
-    found |= {f'hidden.{i}': state for i, state in enumerate(result.hidden_states)} | dict(logits=result.logits, loss=result.loss)
+    result = model(
+        input_ids=ids, attention_mask=mask, media=media, labels=labels, return_logits=True, output_hidden_states=True
+    )
+    if result.loss is not None:
+        result.loss.backward()
+    gradients = {f'grad.w.{name}': p.grad for name, p in model.named_parameters()} | (
+        {'grad.image_embeds': media.embeds.grad} if media else {}
+    )
+    found |= {f'hidden.{i}': state for i, state in enumerate(result.hidden_states)} | dict(
+        logits=result.logits, loss=result.loss
+    )
     if 'out.greedy_ids' in tensors.wanted:
-        answer = model.generate(ids, mask, pixels, media_starts=starts, max_new_tokens=tensors.wanted['out.greedy_ids'][1], do_sample=False,
-                                eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
-        found |= dict(greedy_ids=answer.sequences[:, ids.shape[1]:], greedy_step_logits=torch.stack(answer.logits, 1))
+        answer = model.generate(
+            ids,
+            mask,
+            pixels,
+            media_starts=starts,
+            max_new_tokens=tensors.wanted['out.greedy_ids'][1],
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        found |= dict(greedy_ids=answer.sequences[:, ids.shape[1] :], greedy_step_logits=torch.stack(answer.logits, 1))
         steps = tensors.wanted.get('out.cached_decode_logits', (0, 0))[1]
         prompt = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, media_starts=starts)
-        if steps: found['cached_decode_logits'] = cached_steps(model, prompt, found['greedy_ids'][:, :steps])
-    return {f'out.{n}': t for n, t in found.items() if t is not None} | {name: g for name, g in gradients.items() if g is not None}
+        if steps:
+            found['cached_decode_logits'] = cached_steps(model, prompt, found['greedy_ids'][:, :steps])
+    return {f'out.{n}': t for n, t in found.items() if t is not None} | {
+        name: g for name, g in gradients.items() if g is not None
+    }
 
 
 @torch.no_grad()
 def cached_steps(
     model: Owl3Model,
     prompt: dict[str, Any],  # input_ids and attention_mask [B,T], pixel_values, media_starts
-    tokens: Tensor,          # [B,n] to be fed one after the other
+    tokens: Tensor,  # [B,n] to be fed one after the other
 ) -> Tensor:
     "Logits of every fed token, with the cache: → [B,n,V]."
     cache, attention_mask, logits = model(**prompt, use_cache=True).past_key_values, prompt['attention_mask'], []
@@ -175,9 +235,14 @@ def crop_case(
     for i, (height, width) in enumerate(meta['sizes_hw']):
         image = Image.fromarray(tensors[f'in.image.{i}'].numpy())
         tiles, grid = cut(image, meta['image_size'])
-        if choose_grid(width, height, meta['image_size']) != grid: raise ValueError(f'image {i} was cut into {grid}, not into the chosen grid')
-        found |= {f'out.anchor_index.{i}': torch.tensor([GRIDS.index(grid)]), f'out.cut_shape.{i}': torch.tensor([grid, (1, 1)]),
-                  f'out.pixel_values.{i}': clip_pixels(tiles, *colours), f'out.pixel_values_nocut.{i}': clip_pixels([image], *colours)}
+        if choose_grid(width, height, meta['image_size']) != grid:
+            raise ValueError(f'image {i} was cut into {grid}, not into the chosen grid')
+        found |= {
+            f'out.anchor_index.{i}': torch.tensor([GRIDS.index(grid)]),
+            f'out.cut_shape.{i}': torch.tensor([grid, (1, 1)]),
+            f'out.pixel_values.{i}': clip_pixels(tiles, *colours),
+            f'out.pixel_values_nocut.{i}': clip_pixels([image], *colours),
+        }
     return found
 
 
@@ -185,8 +250,10 @@ def kind_of(
     names: set[str],  # tensors of a file
 ) -> str:
     "Which case a file holds; these files do not say it."
-    if 'in.input_ids' in names: return 'full'
-    if 'in.image.0' in names: return 'crop'
+    if 'in.input_ids' in names:
+        return 'full'
+    if 'in.image.0' in names:
+        return 'crop'
     return 'mi_rope' if 'in.0.visual_key' in names else 'layer'
 
 

@@ -16,24 +16,30 @@ from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 # %% ../../nbs/papers/05_owl3.ipynb #9afa59f4
 # Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value heads, R = H/G, d head width.
-States = tuple[Tensor, Tensor]   # keys and values of all images, [N·S, G, d] each
+States = tuple[Tensor, Tensor]  # keys and values of all images, [N·S, G, d] each
 
 
 @dataclass
 class Media:
     "The images of a batch and where they stand in the text."
-    embeds: Tensor                           # [N,S,D] projected features, sample by sample
-    starts: list[list[int]]                  # per sample: position of the first token of every placeholder, counted from the first real token
-    angles: tuple[Tensor, Tensor] | None = None                     # cos and sin of MI-RoPE, [N,d]
-    states: dict[int, States] = field(default_factory=dict)         # layer -> what it made of the images, kept while decoding
-    read: int = 0                                                   # positions of the text that a cache has held beside them
+
+    embeds: Tensor  # [N,S,D] projected features, sample by sample
+    starts: list[
+        list[int]
+    ]  # per sample: position of the first token of every placeholder, counted from the first real token
+    angles: tuple[Tensor, Tensor] | None = None  # cos and sin of MI-RoPE, [N,d]
+    states: dict[int, States] = field(default_factory=dict)  # layer -> what it made of the images, kept while decoding
+    read: int = 0  # positions of the text that a cache has held beside them
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != len(self.embeds):
-            raise ValueError(f'{sum(self.sizes)} placeholders in the text (per sample: {self.sizes}), '
-                             f'{len(self.embeds)} images; they must be equal')
+            raise ValueError(
+                f'{sum(self.sizes)} placeholders in the text (per sample: {self.sizes}), '
+                f'{len(self.embeds)} images; they must be equal'
+            )
         for i, sample in enumerate(self.starts):
-            if list(sample) != sorted(sample): raise ValueError(f'sample {i}: placeholders at {sample}; give images and places in reading order')
+            if list(sample) != sorted(sample):
+                raise ValueError(f'sample {i}: placeholders at {sample}; give images and places in reading order')
 
     @property
     def sizes(self) -> list[int]:
@@ -43,7 +49,9 @@ class Media:
     @property
     def positions(self) -> Tensor:
         "Rotary position of every image, one past its placeholder's first token: [N]."
-        return torch.tensor([start + 1 for sample in self.starts for start in sample], dtype=torch.long, device=self.embeds.device)
+        return torch.tensor(
+            [start + 1 for sample in self.starts for start in sample], dtype=torch.long, device=self.embeds.device
+        )
 
     def forget(self) -> None:
         "Let the features go, once every layer has made its keys and values of them."
@@ -59,7 +67,7 @@ class Media:
 # %% ../../nbs/papers/05_owl3.ipynb #aa210f9f
 def media_offset(
     starts: Sequence[Sequence[int]],  # per sample, as in `Media`
-    length: int,                      # T
+    length: int,  # T
 ) -> Tensor:
     "The official encoding of image positions, [B,T,2]; a sample without images is (0, −1000000)."
     rows, before = [], 0
@@ -73,10 +81,13 @@ def media_offset(
 @dataclass
 class Sight:
     "What the tokens of one forward pass see."
+
     media: Media
-    counts: Tensor                                    # [B,T] images that each token sees
-    runs: list[tuple[int, int, int, int]] = field(default_factory=list)  # (row, start, stop, images) where that number is constant
-    keep: bool = False                                # whether layers leave their keys and values in `media`
+    counts: Tensor  # [B,T] images that each token sees
+    runs: list[tuple[int, int, int, int]] = field(
+        default_factory=list
+    )  # (row, start, stop, images) where that number is constant
+    keep: bool = False  # whether layers leave their keys and values in `media`
 
     @classmethod
     def of(
@@ -88,8 +99,12 @@ class Sight:
         "Compare positions with placeholders."
         beams = len(position_ids) // len(media.starts)
         if beams * len(media.starts) != len(position_ids):
-            raise ValueError(f'{len(position_ids)} rows for {len(media.starts)} samples; expected as many, or a multiple of them (beams)')
-        table = pad_sequence([torch.tensor(sample, dtype=torch.long) for sample in media.starts], True, padding_value=2 ** 31)
+            raise ValueError(
+                f'{len(position_ids)} rows for {len(media.starts)} samples; expected as many, or a multiple of them (beams)'
+            )
+        table = pad_sequence(
+            [torch.tensor(sample, dtype=torch.long) for sample in media.starts], True, padding_value=2**31
+        )
         counts = (position_ids.cpu()[..., None] > table.repeat_interleave(beams, 0)[:, None]).sum(-1)
         runs = []
         for row, line in enumerate(counts):
@@ -113,7 +128,9 @@ class Sight:
         "The images of every row, padded to equally many, [B,W], and whether a token looks at their patches, [B,T,W·S]."
         sizes, device = self.media.sizes, self.counts.device
         index = pad_sequence(torch.arange(sum(sizes), device=device).split(sizes), batch_first=True)
-        seen = (torch.arange(index.shape[1], device=device) < self.counts[..., None]) | ~self.sees[..., None]  # nothing but −∞ has no softmax
+        seen = (torch.arange(index.shape[1], device=device) < self.counts[..., None]) | ~self.sees[
+            ..., None
+        ]  # nothing but −∞ has no softmax
         return index.repeat_interleave(self.beams, 0), seen.repeat_interleave(self.media.embeds.shape[1], -1)
 
     def states(
@@ -123,37 +140,42 @@ class Sight:
     ) -> States:
         "Keys and values of a layer, made once per `Media` when they are kept."
         made = self.media.states.get(layer) or make()
-        if self.keep: self.media.states[layer] = made
+        if self.keep:
+            self.media.states[layer] = made
         return made
 
 # %% ../../nbs/papers/05_owl3.ipynb #25eab965
 def rotate(
-    keys: Tensor,                     # [N,S,G,d]
-    angles: tuple[Tensor, Tensor],    # cos and sin, [N,d]
+    keys: Tensor,  # [N,S,G,d]
+    angles: tuple[Tensor, Tensor],  # cos and sin, [N,d]
 ) -> Tensor:
     "Rotate every image's keys to its position: [N,S,G,d] → [N,S,G,d]."
     cos, sin = (table[:, None, None].to(keys.dtype) for table in angles)
     return keys * cos + rotate_half(keys) * sin
 
 # %% ../../nbs/papers/05_owl3.ipynb #9a8c1881
-_AT_ONCE = 2 ** 23   # entries of image features that are normalised and projected together: three images of 729 × 3584
+_AT_ONCE = 2**23  # entries of image features that are normalised and projected together: three images of 729 × 3584
 
 
 def _join(parts: Iterable[States], length: int) -> States:
     "Parts one after the other: → [length,G,d] twice."
-    if torch.is_grad_enabled(): return tuple(map(torch.cat, zip(*parts)))
+    if torch.is_grad_enabled():
+        return tuple(map(torch.cat, zip(*parts)))
     whole, stop = (), 0
     for part in parts:
         whole = whole or tuple(states.new_empty(length, *states.shape[1:]) for states in part)
         start, stop = stop, stop + len(part[0])
-        for states, piece in zip(whole, part): states[start:stop] = piece
+        for states, piece in zip(whole, part):
+            states[start:stop] = piece
     return whole
 
 
 def image_states(
     media: Media,
-    project: Callable[[Tensor], States],           # norm and projection of some images: [n,S,D] → keys and values, [n,S,G,d] each
-    angles: tuple[Tensor, Tensor] | None = None,   # cos and sin, [N,d]: rotate the keys
+    project: Callable[
+        [Tensor], States
+    ],  # norm and projection of some images: [n,S,D] → keys and values, [n,S,G,d] each
+    angles: tuple[Tensor, Tensor] | None = None,  # cos and sin, [N,d]: rotate the keys
 ) -> States:
     "Keys and values of all images: [N,S,D] → [N·S,G,d] twice."
     at_once = max(1, _AT_ONCE // media.embeds.shape[1:].numel())
@@ -163,10 +185,11 @@ def image_states(
         for embeds, *turned in zip(*(table.split(at_once) for table in (media.embeds, *(angles or ())))):
             k, v = project(embeds)
             yield (rotate(k, turned) if turned else k).flatten(0, 1), v.flatten(0, 1)
+
     return _join(parts(), media.embeds.shape[:2].numel())
 
 # %% ../../nbs/papers/05_owl3.ipynb #2b8b74c6
-_DENSE = 2 ** 13   # entries of a mask per run of tokens up to which one padded call beats a call per run
+_DENSE = 2**13  # entries of a mask per run of tokens up to which one padded call beats a call per run
 
 
 def _fold(query: Tensor, groups: int) -> Tensor:
@@ -180,11 +203,16 @@ def _by_runs(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
     samples = [*zip(*(states.split([n * per_image for n in sight.media.sizes]) for states in (keys, values)))]
     pieces: list[list[Tensor]] = [[] for _ in query]
     for row, start, stop, count in sight.runs:
-        asked = query[row:row + 1, :, start:stop]
+        asked = query[row : row + 1, :, start:stop]
         if count:
-            k, v = (states[:count * per_image].transpose(0, 1)[None] for states in samples[row // sight.beams])
-            asked = F.scaled_dot_product_attention(_fold(asked, k.shape[1]), k, v).unflatten(2, (-1, stop - start)).flatten(1, 2)
-        else: asked = torch.zeros_like(asked, dtype=values.dtype)
+            k, v = (states[: count * per_image].transpose(0, 1)[None] for states in samples[row // sight.beams])
+            asked = (
+                F.scaled_dot_product_attention(_fold(asked, k.shape[1]), k, v)
+                .unflatten(2, (-1, stop - start))
+                .flatten(1, 2)
+            )
+        else:
+            asked = torch.zeros_like(asked, dtype=values.dtype)
         pieces[row].append(asked)
     return torch.cat([torch.cat(row, 2) for row in pieces])
 
@@ -192,17 +220,26 @@ def _by_runs(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tenso
 def _padded(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
     "One call with padded keys and a mask: [B,H,T,d] → [B,H,T,d]; what tokens that see nothing get is undefined."
     index, mask = sight.padded
-    k, v = (states.unflatten(0, (-1, sight.media.embeds.shape[1]))[index].flatten(1, 2).transpose(1, 2) for states in (keys, values))
+    k, v = (
+        states.unflatten(0, (-1, sight.media.embeds.shape[1]))[index].flatten(1, 2).transpose(1, 2)
+        for states in (keys, values)
+    )
     mask = mask[:, None].repeat(1, 1, query.shape[1] // k.shape[1], 1)
-    return F.scaled_dot_product_attention(_fold(query, k.shape[1]), k, v, attn_mask=mask).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    return (
+        F.scaled_dot_product_attention(_fold(query, k.shape[1]), k, v, attn_mask=mask)
+        .unflatten(2, (-1, query.shape[2]))
+        .flatten(1, 2)
+    )
 
 
 def image_attention(
-    query: Tensor,   # [B,H,T,d]
-    keys: Tensor,    # [N·S,G,d]
+    query: Tensor,  # [B,H,T,d]
+    keys: Tensor,  # [N·S,G,d]
     values: Tensor,  # [N·S,G,d]
     sight: Sight,
 ) -> Tensor:
     "Softmax over the patches of all images that a token sees: [B,H,T,d] → [B,H,T,d]; meaningless where a token sees none."
     mask = sight.counts.numel() * max(sight.media.sizes) * sight.media.embeds.shape[1]
-    return (_padded if len(sight.runs) > 1 < query.shape[2] and 0 < mask <= _DENSE * len(sight.runs) else _by_runs)(query, keys, values, sight)
+    return (_padded if len(sight.runs) > 1 < query.shape[2] and 0 < mask <= _DENSE * len(sight.runs) else _by_runs)(
+        query, keys, values, sight
+    )

@@ -22,36 +22,50 @@ from .media import Media, Sight
 from .processor import Owl3Processor
 
 # %% ../../nbs/papers/05_owl3.ipynb #ec34151f
-IMAGE_TOKENS = (27, 91, 1805, 91, 29)   # `<|image|>` in the tokens of Qwen2: < | image | >
-NEW_PARTS = ('.v_kv_proj.', '.self_attn.gate', '.visual_layernorm.', '.cross_attn.')   # in the names of what a language model gains
+IMAGE_TOKENS = (27, 91, 1805, 91, 29)  # `<|image|>` in the tokens of Qwen2: < | image | >
+NEW_PARTS = (
+    '.v_kv_proj.',
+    '.self_attn.gate',
+    '.visual_layernorm.',
+    '.cross_attn.',
+)  # in the names of what a language model gains
 
 
 class Owl3Config(VisionLanguageConfig):
     "Settings of mPLUG-Owl3."
+
     model_type = 'owl3'
 
-    fusion: str = 'hyper'                                   # one of `FUSIONS`
-    hyper_layers: list[int] | tuple[int, ...] = (0, 8, 16, 24)    # blocks that look at images, counted from 0
-    gate: str = 'adaptive'                                  # one of `GATES`; of hyper attention only, as the next two
-    shared_norm: bool = True                                # one input norm for text and images
-    mi_rope: bool = True                                    # image keys are rotated to their placeholders
-    placeholder_ids: list[int] | tuple[int, ...] = IMAGE_TOKENS   # ordinary tokens that stand for an image
+    fusion: str = 'hyper'  # one of `FUSIONS`
+    hyper_layers: list[int] | tuple[int, ...] = (0, 8, 16, 24)  # blocks that look at images, counted from 0
+    gate: str = 'adaptive'  # one of `GATES`; of hyper attention only, as the next two
+    shared_norm: bool = True  # one input norm for text and images
+    mi_rope: bool = True  # image keys are rotated to their placeholders
+    placeholder_ids: list[int] | tuple[int, ...] = IMAGE_TOKENS  # ordinary tokens that stand for an image
 
     def __post_init__(self, **kwargs: Any) -> None:
-        defaults = {'vision_config': {'model_type': 'siglip_vision_model', 'vision_use_head': False}, 'text_config': {'model_type': 'qwen2'}}
+        defaults = {
+            'vision_config': {'model_type': 'siglip_vision_model', 'vision_use_head': False},
+            'text_config': {'model_type': 'qwen2'},
+        }
         for part, fields in defaults.items():
             given = getattr(self, part)
-            if given is None or isinstance(given, dict): setattr(self, part, fields | (given or {}))
+            if given is None or isinstance(given, dict):
+                setattr(self, part, fields | (given or {}))
         self.hyper_layers, self.placeholder_ids = list(self.hyper_layers), list(self.placeholder_ids)
         for name, value, known in (('fusion', self.fusion, FUSIONS), ('gate', self.gate, GATES)):
-            if value not in known: raise ValueError(f'{name} is {value!r}; expected one of {known}')
-        if not self.placeholder_ids: raise ValueError('placeholder_ids is empty; an image needs a place in the text')
+            if value not in known:
+                raise ValueError(f'{name} is {value!r}; expected one of {known}')
+        if not self.placeholder_ids:
+            raise ValueError('placeholder_ids is empty; an image needs a place in the text')
         super().__post_init__(**kwargs)
 
     @property
     def layer_options(self) -> dict[str, Any]:
         "What `HyperLayer` is built with."
-        return {name: getattr(self, name) for name in ('gate', 'shared_norm', 'mi_rope')} if self.fusion == 'hyper' else {}
+        return (
+            {name: getattr(self, name) for name in ('gate', 'shared_norm', 'mi_rope')} if self.fusion == 'hyper' else {}
+        )
 
     def visual_token_count(self) -> int:
         "Positions that one image takes in the text."
@@ -59,25 +73,29 @@ class Owl3Config(VisionLanguageConfig):
 
 # %% ../../nbs/papers/05_owl3.ipynb #8151fa74
 def placeholder_starts(
-    input_ids: Tensor,              # [B,T]
+    input_ids: Tensor,  # [B,T]
     attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
     placeholder_ids: Sequence[int],
 ) -> list[list[int]]:
     "Per row, the position of the first token of every placeholder, counted from the first real token."
     pattern, length = torch.tensor(list(placeholder_ids), device=input_ids.device), len(placeholder_ids)
-    if input_ids.shape[1] < length: return [[] for _ in input_ids]
+    if input_ids.shape[1] < length:
+        return [[] for _ in input_ids]
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    found = (input_ids.unfold(1, length, 1) == pattern).all(-1) & real[:, :input_ids.shape[1] - length + 1].bool()
+    found = (input_ids.unfold(1, length, 1) == pattern).all(-1) & real[:, : input_ids.shape[1] - length + 1].bool()
     positions = real.cumsum(1) - 1
-    return [positions[row, :len(line)][line].tolist() for row, line in enumerate(found)]
+    return [positions[row, : len(line)][line].tolist() for row, line in enumerate(found)]
 
 
 _ROWS = 'media_starts of {} samples, {} rows; give one list per row'
-_BEYOND = 'sample {}: an image reaches beyond the {} positions of the language model: shorten the text or show fewer images'
+_BEYOND = (
+    'sample {}: an image reaches beyond the {} positions of the language model: shorten the text or show fewer images'
+)
 
 
 class Owl3Model(VisionLanguageModel):
     "SigLIP → linear → Qwen2 with image attention, under the official names."
+
     config_class = Owl3Config
     connector_name = 'vision2text_model'
 
@@ -90,33 +108,46 @@ class Owl3Model(VisionLanguageModel):
         "As transformers', but a checkpoint must hold all that lets the text see images."
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(name for name in info['missing_keys'] if any(part in name for part in NEW_PARTS))
-        if missing: raise ValueError(f'the checkpoint lacks {len(missing)} weights of the image layers: {missing[:8]}; save the whole model')
+        if missing:
+            raise ValueError(
+                f'the checkpoint lacks {len(missing)} weights of the image layers: {missing[:8]}; save the whole model'
+            )
         return (model, info) if output_loading_info else model
 
     def media(
         self,
-        input_ids: Tensor | None,                            # [B,T]; None: media_starts says where images are
-        attention_mask: Tensor | None = None,                # [B,T]
-        pixel_values: Tensor | None = None,                  # [N,3,height,width]
-        image_features: Tensor | None = None,                # [N,S,Dv] instead of pixels
-        media_starts: Sequence[Sequence[int]] | None = None,  # per sample, counted from the first real token; None: found in input_ids
+        input_ids: Tensor | None,  # [B,T]; None: media_starts says where images are
+        attention_mask: Tensor | None = None,  # [B,T]
+        pixel_values: Tensor | None = None,  # [N,3,height,width]
+        image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
+        media_starts: Sequence[Sequence[int]]
+        | None = None,  # per sample, counted from the first real token; None: found in input_ids
     ) -> Media | None:
         "The images of a batch in their places; None without images."
         if input_ids is None and media_starts is None:
             raise ValueError('images with inputs_embeds need media_starts: there are no ids to find placeholders in')
-        pixel_values, image_features = (None if given is None or not len(given) else given for given in (pixel_values, image_features))
-        starts = (placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids) if media_starts is None else
-                  [list(s) for s in media_starts])
-        if input_ids is not None and len(starts) != len(input_ids): raise ValueError(_ROWS.format(len(starts), len(input_ids)))
+        pixel_values, image_features = (
+            None if given is None or not len(given) else given for given in (pixel_values, image_features)
+        )
+        starts = (
+            placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids)
+            if media_starts is None
+            else [list(s) for s in media_starts]
+        )
+        if input_ids is not None and len(starts) != len(input_ids):
+            raise ValueError(_ROWS.format(len(starts), len(input_ids)))
         if pixel_values is None and image_features is None:
             if any(starts):
-                raise ValueError(f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
-                                 'is given')
+                raise ValueError(
+                    f'samples {[i for i, s in enumerate(starts) if s]} have placeholders but neither pixel_values nor image_features '
+                    'is given'
+                )
             return None
         context = self.config.text_config.max_position_embeddings
-        length = max(self.config.visual_token_count(), 2)   # an image stands one past its start
+        length = max(self.config.visual_token_count(), 2)  # an image stands one past its start
         for i, sample in enumerate(starts):
-            if max(sample, default=-length) + length > context: raise ValueError(_BEYOND.format(i, context))
+            if max(sample, default=-length) + length > context:
+                raise ValueError(_BEYOND.format(i, context))
         media = Media(self.visual_embeds(pixel_values, image_features), starts)
         media.rotary(self.get_decoder().rotary_emb)
         return media
@@ -125,41 +156,67 @@ class Owl3Model(VisionLanguageModel):
 @patch
 def forward(
     self: Owl3Model,
-    input_ids: Tensor | None = None,         # [B,T]
-    attention_mask: Tensor | None = None,    # [B,T'] over past and new tokens, 1 at real tokens
-    pixel_values: Tensor | None = None,      # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,    # [N,S,Dv] instead of pixels
+    input_ids: Tensor | None = None,  # [B,T]
+    attention_mask: Tensor | None = None,  # [B,T'] over past and new tokens, 1 at real tokens
+    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
+    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
     labels: Tensor | None = None,
-    position_ids: Tensor | None = None,      # [B,T] counted from the first real token
+    position_ids: Tensor | None = None,  # [B,T] counted from the first real token
     past_key_values: Any = None,
     use_cache: bool | None = None,
-    inputs_embeds: Tensor | None = None,     # [B,T,D] instead of input_ids
-    media: Media | bool | None = None,       # made by `media`, instead of pixels or features; False: no images, whatever the text spells
+    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
+    media: Media
+    | bool
+    | None = None,  # made by `media`, instead of pixels or features; False: no images, whatever the text spells
     media_starts: Sequence[Sequence[int]] | None = None,
-    **kwargs: Any,                           # as for `VisionLanguageModel`
+    **kwargs: Any,  # as for `VisionLanguageModel`
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
-        raise NotImplementedError('packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
-                                  'set pack to False')
-    given, images = inputs_embeds if input_ids is None else input_ids, pixel_values is not None or image_features is not None
+        raise NotImplementedError(
+            'packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
+            'set pack to False'
+        )
+    given, images = (
+        inputs_embeds if input_ids is None else input_ids,
+        pixel_values is not None or image_features is not None,
+    )
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    held = getattr(past_key_values, 'media', None) if past else None   # an emptied cache may still name the images of what it held
+    held = (
+        getattr(past_key_values, 'media', None) if past else None
+    )  # an emptied cache may still name the images of what it held
     if images and past:
-        raise NotImplementedError(f"the cache {'already holds the images of this conversation' if held else 'holds text without images'}; "
-                                  'give all images with the first tokens, or start again without a cache')
-    if held: self.check_held(held, past, attention_mask)
+        raise NotImplementedError(
+            f'the cache {"already holds the images of this conversation" if held else "holds text without images"}; '
+            'give all images with the first tokens, or start again without a cache'
+        )
+    if held:
+        self.check_held(held, past, attention_mask)
     media = media if held is None else held
     if media is None and (images or not past and (input_ids is not None or media_starts)):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
-        if media and len(media.starts) != len(given): raise ValueError(_ROWS.format(len(media.starts), len(given)))
-    if media and use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config.text_config)
-    if past_key_values is not None: past_key_values.media = media or None
+        if media and len(media.starts) != len(given):
+            raise ValueError(_ROWS.format(len(media.starts), len(given)))
+    if media and use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=self.config.text_config)
+    if past_key_values is not None:
+        past_key_values.media = media or None
     if media:
         position_ids = self.text_positions(given, attention_mask, position_ids, past)
-        kwargs['sight'] = Sight.of(media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled())
-    out = VisionLanguageModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=position_ids,
-                                      past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        kwargs['sight'] = Sight.of(
+            media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled()
+        )
+    out = VisionLanguageModel.forward(
+        self,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
     if media and kwargs['sight'].keep:
         media.forget()
         media.read = past + given.shape[1]
@@ -169,33 +226,44 @@ def forward(
 @patch
 def check_held(
     self: Owl3Model,
-    held: Media,                     # of the cache
-    past: int,                       # positions in the cache
-    attention_mask: Tensor | None,   # [B,T'] over past and new tokens
+    held: Media,  # of the cache
+    past: int,  # positions in the cache
+    attention_mask: Tensor | None,  # [B,T'] over past and new tokens
 ) -> None:
     "A cache that was cut in front of the end of an image is refused."
-    if past >= held.read: return
-    mask = attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(held.starts), past, dtype=torch.long)
-    for i, (starts, kept) in enumerate(zip(held.starts, mask[::len(mask) // len(held.starts), :past].sum(1).tolist())):
+    if past >= held.read:
+        return
+    mask = (
+        attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(held.starts), past, dtype=torch.long)
+    )
+    for i, (starts, kept) in enumerate(zip(held.starts, mask[:: len(mask) // len(held.starts), :past].sum(1).tolist())):
         if starts and max(starts) + self.config.visual_token_count() > kept:
-            raise NotImplementedError(f'sample {i}: the cache was cut to {kept} tokens, its last image ends after {max(starts)}; '
-                                      'start again without a cache, with the images that are left')
+            raise NotImplementedError(
+                f'sample {i}: the cache was cut to {kept} tokens, its last image ends after {max(starts)}; '
+                'start again without a cache, with the images that are left'
+            )
 
 
 @patch
 def text_positions(
     self: Owl3Model,
-    given: Tensor,                   # [B,T] ids or [B,T,D] embeddings
-    attention_mask: Tensor | None,   # [B,T'] over past and new tokens
-    position_ids: Tensor | None,     # [B,T] if known
-    past: int,                       # tokens in the cache
+    given: Tensor,  # [B,T] ids or [B,T,D] embeddings
+    attention_mask: Tensor | None,  # [B,T'] over past and new tokens
+    position_ids: Tensor | None,  # [B,T] if known
+    past: int,  # tokens in the cache
 ) -> Tensor:
     "Positions counted from the first real token, [B,T]; several samples in one row are refused."
-    length, mask = given.shape[1], attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(given), past + given.shape[1])
-    if position_ids is None: return mask_and_positions(mask, None, given)[1].to(given.device)
+    length, mask = (
+        given.shape[1],
+        attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(given), past + given.shape[1]),
+    )
+    if position_ids is None:
+        return mask_and_positions(mask, None, given)[1].to(given.device)
     position_ids, real = position_ids.expand(len(given), -1), mask[:, -length:].bool().to(given.device)
     if bool(((position_ids.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()):
-        raise NotImplementedError('position_ids start again within a row: image positions of packed samples are not wired; set pack to False')
+        raise NotImplementedError(
+            'position_ids start again within a row: image positions of packed samples are not wired; set pack to False'
+        )
     return position_ids
 
 
@@ -203,25 +271,28 @@ def text_positions(
 @torch.no_grad()
 def generate(
     self: Owl3Model,
-    input_ids: Tensor,                     # [B,T] prompts, padded on any side
+    input_ids: Tensor,  # [B,T] prompts, padded on any side
     attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,    # [N,3,height,width]
+    pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
     media_starts: Sequence[Sequence[int]] | None = None,
-    **kwargs: Any,                         # as for transformers' generate, beam search included
+    **kwargs: Any,  # as for transformers' generate, beam search included
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
-    if attention_mask is None: attention_mask = torch.ones_like(input_ids)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
     prompts, attention_mask = pad_left(input_ids[..., None], attention_mask)
-    return GenerationMixin.generate(self, input_ids=prompts[..., 0], attention_mask=attention_mask, media=media or False, **kwargs)
+    return GenerationMixin.generate(
+        self, input_ids=prompts[..., 0], attention_mask=attention_mask, media=media or False, **kwargs
+    )
 
 
 @patch
 def planned_step(
     self: Owl3Model,
-    length: int,             # T, positions of the text
-    images: int,             # N, seen by all of it
+    length: int,  # T, positions of the text
+    images: int,  # N, seen by all of it
     image_features: Tensor,  # [N,S,Dv]
 ) -> Tensor:
     "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
@@ -238,71 +309,155 @@ register(Owl3Config, Owl3Model, Owl3Processor)
 class ConcatModel(VisionLanguageModel):
     "Table 8's concatenation: every patch takes a position of the text."
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
         "As the house does; no image may reach beyond the context."
         text, is_image = self.config.text_config, input_ids == self.config.image_token_id
-        padding = (input_ids == (-1 if text.pad_token_id is None else text.pad_token_id)).long().cumprod(1).sum(1, keepdim=True)   # on the left
+        padding = (
+            (input_ids == (-1 if text.pad_token_id is None else text.pad_token_id))
+            .long()
+            .cumprod(1)
+            .sum(1, keepdim=True)
+        )  # on the left
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) - padding
         beyond = (is_image & (positions >= text.max_position_embeddings)).any(1)
-        if bool(beyond.any()): raise ValueError(_BEYOND.format(int(beyond.nonzero()[0]), text.max_position_embeddings))
+        if bool(beyond.any()):
+            raise ValueError(_BEYOND.format(int(beyond.nonzero()[0]), text.max_position_embeddings))
         return super().embed(input_ids, pixel_values, image_features)
 
 # %% ../../nbs/papers/05_owl3.ipynb #1bf8e84e
-SIGLIP = dict(model_type='siglip_vision_model', hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-              image_size=384, patch_size=14, vision_use_head=False)
-_QWEN2 = dict(model_type='qwen2', vocab_size=151851, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=151643,
-              eos_token_id=151645, use_sliding_window=False)
-SIZES = {   # language model, layers (from 0), gate
-    '7B': (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                tie_word_embeddings=False), (0, 8, 16, 24), 'adaptive'),
-    '2B': (dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-                tie_word_embeddings=True), (6, 14, 22, 25), 'static'),
-    '1B': (dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-                tie_word_embeddings=True), (5, 12, 19, 21), 'static'),
+SIGLIP = dict(
+    model_type='siglip_vision_model',
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    vision_use_head=False,
+)
+_QWEN2 = dict(
+    model_type='qwen2',
+    vocab_size=151851,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    bos_token_id=151643,
+    eos_token_id=151645,
+    use_sliding_window=False,
+)
+SIZES = {  # language model, layers (from 0), gate
+    '7B': (
+        dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        (0, 8, 16, 24),
+        'adaptive',
+    ),
+    '2B': (
+        dict(
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        (6, 14, 22, 25),
+        'static',
+    ),
+    '1B': (
+        dict(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        (5, 12, 19, 21),
+        'static',
+    ),
 }
 
 
 def paper_config(
-    size: str = '7B',       # '7B' (240728), '2B' or '1B' (241014)
-    **changes: Any,         # fields of `Owl3Config`
+    size: str = '7B',  # '7B' (240728), '2B' or '1B' (241014)
+    **changes: Any,  # fields of `Owl3Config`
 ) -> Owl3Config:
     "The configuration of a released model."
-    if size not in SIZES: raise KeyError(f'size {size!r} is not released; expected one of {list(SIZES)}')
+    if size not in SIZES:
+        raise KeyError(f'size {size!r} is not released; expected one of {list(SIZES)}')
     text, layers, gate = SIZES[size]
-    return Owl3Config(**(dict(vision_config=SIGLIP, text_config=_QWEN2 | text, hyper_layers=layers, gate=gate) | changes))
+    return Owl3Config(
+        **(dict(vision_config=SIGLIP, text_config=_QWEN2 | text, hyper_layers=layers, gate=gate) | changes)
+    )
 
 # %% ../../nbs/papers/05_owl3.ipynb #9867ed52
-UNUSED_KEYS = ('vision_model.head.',)   # accepted, named in `model.unused_keys`
-_TEXT_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads')
-_TEXT_OPTIONS = ('max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings', 'bos_token_id', 'eos_token_id', 'use_sliding_window',
-                 'attention_dropout', 'initializer_range')
+UNUSED_KEYS = ('vision_model.head.',)  # accepted, named in `model.unused_keys`
+_TEXT_FIELDS = (
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+)
+_TEXT_OPTIONS = (
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'rope_theta',
+    'tie_word_embeddings',
+    'bos_token_id',
+    'eos_token_id',
+    'use_sliding_window',
+    'attention_dropout',
+    'initializer_range',
+)
 
 
 def official_config(
-    config: Mapping[str, Any],    # content of an official config.json
-    gate: str = 'adaptive',       # the files do not say it: `load_official` reads it off the keys
+    config: Mapping[str, Any],  # content of an official config.json
+    gate: str = 'adaptive',  # the files do not say it: `load_official` reads it off the keys
     placeholder_ids: Sequence[int] = IMAGE_TOKENS,
 ) -> Owl3Config:
     "Our configuration of an official checkpoint."
     missing = [name for name in (*_TEXT_FIELDS, 'hyper_layers', 'vision_config') if config.get(name) is None]
-    if missing: raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
+    if missing:
+        raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
     layers = config['hyper_layers']
     if min(layers) < 1 or max(layers) > config['num_hidden_layers']:
-        raise ValueError(f"config.json: hyper_layers {layers} must count from 1 to {config['num_hidden_layers']}")
+        raise ValueError(f'config.json: hyper_layers {layers} must count from 1 to {config["num_hidden_layers"]}')
     text = {name: config[name] for name in (*_TEXT_FIELDS, *_TEXT_OPTIONS) if config.get(name) is not None}
     vision = {'model_type': 'siglip_vision_model', **config['vision_config'], 'vision_use_head': False}
-    return Owl3Config(vision_config=vision, text_config=text | {'model_type': 'qwen2'}, hyper_layers=[i - 1 for i in layers], gate=gate,
-                      placeholder_ids=placeholder_ids)
+    return Owl3Config(
+        vision_config=vision,
+        text_config=text | {'model_type': 'qwen2'},
+        hyper_layers=[i - 1 for i in layers],
+        gate=gate,
+        placeholder_ids=placeholder_ids,
+    )
 
 
 def gate_of(
     names: Sequence[str],  # keys of a checkpoint
 ) -> str:
     "Which gate a checkpoint has."
-    kinds = [kind for kind, ending in (('adaptive', '.self_attn.gate_proj.0.weight'), ('static', '.self_attn.gate'))
-             if any(n.endswith(ending) for n in names)]
+    kinds = [
+        kind
+        for kind, ending in (('adaptive', '.self_attn.gate_proj.0.weight'), ('static', '.self_attn.gate'))
+        if any(n.endswith(ending) for n in names)
+    ]
     if len(kinds) != 1:
-        raise ValueError(f'found gates {kinds}; expected self_attn.gate_proj.0 (adaptive) or self_attn.gate (static) in the hyper layers')
+        raise ValueError(
+            f'found gates {kinds}; expected self_attn.gate_proj.0 (adaptive) or self_attn.gate (static) in the hyper layers'
+        )
     return kinds[0]
 
 
@@ -314,20 +469,24 @@ def convert_official(
     unused = [name for name in state if name.startswith(UNUSED_KEYS)]
     ours = {name: tensor for name, tensor in state.items() if name not in unused}
     head, table = 'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'
-    if config.tie_word_embeddings and table in ours: ours.setdefault(head, ours[table])
+    if config.tie_word_embeddings and table in ours:
+        ours.setdefault(head, ours[table])
     return ours, unused
 
 
 def load_official(
-    folder: str | Path,                # an official checkpoint: config.json and weights
+    folder: str | Path,  # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
 ) -> Owl3Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
     folder = Path(folder)
     state = read_weights(folder)
-    config = official_config(json.loads((folder/'config.json').read_text()), gate_of(list(state)))
+    config = official_config(json.loads((folder / 'config.json').read_text()), gate_of(list(state)))
     state, unused = convert_official(state, config)
-    with torch.device('meta'): check_keys(Owl3Model(config).state_dict(), state)
-    model = Owl3Model.from_pretrained(None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype).eval()
+    with torch.device('meta'):
+        check_keys(Owl3Model(config).state_dict(), state)
+    model = Owl3Model.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
+    ).eval()
     model.unused_keys = unused
     return model

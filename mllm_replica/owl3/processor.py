@@ -22,22 +22,33 @@ from ..models.vision import image_keys
 from ..models.vlm import VisionLanguageProcessor
 
 # %% ../../nbs/papers/05_owl3.ipynb #99332876
-GRIDS = ((2, 2), (1, 3), (1, 4), (3, 1), (4, 1), (2, 3), (3, 2))  # (rows, columns); no picture is cut in fewer than three
+GRIDS = (
+    (2, 2),
+    (1, 3),
+    (1, 4),
+    (3, 1),
+    (4, 1),
+    (2, 3),
+    (3, 2),
+)  # (rows, columns); no picture is cut in fewer than three
 
 
-def _overlap(wide: torch.Tensor, high: torch.Tensor, width: torch.Tensor | int, height: torch.Tensor | int) -> torch.Tensor:
+def _overlap(
+    wide: torch.Tensor, high: torch.Tensor, width: torch.Tensor | int, height: torch.Tensor | int
+) -> torch.Tensor:
     "Intersection over union of grids and boxes that share a corner: [7] → [7]."
     shared = wide.clamp(max=width) * high.clamp(max=height)
     return shared / ((wide * high + width * height - shared).float() + 1e-5)
 
 
 def choose_grid(
-    width: int,   # of the picture, pixels
+    width: int,  # of the picture, pixels
     height: int,
-    size: int,    # side of a tile
+    size: int,  # side of a tile
 ) -> tuple[int, int]:
     "Rows and columns of the grid that suits a picture best."
-    if min(width, height, size) < 1: raise ValueError(f'{width} x {height} pixels cannot be cut in tiles of {size}; all must be positive')
+    if min(width, height, size) < 1:
+        raise ValueError(f'{width} x {height} pixels cannot be cut in tiles of {size}; all must be positive')
     rows, cols = torch.tensor(GRIDS, device='cpu').T
     wide, high = cols * size, rows * size
     scaled = (wide.float() * (height / width)).long()
@@ -49,7 +60,7 @@ PLACEHOLDER = '<|image|>'
 
 def cut(
     image: Any,  # PIL image, or a source as for `open_image`
-    size: int,   # side of a tile, pixels
+    size: int,  # side of a tile, pixels
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     "Tiles row by row and the global view last; and (rows, columns)."
     image = open_image(image)
@@ -73,8 +84,10 @@ def frame_indices(
     count: int,  # frames wanted
 ) -> list[int]:
     "Numbers of the middle frames of `count` equal stretches, padded with the last one."
-    if count < 1: raise ValueError(f'{count} frames were asked for; a video needs at least one')
-    if total < 1: raise ValueError('the video has no frames')
+    if count < 1:
+        raise ValueError(f'{count} frames were asked for; a video needs at least one')
+    if total < 1:
+        raise ValueError('the video has no frames')
     parts = min(total, count)
     edges = [i * total // parts for i in range(parts + 1)]
     middles = [(first + after - 1) // 2 for first, after in zip(edges, edges[1:])]
@@ -90,15 +103,21 @@ class VideoError(ImageError):
 
 def _open(file: BinaryIO, max_pixels: int) -> Any:
     "An `av` container, proven to hold a video of frames that are not too large."
-    try: import av
-    except ImportError as error: raise ImportError('reading a video needs PyAV: pip install mllm-replica[video]') from error
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading a video needs PyAV: pip install mllm-replica[video]') from error
     file.seek(0)
     container = av.open(file, options={'format_whitelist': CONTAINERS, 'protocol_whitelist': 'none'})
-    if not container.streams.video: raise VideoError('the file has no video stream')
+    if not container.streams.video:
+        raise VideoError('the file has no video stream')
     codec = container.streams.video[0].codec_context
-    if codec is None: raise VideoError('its video stream cannot be decoded: the codec is unknown or the file is cut off')
+    if codec is None:
+        raise VideoError('its video stream cannot be decoded: the codec is unknown or the file is cut off')
     if codec.width * codec.height > max_pixels:
-        raise VideoError(f'frames of {codec.width} x {codec.height} pixels are more than the limit of {max_pixels}; shrink it or raise max_pixels')
+        raise VideoError(
+            f'frames of {codec.width} x {codec.height} pixels are more than the limit of {max_pixels}; shrink it or raise max_pixels'
+        )
     return container
 
 
@@ -108,40 +127,53 @@ def _frames(file: BinaryIO, wanted: set[int], max_pixels: int) -> tuple[dict[int
     with _open(file, max_pixels) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if frame.width * frame.height > max_pixels:
-                raise VideoError(f'frame {number} has {frame.width} x {frame.height} pixels, more than the limit of {max_pixels}; shrink it')
-            if number in wanted: found[number] = frame.to_image().rotate(frame.rotation, expand=True)
-            if len(found) == len(wanted): break
+                raise VideoError(
+                    f'frame {number} has {frame.width} x {frame.height} pixels, more than the limit of {max_pixels}; shrink it'
+                )
+            if number in wanted:
+                found[number] = frame.to_image().rotate(frame.rotation, expand=True)
+            if len(found) == len(wanted):
+                break
     return found, number + 1
 
 # %% ../../nbs/papers/05_owl3.ipynb #ea35ced7
 def _sampled(file: BinaryIO, count: int, max_pixels: int) -> list[Image.Image]:
     "`count` frames of an opened file."
-    with _open(file, max_pixels) as container: total = sum(packet.size > 0 for packet in container.demux(video=0))
+    with _open(file, max_pixels) as container:
+        total = sum(packet.size > 0 for packet in container.demux(video=0))
     while total:
         order = frame_indices(total, count)
         found, decoded = _frames(file, set(order), max_pixels)
-        if len(found) == len(set(order)): return [found[number] for number in order]
+        if len(found) == len(set(order)):
+            return [found[number] for number in order]
         total = decoded
     raise VideoError('the video has no frames')
 
 
 def read_video(
     source: str | Path | bytes | dict,  # path under `root`, bytes, or {'bytes', 'path'}
-    count: int,                         # frames, evenly spread
-    root: Path | None = None,           # folder that paths are relative to
-    max_pixels: int = MAX_PIXELS,       # width x height of a frame
+    count: int,  # frames, evenly spread
+    root: Path | None = None,  # folder that paths are relative to
+    max_pixels: int = MAX_PIXELS,  # width x height of a frame
 ) -> list[Image.Image]:
     "`count` frames of a video as upright RGB pictures, or a `VideoError` naming it."
-    if count < 1: raise ValueError(f'{count} frames were asked for; a video needs at least one')
+    if count < 1:
+        raise ValueError(f'{count} frames were asked for; a video needs at least one')
     name = image_name(source).replace('unnamed image', 'unnamed video')
     try:
         content = _content(source, root)
-        with content if not isinstance(content, Path) else content.open('rb') as file: return _sampled(file, count, max_pixels)
-    except ImportError: raise
-    except ImageError as error: raise VideoError(f'{name}: {error}') from error
-    except FileNotFoundError as error: raise VideoError(f'{name}: the file does not exist') from error
+        with content if not isinstance(content, Path) else content.open('rb') as file:
+            return _sampled(file, count, max_pixels)
+    except ImportError:
+        raise
+    except ImageError as error:
+        raise VideoError(f'{name}: {error}') from error
+    except FileNotFoundError as error:
+        raise VideoError(f'{name}: the file does not exist') from error
     except Exception as error:  # decoders of damaged files raise errors of many types
-        raise VideoError(f'{name}: not a video that can be decoded ({type(error).__name__}: {error}); replace or remove it') from error
+        raise VideoError(
+            f'{name}: not a video that can be decoded ({type(error).__name__}: {error}); replace or remove it'
+        ) from error
 
 # %% ../../nbs/papers/05_owl3.ipynb #ba996d7a
 _MARKS = {'image': re.compile(r'<image>|<\|image\|>'), 'video': re.compile(r'<video>|<\|video\|>')}
@@ -156,24 +188,28 @@ class Owl3Processor(VisionLanguageProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int = 0,            # positions per image as the configuration says; the placeholder's text decides
-        image_size: int = 384,             # side of a tile, pixels
-        image_token_id: int = -1,          # not used: a placeholder is ordinary text
+        visual_tokens: int = 0,  # positions per image as the configuration says; the placeholder's text decides
+        image_size: int = 384,  # side of a tile, pixels
+        image_token_id: int = -1,  # not used: a placeholder is ordinary text
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
-        cropping: bool = False,            # cut the one image of a sample in tiles
-        style: str = 'chat',               # or 'plain': turns without role names
-        frames: int = 8,                   # of a video
-        ends: bool = True,                 # whether an end token follows an answer in the plain style
-        placeholder: str = PLACEHOLDER,    # text that stands for an image; a shorter one saves a small model time
+        cropping: bool = False,  # cut the one image of a sample in tiles
+        style: str = 'chat',  # or 'plain': turns without role names
+        frames: int = 8,  # of a video
+        ends: bool = True,  # whether an end token follows an answer in the plain style
+        placeholder: str = PLACEHOLDER,  # text that stands for an image; a shorter one saves a small model time
     ) -> None:
-        if style not in ('chat', 'plain'): raise ValueError(f"style {style!r} is unknown; expected 'chat' or 'plain'")
-        if frames < 1: raise ValueError(f'frames is {frames}; a video needs at least one')
+        if style not in ('chat', 'plain'):
+            raise ValueError(f"style {style!r} is unknown; expected 'chat' or 'plain'")
+        if frames < 1:
+            raise ValueError(f'frames is {frames}; a video needs at least one')
         super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
         self.cropping, self.style, self.frames, self.ends, self.placeholder = cropping, style, frames, ends, placeholder
         if style == 'chat':
-            for name in (_START, _END, _OVER): self.special_id(name)
-        if tokenizer.pad_token is None and self.special_id(_OVER): tokenizer.pad_token = _OVER
+            for name in (_START, _END, _OVER):
+                self.special_id(name)
+        if tokenizer.pad_token is None and self.special_id(_OVER):
+            tokenizer.pad_token = _OVER
 
     @property
     def placeholder_ids(self) -> list[int]:
@@ -184,26 +220,32 @@ class Owl3Processor(VisionLanguageProcessor):
 @patch
 def special_id(
     self: Owl3Processor,
-    name: str,            # as the tokenizer spells it
+    name: str,  # as the tokenizer spells it
 ) -> int:
     "The number of a special token."
     number = self.tokenizer.convert_tokens_to_ids(name)
     if number is None or number == self.tokenizer.unk_token_id:
-        raise ValueError(f"the tokenizer has no token {name}; use that of Qwen2 or add the token")
+        raise ValueError(f'the tokenizer has no token {name}; use that of Qwen2 or add the token')
     return number
 
 # %% ../../nbs/papers/05_owl3.ipynb #4c2b4fe7
 def _turns(turns: Sequence[dict[str, str]], training: bool, name: str) -> list[dict[str, str]]:
     "Copies of the turns that are encoded, checked."
     turns = [dict(turn) for turn in turns]
-    if not training and turns and turns[-1]['from'] == 'gpt': turns.pop()
+    if not training and turns and turns[-1]['from'] == 'gpt':
+        turns.pop()
     for i, turn in enumerate(turns):
         role, value = turn['from'], turn['value']
         if role not in ('human', 'gpt') and (role != 'system' or i):
-            raise ValueError(f"{name}: turn {i} is from {role!r}; expected 'human' or 'gpt', the first may be from 'system'")
-        if role == 'gpt' and not value.strip(): raise ValueError(f'{name}: the answer in turn {i} is empty; write it or drop the turn')
+            raise ValueError(
+                f"{name}: turn {i} is from {role!r}; expected 'human' or 'gpt', the first may be from 'system'"
+            )
+        if role == 'gpt' and not value.strip():
+            raise ValueError(f'{name}: the answer in turn {i} is empty; write it or drop the turn')
         if role != 'human' and (mark := _ANY.search(value)):
-            raise ValueError(f'{name}: turn {i} (from {role}) contains {mark[0]}; images and videos belong in human turns')
+            raise ValueError(
+                f'{name}: turn {i} (from {role}) contains {mark[0]}; images and videos belong in human turns'
+            )
     return turns
 
 # %% ../../nbs/papers/05_owl3.ipynb #b9c945ad
@@ -215,34 +257,45 @@ def _shown(
 ) -> tuple[str, list[Any]]:
     "What replaces the mark of an image or a video, and its pictures."
     if kind == 'image':
-        if not self.cropping: return IMAGE, [item]
+        if not self.cropping:
+            return IMAGE, [item]
         tiles, grid = cut(item, self.image_size)
         return cut_text(*grid).replace(PLACEHOLDER, IMAGE), tiles
     frames = list(item) if isinstance(item, (list, tuple)) else read_video(item, self.frames)
-    if not frames: raise VideoError('a video has no frames; drop the sample')
+    if not frames:
+        raise VideoError('a video has no frames; drop the sample')
     return IMAGE * len(frames), frames
 
 
 @patch
 def _with_pictures(
     self: Owl3Processor,
-    texts: Sequence[str],    # with marks
+    texts: Sequence[str],  # with marks
     sample: dict[str, Any],  # images or videos
     name: str,
 ) -> tuple[list[str], list[Any]]:
     "The texts with one `<image>` per picture, and the pictures in reading order."
     media = {kind: list(sample.get(f'{kind}s') or []) for kind in _MARKS}
     if all(media.values()):
-        raise ValueError(f'{name}: {len(media["image"])} images and {len(media["video"])} videos; a sample has either images or videos, split it')
+        raise ValueError(
+            f'{name}: {len(media["image"])} images and {len(media["video"])} videos; a sample has either images or videos, split it'
+        )
     for kind, mark in _MARKS.items():
         found = sum(len(mark.findall(text)) for text in texts)
-        if found != len(media[kind]): raise ValueError(f'{name}: {found} <{kind}> placeholders, {len(media[kind])} {kind}s; they must be equal')
+        if found != len(media[kind]):
+            raise ValueError(f'{name}: {found} <{kind}> placeholders, {len(media[kind])} {kind}s; they must be equal')
     if self.cropping and len(media['image']) > 1:
-        raise ValueError(f'{name}: cropping was asked for {len(media["image"])} images; the model knows one cut image per sample, set cropping=False')
-    try: shown = [self._shown(kind, item) for kind in _MARKS for item in media[kind]]
-    except ImageError as error: raise type(error)(f'{name}: {error}') from error
+        raise ValueError(
+            f'{name}: cropping was asked for {len(media["image"])} images; the model knows one cut image per sample, set cropping=False'
+        )
+    try:
+        shown = [self._shown(kind, item) for kind in _MARKS for item in media[kind]]
+    except ImageError as error:
+        raise type(error)(f'{name}: {error}') from error
     marks = (text for text, _ in shown)
-    return [_ANY.sub(lambda _: next(marks), text) for text in texts], [picture for _, pictures in shown for picture in pictures]
+    return [_ANY.sub(lambda _: next(marks), text) for text in texts], [
+        picture for _, pictures in shown for picture in pictures
+    ]
 
 # %% ../../nbs/papers/05_owl3.ipynb #ed0051f7
 @patch
@@ -253,9 +306,11 @@ def _chat(
 ) -> Iterator[Part]:
     "The parts of a conversation in ChatML."
     start, end, over = (self.special_id(name) for name in (_START, _END, _OVER))
+
     def ids(text: str) -> list[int]:
         "The tokens of a text."
         return text_ids(self.tokenizer, text)
+
     system = turns[0]['value'] if turns and turns[0]['from'] == 'system' else ''
     yield [start, *ids('system\n' + system), end], False
     header = [*ids('\n'), start, *ids('assistant\n')]
@@ -266,9 +321,11 @@ def _chat(
         elif turn['from'] == 'human':
             first, *others = turn['value'].split(IMAGE)
             yield [*ids('\n'), start, *ids('user\n' + first)], False
-            for text in others: yield from ((None, False), (ids(text), False))
+            for text in others:
+                yield from ((None, False), (ids(text), False))
             yield [end], False
-    if not training: yield header, False
+    if not training:
+        yield header, False
 
 
 @patch
@@ -277,20 +334,25 @@ def _plain(
     sample: dict[str, Any],  # turns or document, with `<image>` per picture
 ) -> Iterator[Part]:
     "The parts of turns without role names, or of a document."
-    if self.tokenizer.bos_token_id is not None: yield [self.tokenizer.bos_token_id], False
+    if self.tokenizer.bos_token_id is not None:
+        yield [self.tokenizer.bos_token_id], False
     for piece in self.pieces(sample, training=True):
-        yield (None if piece.text is None else text_ids(self.tokenizer, piece.text) + [self.tokenizer.eos_token_id] * (piece.end and self.ends),
-               piece.supervised)
+        yield (
+            None
+            if piece.text is None
+            else text_ids(self.tokenizer, piece.text) + [self.tokenizer.eos_token_id] * (piece.end and self.ends),
+            piece.supervised,
+        )
 
 # %% ../../nbs/papers/05_owl3.ipynb #3d34caf2
 @patch
 def encode(
     self: Owl3Processor,
     sample: dict[str, Any],  # id; conversations or document; images or videos
-    training: bool = True,   # False: the prompt alone, to be answered
+    training: bool = True,  # False: the prompt alone, to be answered
 ) -> Encoded:
     "Token ids, labels, pictures and their places of one sample, which stays as it is."
-    name, document = f"sample {sample['id']!r}", sample.get('document')
+    name, document = f'sample {sample["id"]!r}', sample.get('document')
     turns = [] if document else _turns(sample['conversations'], training, name)
     texts, pictures = self._with_pictures([document] if document else [turn['value'] for turn in turns], sample, name)
     turns = [dict(turn, value=text) for turn, text in zip(turns, texts)]
@@ -298,16 +360,31 @@ def encode(
     ids, labels, spans = [], [], []
     for part, supervised in plain if document or self.style == 'plain' else self._chat(turns, training):
         new = self.placeholder_ids if part is None else part
-        if part is None: spans.append((len(ids), len(ids) + len(new)))
+        if part is None:
+            spans.append((len(ids), len(ids) + len(new)))
         ids += new
         labels += new if supervised else [IGNORED] * len(new)
     unknown = self.tokenizer.unk_token_id
     if unknown in ids and unknown != self.tokenizer.pad_token_id:
-        words = sorted({w for text in [*texts, self.placeholder] for w in text.split() if w != IMAGE and unknown in text_ids(self.tokenizer, w)})
+        words = sorted(
+            {
+                w
+                for text in [*texts, self.placeholder]
+                for w in text.split()
+                if w != IMAGE and unknown in text_ids(self.tokenizer, w)
+            }
+        )
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')
-    if training and all(label == IGNORED for label in labels): raise ValueError(f'{name}: nothing is supervised; expected an answer')
-    return Encoded(id=str(sample['id']), input_ids=ids, labels=labels, images=pictures, image_ids=image_keys(pictures, sample['id']),
-                   image_spans=spans)
+    if training and all(label == IGNORED for label in labels):
+        raise ValueError(f'{name}: nothing is supervised; expected an answer')
+    return Encoded(
+        id=str(sample['id']),
+        input_ids=ids,
+        labels=labels,
+        images=pictures,
+        image_ids=image_keys(pictures, sample['id']),
+        image_spans=spans,
+    )
 
 # %% ../../nbs/papers/05_owl3.ipynb #6e85f65b
 class ConcatProcessor(VisionLanguageProcessor):

@@ -11,7 +11,9 @@ from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..tables.published import load_table, tables_of
 
 # %% ../../nbs/papers/05_owl3.ipynb #17eea437
-_NEW = (r'^(vision2text_model|connector)\.|\.self_attn\.(v_kv_proj|gate)|\.visual_layernorm\.|\.cross_attn\.',)   # whatever a model has of them
+_NEW = (
+    r'^(vision2text_model|connector)\.|\.self_attn\.(v_kv_proj|gate)|\.visual_layernorm\.|\.cross_attn\.',
+)  # whatever a model has of them
 _LANGUAGE = (r'^(vision2text_model|connector)\.', r'^language_model\.')
 
 
@@ -24,11 +26,26 @@ def mixture_of(
 
 def published_stages() -> tuple[Stage, ...]:
     "Sections 3.1–3.3 and Table 2."
-    later = dict(trainable=_LANGUAGE, batch_size=1024, lr=2e-5, min_lr=1e-7, max_length=4096, accumulate=64, precision='bf16')
-    return (Stage(name='pretrain', trainable=_NEW, mixture=mixture_of(1), steps=20_000, batch_size=2048, lr=1e-3, min_lr=1e-5, warmup_steps=600,
-                  max_length=768, accumulate=16, precision='bf16'),
-            Stage(name='multi_image', mixture=mixture_of(2), steps=3_000, warmup_steps=90, **later),
-            Stage(name='sft', mixture=mixture_of(3), steps=11_000, warmup_steps=330, **later))
+    later = dict(
+        trainable=_LANGUAGE, batch_size=1024, lr=2e-5, min_lr=1e-7, max_length=4096, accumulate=64, precision='bf16'
+    )
+    return (
+        Stage(
+            name='pretrain',
+            trainable=_NEW,
+            mixture=mixture_of(1),
+            steps=20_000,
+            batch_size=2048,
+            lr=1e-3,
+            min_lr=1e-5,
+            warmup_steps=600,
+            max_length=768,
+            accumulate=16,
+            precision='bf16',
+        ),
+        Stage(name='multi_image', mixture=mixture_of(2), steps=3_000, warmup_steps=90, **later),
+        Stage(name='sft', mixture=mixture_of(3), steps=11_000, warmup_steps=330, **later),
+    )
 
 # %% ../../nbs/papers/05_owl3.ipynb #6c4fe4cb
 _ABLATIONS = ('8', '9', '10')
@@ -37,8 +54,28 @@ _ABLATIONS = ('8', '9', '10')
 def ablation_stages() -> tuple[Stage, ...]:
     "LLaVA-1.5's two stages."
     both = dict(weight_decay=0.0, precision='bf16', max_length=2048, accumulate=8)
-    return (Stage(name='pretrain', trainable=_NEW, mixture={'llava-558k': 1.0}, steps=2_180, batch_size=256, lr=1e-3, warmup_steps=65, **both),
-            Stage(name='sft', trainable=_LANGUAGE, mixture={'llava-665k': 1.0}, steps=5_200, batch_size=128, lr=2e-5, warmup_steps=156, **both))
+    return (
+        Stage(
+            name='pretrain',
+            trainable=_NEW,
+            mixture={'llava-558k': 1.0},
+            steps=2_180,
+            batch_size=256,
+            lr=1e-3,
+            warmup_steps=65,
+            **both,
+        ),
+        Stage(
+            name='sft',
+            trainable=_LANGUAGE,
+            mixture={'llava-665k': 1.0},
+            steps=5_200,
+            batch_size=128,
+            lr=2e-5,
+            warmup_steps=156,
+            **both,
+        ),
+    )
 
 
 def layers_of(
@@ -46,23 +83,55 @@ def layers_of(
 ) -> dict[str, Any]:
     "What a row of Tables 8–10 changes in the model: fields of `Owl3Config`, or fusion 'concat'."
     fusion = str(params.get('fusion', 'parallel')).split(',')[0]
-    changed = {'fusion': {'concat': 'concat', 'cross': 'post_cross' if 'after' in str(params.get('fusion')) else 'pre_cross'}.get(fusion, 'hyper')}
-    if 'hyper_layers' in params: changed['hyper_layers'] = [i - 1 for i in params['hyper_layers']]
+    changed = {
+        'fusion': {
+            'concat': 'concat',
+            'cross': 'post_cross' if 'after' in str(params.get('fusion')) else 'pre_cross',
+        }.get(fusion, 'hyper')
+    }
+    if 'hyper_layers' in params:
+        changed['hyper_layers'] = [i - 1 for i in params['hyper_layers']]
     if changed['fusion'] == 'hyper':
-        changed |= dict(gate='adaptive' if params.get('adaptive_gate', True) else 'scalar', shared_norm=params.get('shared_norm', True),
-                        mi_rope=params.get('mi_rope', True))
+        changed |= dict(
+            gate='adaptive' if params.get('adaptive_gate', True) else 'scalar',
+            shared_norm=params.get('shared_norm', True),
+            mi_rope=params.get('mi_rope', True),
+        )
     return changed
 
 # %% ../../nbs/papers/05_owl3.ipynb #a5f65c1b
-_VISION = dict(model_type='siglip_vision_model', hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32,
-               patch_size=8, vision_use_head=False)
-_TEXT = dict(model_type='qwen2', hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=32768, initializer_range=0.08, rope_theta=1e4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-             pad_token_id=0)
-_PLACEHOLDER = '<|'   # two words instead of five; the second is the first to see the image
-_TINY_LAYERS = {'l2': [2, 6], 'l4': [0, 2, 4, 6], 'l8': list(range(8))}   # of eight, as Table 9's of thirty-two
-_ASSUMPTIONS = ('one joint stage from random weights: no language model is pre-trained', 'frozen random encoder instead of SigLIP',
-                'prompts without role words and end tokens: every answer is one word')
+_VISION = dict(
+    model_type='siglip_vision_model',
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
+    vision_use_head=False,
+)
+_TEXT = dict(
+    model_type='qwen2',
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32768,
+    initializer_range=0.08,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_PLACEHOLDER = '<|'  # two words instead of five; the second is the first to see the image
+_TINY_LAYERS = {'l2': [2, 6], 'l4': [0, 2, 4, 6], 'l8': list(range(8))}  # of eight, as Table 9's of thirty-two
+_ASSUMPTIONS = (
+    'one joint stage from random weights: no language model is pre-trained',
+    'frozen random encoder instead of SigLIP',
+    'prompts without role words and end tokens: every answer is one word',
+)
 
 
 def _world(scale: str, split: str, size: int, name: str = 'albums', **options: Any) -> Source:
@@ -78,8 +147,19 @@ def _album(scale: str, split: str, size: int, low: int, high: int, task: str = '
 def _joint(mixture: dict[str, float], scale: str, steps: int) -> tuple[Stage, ...]:
     "One stage that trains everything but the encoder."
     steps, batch = (steps, 32) if scale == 'tiny' else (6, 8)
-    return (Stage(name='joint', trainable=_LANGUAGE, mixture=mixture, steps=steps, batch_size=batch,
-                  lr=3e-3, warmup_steps=steps // 15, weight_decay=0.01, max_length=512),)
+    return (
+        Stage(
+            name='joint',
+            trainable=_LANGUAGE,
+            mixture=mixture,
+            steps=steps,
+            batch_size=batch,
+            lr=3e-3,
+            warmup_steps=steps // 15,
+            weight_decay=0.01,
+            max_length=512,
+        ),
+    )
 
 
 _SHAPE = dict(tasks=['shape'], shapes=3, images=[1, 1])
@@ -88,41 +168,82 @@ _MIXTURE = {'album': 0.7, 'shape': 0.3}
 
 def _training(scale: str, most: int, task: str = 'color') -> dict[str, Source]:
     "Albums of up to `most` pictures, and three shapes in one picture."
-    return {'album': _album(scale, 'train', 8000, 1, most, task), 'shape': _world(scale, 'train', 4000, turns=3, **_SHAPE)}
+    return {
+        'album': _album(scale, 'train', 8000, 1, most, task),
+        'shape': _world(scale, 'train', 4000, turns=3, **_SHAPE),
+    }
 
 
 def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Tables 8, 9 and 10: the same questions for every way of looking at images."
     model = {'vision': _VISION, 'text': _TEXT, 'hyper_layers': [0, 2]} | layers_of(params)
-    if table == '9': model |= {'text': _TEXT | {'num_hidden_layers': 8}, 'hyper_layers': _TINY_LAYERS[row]}
-    tests = {'shape': _world(scale, 'test', 500, **_SHAPE), 'pair': _album(scale, 'test', 500, 2, 2), 'album': _album(scale, 'test', 500, 4, 4),
-             'video': _world(scale, 'test', 500, 'frames'), 'control': _album(scale, 'test', 500, 1, 1)}
-    return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed, model=model,
-                  sources=_training(scale, 4) | {f'test_{n}': s for n, s in tests.items()},
-                  stages=_joint(_MIXTURE, scale, 1000 if table == '9' else 1500),
-                  benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests), assumptions=_ASSUMPTIONS)
+    if table == '9':
+        model |= {'text': _TEXT | {'num_hidden_layers': 8}, 'hyper_layers': _TINY_LAYERS[row]}
+    tests = {
+        'shape': _world(scale, 'test', 500, **_SHAPE),
+        'pair': _album(scale, 'test', 500, 2, 2),
+        'album': _album(scale, 'test', 500, 4, 4),
+        'video': _world(scale, 'test', 500, 'frames'),
+        'control': _album(scale, 'test', 500, 1, 1),
+    }
+    return Recipe(
+        paper='owl3',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=model,
+        sources=_training(scale, 4) | {f'test_{n}': s for n, s in tests.items()},
+        stages=_joint(_MIXTURE, scale, 1000 if table == '9' else 1500),
+        benchmarks=tuple(Benchmark(name=n, source=f'test_{n}', max_new_tokens=1) for n in tests),
+        assumptions=_ASSUMPTIONS,
+    )
 
 # %% ../../nbs/papers/05_owl3.ipynb #c1bf4dca
-_COUNTS = (1, 2, 3, 4, 6, 8)                # pictures in a prompt of the Distractor Resistance test
-_QUESTIONS = 100                            # of it, four passes each
-_IMAGES = (10, 20, 50, 100, 200, 400)       # of Figure 1a
-_ROWS = {'owl3': {'hyper_layers': [0, 2]} | layers_of({}), 'llava_interleave': {'fusion': 'concat', 'hyper_layers': [0, 2]}}
+_COUNTS = (1, 2, 3, 4, 6, 8)  # pictures in a prompt of the Distractor Resistance test
+_QUESTIONS = 100  # of it, four passes each
+_IMAGES = (10, 20, 50, 100, 200, 400)  # of Figure 1a
+_ROWS = {
+    'owl3': {'hyper_layers': [0, 2]} | layers_of({}),
+    'llava_interleave': {'fusion': 'concat', 'hyper_layers': [0, 2]},
+}
 
 
 def _distractors(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 4."
-    return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed,
-                  model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
-                  sources=_training(scale, 6, 'choice') | {'test_control': _album(scale, 'test', 500, 1, 1, 'choice')},
-                  stages=_joint(_MIXTURE, scale, 1100), assumptions=_ASSUMPTIONS,
-                  benchmarks=(Benchmark(name='control', source='test_control', max_new_tokens=1),))
+    return Recipe(
+        paper='owl3',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model={'vision': _VISION, 'text': _TEXT, 'test': 'distractors'} | _ROWS[row],
+        sources=_training(scale, 6, 'choice') | {'test_control': _album(scale, 'test', 500, 1, 1, 'choice')},
+        stages=_joint(_MIXTURE, scale, 1100),
+        assumptions=_ASSUMPTIONS,
+        benchmarks=(Benchmark(name='control', source='test_control', max_new_tokens=1),),
+    )
 
 
 def _latency(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 1a: no training, no questions."
-    model = {'vision': _VISION | {'image_size': 64}, 'text': _TEXT, 'test': 'latency' if scale == 'tiny' else 'short latency'} | _ROWS[row]
-    return Recipe(paper='owl3', table=table, row=row, scale=scale, seed=seed, model=model, sources={}, stages=(), benchmarks=(),
-                  assumptions=('one CPU thread; features of the encoder are given, so that the language model alone is timed',))
+    model = {
+        'vision': _VISION | {'image_size': 64},
+        'text': _TEXT,
+        'test': 'latency' if scale == 'tiny' else 'short latency',
+    } | _ROWS[row]
+    return Recipe(
+        paper='owl3',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model=model,
+        sources={},
+        stages=(),
+        benchmarks=(),
+        assumptions=('one CPU thread; features of the encoder are given, so that the language model alone is timed',),
+    )
 
 # %% ../../nbs/papers/05_owl3.ipynb #7374c4d2
 _TINY = {'8': _ablation, '9': _ablation, '10': _ablation, 'fig4': _distractors, 'fig1a': _latency}
@@ -133,11 +254,15 @@ _SIZES = {'owl3': '7B', 'owl3_8b': '7B', 'owl3_2b': '2B', 'owl3_1b': '1B'}
 def _reason(table: str, row: str, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
     if scale in ('smoke', 'tiny'):
-        if table not in _TINY: return 'not testable on small models trained from scratch'
+        if table not in _TINY:
+            return 'not testable on small models trained from scratch'
         return None if table in _ABLATIONS or row in _ROWS else 'another model: needs its checkpoint'
-    if scale == 'small': return 'has no recipe at scale small'
-    if table == '1': return 'describes the data'
-    if table == 'readme': return 'compares two checkpoints; the recipe of the later one is not published'
+    if scale == 'small':
+        return 'has no recipe at scale small'
+    if table == '1':
+        return 'describes the data'
+    if table == 'readme':
+        return 'compares two checkpoints; the recipe of the later one is not published'
     return None if table in _ABLATIONS or row in _SIZES else 'another model'
 
 
@@ -156,8 +281,17 @@ def tables(
     return [table for table in tables_of('owl3') if None in rows(table, scale).values()]
 
 # %% ../../nbs/papers/05_owl3.ipynb #2aa8ca65
-_SHOWN = {'text_reading': 7, 'key_point': 7, 'video': 8, 'vatex': 8, 'msr': 8, 'caption': 4, 'interleave': 4, 'mmdu': 4,
-          'mantis': 4}   # part of a data set's name -> images per sample
+_SHOWN = {
+    'text_reading': 7,
+    'key_point': 7,
+    'video': 8,
+    'vatex': 8,
+    'msr': 8,
+    'caption': 4,
+    'interleave': 4,
+    'mmdu': 4,
+    'mantis': 4,
+}  # part of a data set's name -> images per sample
 
 
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
@@ -165,14 +299,36 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     ablation = table in _ABLATIONS
     model = {'base': 'Qwen1.5-7B', **layers_of(params)} if ablation else {'size': _SIZES[row]}
     stages = ablation_stages() if ablation else published_stages()
-    images = lambda name: next((count for part, count in _SHOWN.items() if part in name and not name.startswith('s1_')), 1)
-    assumed = (('tables 8 to 10: LLaVA-1.5\'s schedule, Qwen1.5-7B with 32 layers, '
-                'cross-attention in the same four layers as hyper attention',) if ablation else
-               ('optimiser, weight decay and clipping are not stated: AdamW as everywhere here',
-                'images per sample by the kind of data set: 8 frames, 7 tiles, 4 interleaved, else 1'))
-    return Recipe(paper='owl3', table=table, row=row, scale='paper', seed=seed, model=model, stages=stages, benchmarks=(), assumptions=assumed,
-                  sources={name: Source(kind='folder', name=f'owl3/{name}', options={'images': images(name)})
-                           for stage in stages for name in stage.mixture})
+    images = lambda name: next(
+        (count for part, count in _SHOWN.items() if part in name and not name.startswith('s1_')), 1
+    )
+    assumed = (
+        (
+            "tables 8 to 10: LLaVA-1.5's schedule, Qwen1.5-7B with 32 layers, "
+            'cross-attention in the same four layers as hyper attention',
+        )
+        if ablation
+        else (
+            'optimiser, weight decay and clipping are not stated: AdamW as everywhere here',
+            'images per sample by the kind of data set: 8 frames, 7 tiles, 4 interleaved, else 1',
+        )
+    )
+    return Recipe(
+        paper='owl3',
+        table=table,
+        row=row,
+        scale='paper',
+        seed=seed,
+        model=model,
+        stages=stages,
+        benchmarks=(),
+        assumptions=assumed,
+        sources={
+            name: Source(kind='folder', name=f'owl3/{name}', options={'images': images(name)})
+            for stage in stages
+            for name in stage.mixture
+        },
+    )
 
 
 def recipe(
@@ -183,20 +339,35 @@ def recipe(
 ) -> Recipe:
     "The recipe of one unit; a row that cannot run says why."
     params, reason = load_table('owl3', table).row(row).params, rows(table, scale)[row]
-    if reason: raise ValueError(f'owl3 table {table} row {row} cannot run at scale {scale}: {reason}')
+    if reason:
+        raise ValueError(f'owl3 table {table} row {row} cannot run at scale {scale}: {reason}')
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
 
 # %% ../../nbs/papers/05_owl3.ipynb #ad62658d
-_QWEN15 = dict(model_type='qwen2', vocab_size=151936, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
+_QWEN15 = dict(
+    model_type='qwen2',
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+)
 
 
 def _scratch(model: Any, seed: int) -> None:
     "Draw the encoder's weights so that its features keep colour and place."
     import torch
+
     generator, embeddings = torch.Generator().manual_seed(seed), model.vision_model.embeddings
     with torch.no_grad():
-        embeddings.patch_embedding.weight.normal_(std=embeddings.patch_embedding.weight[0].numel() ** -0.5, generator=generator)
+        embeddings.patch_embedding.weight.normal_(
+            std=embeddings.patch_embedding.weight[0].numel() ** -0.5, generator=generator
+        )
         embeddings.position_embedding.weight.normal_(generator=generator)
 
 
@@ -204,7 +375,9 @@ def _model(made: dict[str, Any], backbones: dict[str, Any], **known: Any) -> Any
     "The model of a way to read images, on these backbones."
     from mllm_replica.models.vlm import VisionLanguageConfig
     from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
-    if made['fusion'] == 'concat': return ConcatModel(VisionLanguageConfig(**backbones))
+
+    if made['fusion'] == 'concat':
+        return ConcatModel(VisionLanguageConfig(**backbones))
     return Owl3Model(Owl3Config(**backbones, **made, **known))
 
 
@@ -217,20 +390,31 @@ def build(
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.owl3.model import SIGLIP, Owl3Model, paper_config
     from mllm_replica.owl3.processor import ConcatProcessor, Owl3Processor
-    made, meta = {k: v for k, v in recipe.model.items() if k not in ('test', 'base')}, torch.get_default_device().type == 'meta'
+
+    made, meta = (
+        {k: v for k, v in recipe.model.items() if k not in ('test', 'base')},
+        torch.get_default_device().type == 'meta',
+    )
     if recipe.scale == 'paper':
         if not meta:
-            raise NotImplementedError(f'{recipe.unit}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only')
-        if 'size' in made: return Owl3Model(paper_config(made['size'])), None
+            raise NotImplementedError(
+                f'{recipe.unit}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only'
+            )
+        if 'size' in made:
+            return Owl3Model(paper_config(made['size'])), None
         return _model(made, dict(vision_config=SIGLIP, text_config=_QWEN15)), None
     tokenizer, vision = word_tokenizer([*vocabulary(), _PLACEHOLDER]), made.pop('vision')
     backbones = dict(vision_config=vision, text_config=made.pop('text') | {'vocab_size': len(tokenizer)})
-    processor = Owl3Processor(tokenizer, image_size=vision['image_size'], style='plain', ends=False, placeholder=_PLACEHOLDER)
+    processor = Owl3Processor(
+        tokenizer, image_size=vision['image_size'], style='plain', ends=False, placeholder=_PLACEHOLDER
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = _model(made, backbones, placeholder_ids=processor.placeholder_ids)
-        if not meta: _scratch(model, recipe.seed)
-    if made['fusion'] == 'concat': processor = ConcatProcessor.from_config(model.config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        if not meta:
+            _scratch(model, recipe.seed)
+    if made['fusion'] == 'concat':
+        processor = ConcatProcessor.from_config(model.config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return model, processor
 
 # %% ../../nbs/papers/05_owl3.ipynb #b359c5dc
@@ -238,12 +422,13 @@ def _resistance(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     "Plain and circular accuracy for every number of pictures."
     from mllm_replica.owl3 import distractors
     from mllm_replica.scoring.evaluation import collate_prompts, greedy
+
     few = recipe.scale != 'tiny'
     questions, found = distractors.album_questions(12 if few else _QUESTIONS, recipe.seed), {}
     for count in _COUNTS[:2] if few else _COUNTS:
         samples, answers = distractors.build(questions, count, recipe.seed, 'words'), {}
         for first in range(0, len(samples), 50):
-            part = samples[first:first + 50]
+            part = samples[first : first + 50]
             batch = collate_prompts([processor.encode(sample, training=False) for sample in part], processor)
             answers |= {sample['id']: processor.decode(ids) for sample, ids in zip(part, greedy(model, batch, 1))}
         found |= {f'{kind}_{count}': value for kind, value in distractors.circular(answers, samples).items()}
@@ -255,19 +440,27 @@ def _first_token(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]
     import time
     import torch
     from PIL import Image
+
     found, blank = {}, Image.new('RGB', (8, 8))
     for count in _IMAGES if recipe.model['test'] == 'latency' else _IMAGES[:2]:
-        turns = [{'from': 'human', 'value': '<image> ' * count + 'what color is picture 1'}, {'from': 'gpt', 'value': 'red'}]
+        turns = [
+            {'from': 'human', 'value': '<image> ' * count + 'what color is picture 1'},
+            {'from': 'gpt', 'value': 'red'},
+        ]
         sample = {'id': str(count), 'images': [blank] * count, 'conversations': turns}
         ids, seconds = torch.tensor([processor.encode(sample, training=False).input_ids]), []
         features = torch.randn(count, model.config.num_patches, model.config.vision_config.hidden_size)
         for _ in range(3):
             start = time.process_time()
-            with torch.inference_mode(): cache = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1).past_key_values
+            with torch.inference_mode():
+                cache = model(input_ids=ids, image_features=features, use_cache=True, logits_to_keep=1).past_key_values
             seconds.append(time.process_time() - start)
         states = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         states += [tensor for pair in getattr(getattr(cache, 'media', None), 'states', {}).values() for tensor in pair]
-        found |= {f'seconds_{count}': min(seconds), f'cache_mb_{count}': sum(t.numel() * t.element_size() for t in states) / 1e6}
+        found |= {
+            f'seconds_{count}': min(seconds),
+            f'cache_mb_{count}': sum(t.numel() * t.element_size() for t in states) / 1e6,
+        }
     return found
 
 
@@ -278,5 +471,6 @@ def measure(
     scores: dict[str, float],  # benchmark -> score
 ) -> dict[str, float]:
     "Further numbers of a unit."
-    if 'album' in scores: return {'drop': scores['control'] - scores['album']}
+    if 'album' in scores:
+        return {'drop': scores['control'] - scores['album']}
     return (_resistance if recipe.model['test'] == 'distractors' else _first_token)(model.eval(), processor, recipe)

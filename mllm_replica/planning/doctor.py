@@ -17,6 +17,7 @@ from ..core.settings import Strict, read_settings, project_root, settings
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #7afde33e
 class Finding(Strict):
     "One thing that was looked at."
+
     topic: str
     state: Literal['ok', 'note', 'fail']
     found: str
@@ -26,57 +27,99 @@ class Finding(Strict):
 def versions() -> Iterator[Finding]:
     "Python and every requirement of the package."
     from packaging.requirements import Requirement
-    yield Finding(topic='python', state='ok', found=f'{platform.python_version()} on {platform.system()} {platform.machine()}')
+
+    yield Finding(
+        topic='python', state='ok', found=f'{platform.python_version()} on {platform.system()} {platform.machine()}'
+    )
     for text in importlib.metadata.requires('mllm_replica') or []:
         need = Requirement(text)
-        extra = next((e for e in ('flash', 'vision', 'ray', 'eval', 'docs', 'dev') if need.marker and need.marker.evaluate({'extra': e})), '')
-        if need.marker and not extra and not need.marker.evaluate({'extra': ''}): continue
-        try: version = importlib.metadata.version(need.name)
+        extra = next(
+            (
+                e
+                for e in ('flash', 'vision', 'ray', 'eval', 'docs', 'dev')
+                if need.marker and need.marker.evaluate({'extra': e})
+            ),
+            '',
+        )
+        if need.marker and not extra and not need.marker.evaluate({'extra': ''}):
+            continue
+        try:
+            version = importlib.metadata.version(need.name)
         except importlib.metadata.PackageNotFoundError:
             advice = f"pip install -e '.[{extra}]'" if extra else 'make env'
             found = f'not installed (extra `{extra}`)' if extra else 'not installed'
             yield Finding(topic=need.name, state='note' if extra else 'fail', found=found, advice=advice)
             continue
         fits = need.specifier.contains(version, prereleases=True)
-        yield Finding(topic=need.name, state='ok' if fits else 'fail', found=version, advice='' if fits else f'needs {need.specifier}: make env')
+        yield Finding(
+            topic=need.name,
+            state='ok' if fits else 'fail',
+            found=version,
+            advice='' if fits else f'needs {need.specifier}: make env',
+        )
     if importlib.util.find_spec('torchvision'):
-        try: importlib.import_module('torchvision')
+        try:
+            importlib.import_module('torchvision')
         except Exception as error:
-            yield Finding(topic='torchvision', state='fail', found=f'does not import: {error}',
-                          advice='uninstall torchvision and timm, or install the torchvision that belongs to this torch')
+            yield Finding(
+                topic='torchvision',
+                state='fail',
+                found=f'does not import: {error}',
+                advice='uninstall torchvision and timm, or install the torchvision that belongs to this torch',
+            )
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #24705d95
 def devices() -> Iterator[Finding]:
     "Processors, memory, accelerators, threads."
     import psutil, torch
+
     memory = psutil.virtual_memory()
-    yield Finding(topic='cpu', state='ok', found=f'{os.cpu_count()} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free')
+    yield Finding(
+        topic='cpu',
+        state='ok',
+        found=f'{os.cpu_count()} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free',
+    )
     threads = torch.get_num_threads()
     many = threads * settings().workers > (os.cpu_count() or 1)
-    yield Finding(topic='threads', state='ok', found=f'torch uses {threads} here, {settings().workers} workers',
-                  advice='each unit runs with one thread; set OMP_NUM_THREADS=1 for what you start yourself' if many else '')
+    yield Finding(
+        topic='threads',
+        state='ok',
+        found=f'torch uses {threads} here, {settings().workers} workers',
+        advice='each unit runs with one thread; set OMP_NUM_THREADS=1 for what you start yourself' if many else '',
+    )
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        yield Finding(topic=f'cuda:{i}', state='ok', found=f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}')
-    if not torch.cuda.is_available(): yield Finding(topic='cuda', state='note', found='no CUDA device', advice='scales smoke and tiny need none')
+        yield Finding(
+            topic=f'cuda:{i}',
+            state='ok',
+            found=f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}',
+        )
+    if not torch.cuda.is_available():
+        yield Finding(topic='cuda', state='note', found='no CUDA device', advice='scales smoke and tiny need none')
 
 
 def attention_kernels() -> Iterator[Finding]:
     "Which attention implementations can run here."
     import torch
     from transformers.utils import is_flash_attn_2_available
+
     q = torch.ones(1, 1, 16, 8)
     plain = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     yield Finding(topic='sdpa', state='ok' if torch.allclose(plain, q) else 'fail', found='runs')
     from torch.nn.attention.flex_attention import flex_attention
+
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it recommends to be compiled
         same = torch.allclose(flex_attention(q, q, q), q)
     found = 'runs' if torch.cuda.is_available() else 'runs forward only (no CUDA device)'
     yield Finding(topic='flex_attention', state='ok' if same else 'fail', found=found)
     flash = is_flash_attn_2_available()
-    yield Finding(topic='flash_attention_2', state='ok' if flash else 'note', found='found' if flash else 'not usable here',
-                  advice='' if flash else "needs a CUDA device and pip install --no-build-isolation -e '.[flash]'")
+    yield Finding(
+        topic='flash_attention_2',
+        state='ok' if flash else 'note',
+        found='found' if flash else 'not usable here',
+        advice='' if flash else "needs a CUDA device and pip install --no-build-isolation -e '.[flash]'",
+    )
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #1e98be84
 def run_folder(
@@ -86,11 +129,14 @@ def run_folder(
     folder = folder or settings().run_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder): pass
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
     except OSError as error:
         advice = 'set run_folder in settings.ini, or MLLM_REPLICA_RUNS'
         return Finding(topic='run folder', state='fail', found=f'{folder}: {error.strerror}', advice=advice)
-    return Finding(topic='run folder', state='ok', found=f'{folder}, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free')
+    return Finding(
+        topic='run folder', state='ok', found=f'{folder}, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free'
+    )
 
 
 def tracker(
@@ -100,9 +146,12 @@ def tracker(
     uri = uri or settings().tracking_uri
     if uri.startswith('sqlite:///') and not Path(uri.removeprefix('sqlite:///')).exists():
         return Finding(topic='tracker', state='ok', found=f'{uri} will be made by the first run')
-    if uri.startswith('http'): os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')  # say so at once rather than after minutes
+    if uri.startswith('http'):
+        os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')  # say so at once rather than after minutes
     from mlflow import MlflowClient
-    try: found = len(MlflowClient(uri).search_experiments())
+
+    try:
+        found = len(MlflowClient(uri).search_experiments())
     except Exception as error:
         advice = 'set tracking_uri in settings.ini, or `mlflow db upgrade` it'
         return Finding(topic='tracker', state='fail', found=f'{uri}: {str(error).splitlines()[0]}', advice=advice)
@@ -112,34 +161,49 @@ def tracker(
 def easy_vqa_files() -> Finding:
     "Are the easy-VQA images and questions installed?"
     spec = importlib.util.find_spec('easy_vqa')
-    if spec is None: return Finding(topic='easy-VQA', state='fail', found='not installed', advice='pip install easy-vqa')
-    questions = Path(spec.origin).parent/'data'/'test'/'questions.json'
+    if spec is None:
+        return Finding(topic='easy-VQA', state='fail', found='not installed', advice='pip install easy-vqa')
+    questions = Path(spec.origin).parent / 'data' / 'test' / 'questions.json'
     if not questions.is_file():
-        return Finding(topic='easy-VQA', state='fail', found=f'no {questions}', advice='pip install --force-reinstall easy-vqa')
+        return Finding(
+            topic='easy-VQA', state='fail', found=f'no {questions}', advice='pip install --force-reinstall easy-vqa'
+        )
     return Finding(topic='easy-VQA', state='ok', found=f'{len(json.loads(questions.read_text()))} test questions')
 
 
 def kernel() -> Finding:
     "Is there a Python kernel to run notebooks?"
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-    try: spec = KernelSpecManager().get_kernel_spec('python3')
+
+    try:
+        spec = KernelSpecManager().get_kernel_spec('python3')
     except NoSuchKernel:
-        return Finding(topic='kernel', state='fail', found='no kernel named python3', advice='python -m ipykernel install --sys-prefix')
+        return Finding(
+            topic='kernel',
+            state='fail',
+            found='no kernel named python3',
+            advice='python -m ipykernel install --sys-prefix',
+        )
     return Finding(topic='kernel', state='ok', found=spec.display_name)
 
 
 def configuration() -> Finding:
     "Is settings.ini readable, and what does it say?"
-    try: found = read_settings(project_root()/'settings.ini')
-    except (ValueError, OSError) as error: return Finding(topic='settings.ini', state='fail', found=str(error), advice='repair settings.ini')
+    try:
+        found = read_settings(project_root() / 'settings.ini')
+    except (ValueError, OSError) as error:
+        return Finding(topic='settings.ini', state='fail', found=str(error), advice='repair settings.ini')
     seeds = ' '.join(map(str, found.seeds))
-    return Finding(topic='settings.ini', state='ok', found=f'scale {found.scale}, seeds {seeds}, {found.workers} workers')
+    return Finding(
+        topic='settings.ini', state='ok', found=f'scale {found.scale}, seeds {seeds}, {found.workers} workers'
+    )
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #0afdf741
 def examine() -> Iterator[Finding]:
     "Every finding, the quick ones first."
     yield configuration()
-    if configuration().state == 'fail': return
+    if configuration().state == 'fail':
+        return
     yield run_folder()
     yield easy_vqa_files()
     yield kernel()

@@ -24,35 +24,51 @@ from ..models.cost import Cost, as_fake, count
 # %% ../../nbs/foundations/planning/80_plan.ipynb #4b8435fa
 class Machine(Strict):
     "Devices that train together."
+
     name: str
     devices: int
-    tflops: float        # dense matrix products of one device, at the precision of the run
-    memory_gb: float     # of one device
-    utilisation: float   # part of `tflops` that the model's own FLOPs reach
-    zero: int = 0        # ZeRO stage
+    tflops: float  # dense matrix products of one device, at the precision of the run
+    memory_gb: float  # of one device
+    utilisation: float  # part of `tflops` that the model's own FLOPs reach
+    zero: int = 0  # ZeRO stage
     checkpointing: bool = False  # decoder layers are recomputed in the backward pass
 
 
-GPUS = {'A100-40GB': (312.0, 40.0), 'A100-80GB': (312.0, 80.0), 'H100-80GB': (989.0, 80.0), 'H200-141GB': (989.0, 141.0)}  # bf16 TFLOP/s, GB
+GPUS = {
+    'A100-40GB': (312.0, 40.0),
+    'A100-80GB': (312.0, 80.0),
+    'H100-80GB': (989.0, 80.0),
+    'H200-141GB': (989.0, 141.0),
+}  # bf16 TFLOP/s, GB
 
 
 def gpu_node(
-    gpu: str = 'A100-80GB',     # one of `GPUS`
+    gpu: str = 'A100-80GB',  # one of `GPUS`
     devices: int = 8,
     utilisation: float = 0.4,
     zero: int = 2,
 ) -> Machine:
     "A node of data-centre GPUs; the defaults are those of the papers' own runs."
-    if gpu not in GPUS: raise ValueError(f'unknown GPU {gpu!r}; known: {", ".join(GPUS)}')
-    return Machine(name=gpu, devices=devices, tflops=GPUS[gpu][0], memory_gb=GPUS[gpu][1], utilisation=utilisation, zero=zero, checkpointing=True)
+    if gpu not in GPUS:
+        raise ValueError(f'unknown GPU {gpu!r}; known: {", ".join(GPUS)}')
+    return Machine(
+        name=gpu,
+        devices=devices,
+        tflops=GPUS[gpu][0],
+        memory_gb=GPUS[gpu][1],
+        utilisation=utilisation,
+        zero=zero,
+        checkpointing=True,
+    )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #8ec1c4a9
 def this_machine(
-    size: int = 1024,            # of the square matrices
+    size: int = 1024,  # of the square matrices
     utilisation: float = 0.5,
 ) -> Machine:
     "One thread of this machine, its rate measured."
     import psutil
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,9 +77,16 @@ def this_machine(
             start = time.perf_counter()
             x @ x
             seconds.append(time.perf_counter() - start)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     memory = psutil.virtual_memory().total / 1e9
-    return Machine(name='one CPU thread', devices=1, tflops=2 * size**3 / min(seconds) / 1e12, memory_gb=memory, utilisation=utilisation)
+    return Machine(
+        name='one CPU thread',
+        devices=1,
+        tflops=2 * size**3 / min(seconds) / 1e12,
+        memory_gb=memory,
+        utilisation=utilisation,
+    )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #ea49323f
 def _pixels(model: nn.Module, images: int) -> Tensor:
@@ -73,10 +96,18 @@ def _pixels(model: nn.Module, images: int) -> Tensor:
 
 def _step(model: nn.Module, length: int, images: int, image_features: Tensor | None = None) -> Tensor:
     "One sample: S×S pixels (or the encoder's features) and text → logits [1,T,V]."
-    if images and hasattr(model, 'planned_step'): return model.planned_step(length, images, image_features)  # images beside the text
+    if images and hasattr(model, 'planned_step'):
+        return model.planned_step(length, images, image_features)  # images beside the text
     parts = []
-    if images: parts.append(model.visual_embeds(None if image_features is not None else _pixels(model, images), image_features).flatten(0, 1)[None])
-    parts.append(model.get_input_embeddings()(torch.zeros(1, max(1, length - sum(p.shape[1] for p in parts)), dtype=torch.long)))
+    if images:
+        parts.append(
+            model.visual_embeds(None if image_features is not None else _pixels(model, images), image_features).flatten(
+                0, 1
+            )[None]
+        )
+    parts.append(
+        model.get_input_embeddings()(torch.zeros(1, max(1, length - sum(p.shape[1] for p in parts)), dtype=torch.long))
+    )
     return model(inputs_embeds=torch.cat([p.to(parts[-1].dtype) for p in parts], 1), use_cache=False).logits
 
 
@@ -91,7 +122,8 @@ def _over_depth(model: nn.Module, step: Callable[[], Tensor]) -> Cost:
     decoder, layers = model.get_decoder(), model.get_decoder().layers
     period = _period(layers)
     times = len(layers) // period
-    if times < 3: return count(step, model)
+    if times < 3:
+        return count(step, model)
     found = []
     for depth in (period, 2 * period):
         decoder.layers = layers[:depth]
@@ -103,26 +135,34 @@ def _over_depth(model: nn.Module, step: Callable[[], Tensor]) -> Cost:
 def stage_cost(
     build: Callable[[], nn.Module],  # makes the model on the current default device
     stage: Stage,
-    length: int,                     # T, positions of a sample
-    images: int,                     # per sample
+    length: int,  # T, positions of a sample
+    images: int,  # per sample
     checkpointing: bool = False,
 ) -> tuple[Cost, Cost, int]:
     "For one sample: a step's cost, the cost with the machine's checkpointing, and the number of trained parameters."
-    with torch.device('meta'): model = build()
+    with torch.device('meta'):
+        model = build()
     with as_fake(model, torch.bfloat16 if stage.precision == 'bf16' else None):
-        for name, p in model.named_parameters(): p.requires_grad_(any(re.search(pattern, name) for pattern in stage.trainable))
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(re.search(pattern, name) for pattern in stage.trainable))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         encoder, features = 0, None
-        if images and not any(p.requires_grad for p in model.vision_model.parameters()):  # a frozen encoder is counted once
+        if images and not any(
+            p.requires_grad for p in model.vision_model.parameters()
+        ):  # a frozen encoder is counted once
             features = model.visual_features(_pixels(model, images))
             encoder = count(lambda: model.visual_features(_pixels(model, images))).forward
         step = partial(_step, model.train(), length, images, features)
         plain = again = _over_depth(model, step)
         if checkpointing:
-            enable = getattr(model, 'activation_checkpointing_enable', None) or model.gradient_checkpointing_enable  # the older name
+            enable = (
+                getattr(model, 'activation_checkpointing_enable', None) or model.gradient_checkpointing_enable
+            )  # the older name
             enable({'use_reentrant': False, 'preserve_rng_state': False})
             again = _over_depth(model, step)
-            one_layer = (plain.activations - again.activations) // len(model.get_decoder().layers)  # comes back, one at a time
+            one_layer = (plain.activations - again.activations) // len(
+                model.get_decoder().layers
+            )  # comes back, one at a time
             again = again._replace(activations=again.activations + one_layer)
     plain, again = (c._replace(forward=c.forward + encoder) for c in (plain, again))
     return plain, again, trained
@@ -130,22 +170,23 @@ def stage_cost(
 # %% ../../nbs/foundations/planning/80_plan.ipynb #fb000d0a
 class StagePlan(Strict):
     "What one stage of a unit takes."
+
     stage: str
-    trained: int         # parameters
+    trained: int  # parameters
     steps: int
-    length: int          # mean positions per sample
-    tokens: float        # positions, all samples together
-    flops: float         # that the model needs
-    executed: float      # flops and recomputed layers
+    length: int  # mean positions per sample
+    tokens: float  # positions, all samples together
+    flops: float  # that the model needs
+    executed: float  # flops and recomputed layers
     seconds: float
     device_hours: float
     memory: dict[str, float]  # GB per device, by purpose
 
 
 def memory_per_device(
-    parameters: int,      # of the whole model
-    trained: int,         # those among them that the stage trains
-    activations: float,       # bytes per sample
+    parameters: int,  # of the whole model
+    trained: int,  # those among them that the stage trains
+    activations: float,  # bytes per sample
     stage: Stage,
     machine: Machine,
 ) -> dict[str, float]:
@@ -153,8 +194,12 @@ def memory_per_device(
     weight, state = (2, 12) if stage.precision == 'bf16' else (4, 8)
     share = [1 / machine.devices if machine.zero >= level else 1.0 for level in (3, 2, 1)]
     micro_batch = math.ceil(stage.batch_size / machine.devices / stage.accumulate)
-    found = dict(weights=parameters * weight * share[0], gradients=trained * weight * share[1],
-                 optimizer=trained * state * share[2], activations=activations * micro_batch)
+    found = dict(
+        weights=parameters * weight * share[0],
+        gradients=trained * weight * share[1],
+        optimizer=trained * state * share[2],
+        activations=activations * micro_batch,
+    )
     return {name: size / 1e9 for name, size in found.items()}
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #03aa3f7c
@@ -163,55 +208,64 @@ def mean_images(
     stage: Stage,
 ) -> int:
     "Mean images of the stage's samples, at least one where some have any; one below the scale of the paper."
-    if recipe.scale != 'paper': return 1
+    if recipe.scale != 'paper':
+        return 1
     shares = stage.mixture.values()
-    mean = sum(share * recipe.sources[name].options.get('images', 1) for name, share in stage.mixture.items()) / sum(shares)
+    mean = sum(share * recipe.sources[name].options.get('images', 1) for name, share in stage.mixture.items()) / sum(
+        shares
+    )
     return max(round(mean), int(mean > 0))
 
 
 def mean_length(
     recipe: Recipe,
     stage: Stage,
-    visual: int,                      # M, tokens per image
+    visual: int,  # M, tokens per image
     measured: dict[str, float] = {},  # source -> mean positions of a sample, where known
 ) -> int:
     "Mean positions of the stage's samples."
     total = 0.0
     for name, weight in stage.mixture.items():
         options = recipe.sources[name].options
-        said = visual * options.get('images', 1) + options['mean_text_tokens'] if 'mean_text_tokens' in options else stage.max_length
+        said = (
+            visual * options.get('images', 1) + options['mean_text_tokens']
+            if 'mean_text_tokens' in options
+            else stage.max_length
+        )
         total += weight * min(stage.max_length, measured.get(name, said))
     return round(total / sum(stage.mixture.values()))
 
 
 def measured_lengths(
     recipe: Recipe,
-    processor: object,   # with `encode`
-    samples: int = 16,   # per source
+    processor: object,  # with `encode`
+    samples: int = 16,  # per source
 ) -> dict[str, float]:
     "Source -> mean positions of its first samples; sources below the scale of the paper only."
     from mllm_replica.data.sources import load_source
+
     names, found = {name for s in recipe.stages for name in s.mixture}, {}
     for name in sorted(names):
         few = recipe.sources[name].model_copy(update=dict(size=samples))
-        encoded = [processor.encode(s) for s in load_source(few, recipe.seed, settings().run_folder/'data')]
+        encoded = [processor.encode(s) for s in load_source(few, recipe.seed, settings().run_folder / 'data')]
         found[name] = sum(len(e.input_ids) for e in encoded) / len(encoded)
     return found
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #4d36cfed
-STARTUP = 8.0   # seconds a unit (7 to 10 measured) until its process and its kernel run; the seconds in results begin after that
+STARTUP = 8.0  # seconds a unit (7 to 10 measured) until its process and its kernel run; the seconds in results begin after that
 
 
 class UnitPlan(Strict):
     "What one unit takes."
+
     unit: str
     parameters: int
     visual_tokens: int
     stages: tuple[StagePlan, ...]
     evaluation_flops: float
-    disk_gb: float             # checkpoints: what is trained and the optimizer's moments in fp32, twice
-    seconds: float             # on the machine, with `STARTUP`
-    seconds_from: str          # 'earlier runs' or 'FLOPs'
+    disk_gb: float  # checkpoints: what is trained and the optimizer's moments in fp32, twice
+    seconds: float  # on the machine, with `STARTUP`
+    seconds_from: str  # 'earlier runs' or 'FLOPs'
 
     @property
     def flops(self) -> float:
@@ -229,45 +283,72 @@ def plan_unit(
     build: Callable[[Recipe], tuple[nn.Module, object]],  # the paper's `build`
     machine: Machine,
     measured: dict[str, float] = {},  # source -> mean positions of a sample
-    earlier: float | None = None,     # seconds that the same row took before
-    counted: dict | None = None,      # costs of other units, added to: rows often share model and stage
+    earlier: float | None = None,  # seconds that the same row took before
+    counted: dict | None = None,  # costs of other units, added to: rows often share model and stage
 ) -> UnitPlan:
     "Count the stages of one unit."
     from mllm_replica.models.vlm import visual_token_count
+
     counted = {} if counted is None else counted
-    with torch.device('meta'): model = build(recipe)[0]
+    with torch.device('meta'):
+        model = build(recipe)[0]
     parameters, visual = sum(p.numel() for p in model.parameters()), visual_token_count(model.config)
     rate, stages, forward, length = machine.devices * machine.tflops * 1e12 * machine.utilisation, [], 0, 1
     for stage in recipe.stages:
         length = max(1, mean_length(recipe, stage, visual, measured))
         here = recipe.model_copy(update={'model': recipe.model | recipe.model.get('in_stage', {}).get(stage.name, {})})
-        key = json.dumps([here.model, stage.trainable, stage.precision, length, mean_images(recipe, stage), machine.checkpointing], sort_keys=True)
+        key = json.dumps(
+            [here.model, stage.trainable, stage.precision, length, mean_images(recipe, stage), machine.checkpointing],
+            sort_keys=True,
+        )
         images = mean_images(recipe, stage) if length > visual else 0
-        if key not in counted: counted[key] = stage_cost(lambda: build(here)[0], stage, length, images, machine.checkpointing)
+        if key not in counted:
+            counted[key] = stage_cost(lambda: build(here)[0], stage, length, images, machine.checkpointing)
         plain, again, trained = counted[key]
         samples, forward = stage.steps * stage.batch_size, plain.forward
         flops = float(samples * (plain.forward + plain.backward))
-        stages.append(StagePlan(stage=stage.name, trained=trained, steps=stage.steps, length=length, tokens=float(samples * length), flops=flops,
-                                executed=float(samples * (again.forward + again.backward)), seconds=flops / rate,
-                                device_hours=flops / rate * machine.devices / 3600,
-                                memory=memory_per_device(parameters, trained, again.activations, stage, machine)))
-    evaluation = float(sum((recipe.sources[b.source].size or 0) * forward * (1 + b.max_new_tokens / length) for b in recipe.benchmarks))
+        stages.append(
+            StagePlan(
+                stage=stage.name,
+                trained=trained,
+                steps=stage.steps,
+                length=length,
+                tokens=float(samples * length),
+                flops=flops,
+                executed=float(samples * (again.forward + again.backward)),
+                seconds=flops / rate,
+                device_hours=flops / rate * machine.devices / 3600,
+                memory=memory_per_device(parameters, trained, again.activations, stage, machine),
+            )
+        )
+    evaluation = float(
+        sum((recipe.sources[b.source].size or 0) * forward * (1 + b.max_new_tokens / length) for b in recipe.benchmarks)
+    )
     seconds = STARTUP + ((sum(s.flops for s in stages) + evaluation) / rate if earlier is None else earlier)
     most = max((s.trained for s in stages), default=0)
-    return UnitPlan(unit=recipe.unit, parameters=parameters, visual_tokens=visual, stages=tuple(stages), evaluation_flops=evaluation,
-                    disk_gb=most * 4 * 3 * 2 / 1e9, seconds=seconds, seconds_from='FLOPs' if earlier is None else 'earlier runs')
+    return UnitPlan(
+        unit=recipe.unit,
+        parameters=parameters,
+        visual_tokens=visual,
+        stages=tuple(stages),
+        evaluation_flops=evaluation,
+        disk_gb=most * 4 * 3 * 2 / 1e9,
+        seconds=seconds,
+        seconds_from='FLOPs' if earlier is None else 'earlier runs',
+    )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #88180778
 class Plan(Strict):
     "What was planned, and on what assumptions."
+
     paper: str
     scale: Scale
     machine: Machine
-    units: tuple[UnitPlan, ...]     # one per row, for its first seed
+    units: tuple[UnitPlan, ...]  # one per row, for its first seed
     seeds: int
-    shared: int                     # rows whose recipe another row has too
+    shared: int  # rows whose recipe another row has too
     workers: int
-    skipped: dict[str, str]         # row -> why it cannot run
+    skipped: dict[str, str]  # row -> why it cannot run
     assumptions: tuple[str, ...]
 
     @property
@@ -282,24 +363,32 @@ def assumptions(
     scale: Scale,
 ) -> tuple[str, ...]:
     "What the plan takes for granted, in sentences."
-    said = [f'{machine.devices} × {machine.name}, {machine.tflops:.3g} TFLOP/s each; the model\'s FLOPs reach {machine.utilisation:.0%} of it',
-            f'ZeRO {machine.zero}; ' * bool(machine.zero) + 'weights as the stage says; AdamW with two fp32 moments and, under bf16, a fp32 copy',
-            'attention counted as the whole square of scores; output matrix counted at every position']
-    if machine.checkpointing: said.append('decoder layers are recomputed in the backward pass; their inputs are kept, and one layer in full')
+    said = [
+        f"{machine.devices} × {machine.name}, {machine.tflops:.3g} TFLOP/s each; the model's FLOPs reach {machine.utilisation:.0%} of it",
+        f'ZeRO {machine.zero}; ' * bool(machine.zero)
+        + 'weights as the stage says; AdamW with two fp32 moments and, under bf16, a fp32 copy',
+        'attention counted as the whole square of scores; output matrix counted at every position',
+    ]
+    if machine.checkpointing:
+        said.append('decoder layers are recomputed in the backward pass; their inputs are kept, and one layer in full')
     if scale == 'paper':
-        said += ['images and mean lengths of a sample from the recipe, or else one image and the maximal length',
-                 'data sets, logits and the libraries\' buffers (1 to 3 GB a device) are not counted',
-                 'evaluation is counted where the number of questions is known']
+        said += [
+            'images and mean lengths of a sample from the recipe, or else one image and the maximal length',
+            "data sets, logits and the libraries' buffers (1 to 3 GB a device) are not counted",
+            'evaluation is counted where the number of questions is known',
+        ]
     else:
-        said.append('mean sample lengths measured on the first samples; every image encoded in every step, though a frozen encoder runs once')
+        said.append(
+            'mean sample lengths measured on the first samples; every image encoded in every step, though a frozen encoder runs once'
+        )
     return tuple(said) + tuple(dict.fromkeys(a for r in recipes for a in r.assumptions))
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #bd71dc57
 def plan(
     paper: str,
-    table: str | None = None,       # None: every table with a row at that scale
+    table: str | None = None,  # None: every table with a row at that scale
     scale: Scale = 'tiny',
-    rows: Iterable[str] = (),       # empty: all
+    rows: Iterable[str] = (),  # empty: all
     machine: Machine | None = None,  # None: `gpu_node()` at scale paper, else `this_machine()`
 ) -> Plan:
     "Plan a table or a whole paper."
@@ -310,21 +399,35 @@ def plan(
     for name in [table] if table else paper_recipes.tables(scale):
         reasons = paper_recipes.rows(name, scale)
         for row in rows or reasons:
-            if reasons[row] is not None: skipped[f'{name}/{row}'] = reasons[row]
+            if reasons[row] is not None:
+                skipped[f'{name}/{row}'] = reasons[row]
             else:
                 recipe = paper_recipes.recipe(name, row, scale, seeds[0])
                 if recipe.digest() in seen:
                     shared += 1
                     continue
-                with torch.device('meta'): processor = paper_recipes.build(recipe)[1]
-                if scale != 'paper': lengths = measured_lengths(recipe, processor)
-                found = plan_unit(recipe, paper_recipes.build, machine, lengths, earlier_seconds(paper, name, scale, row), counted)
+                with torch.device('meta'):
+                    processor = paper_recipes.build(recipe)[1]
+                if scale != 'paper':
+                    lengths = measured_lengths(recipe, processor)
+                found = plan_unit(
+                    recipe, paper_recipes.build, machine, lengths, earlier_seconds(paper, name, scale, row), counted
+                )
                 seen.add(recipe.digest())
                 units.append(found)
                 used.append(recipe)
     workers = 1 if scale == 'paper' else settings().workers
-    return Plan(paper=paper, scale=scale, machine=machine, units=tuple(units), seeds=len(seeds), shared=shared, workers=workers, skipped=skipped,
-                assumptions=assumptions(machine, used, scale))
+    return Plan(
+        paper=paper,
+        scale=scale,
+        machine=machine,
+        units=tuple(units),
+        seeds=len(seeds),
+        shared=shared,
+        workers=workers,
+        skipped=skipped,
+        assumptions=assumptions(machine, used, scale),
+    )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #2638db5b
 def earlier_seconds(
@@ -335,5 +438,6 @@ def earlier_seconds(
 ) -> float | None:
     "Median seconds of the row's units in the committed results; None where there are none."
     from mllm_replica.tables.results import read_results
+
     seconds = {r.unit: r.seconds for r in read_results(paper, table, scale) if r.row == row}
     return median(seconds.values()) if seconds else None

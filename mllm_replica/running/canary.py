@@ -53,10 +53,18 @@ def observe(
     for step in (steps.load, steps.encode, steps.cache_features):
         step(made)
     losses = [loss.hex() for loss in steps.fit(made).losses] if made.recipe.stages else []
-    metrics = {name: float(metric.value).hex() for name, metric in steps.score(made).items() if not name.startswith('seconds')}
+    metrics = {
+        name: float(metric.value).hex() for name, metric in steps.score(made).items() if not name.startswith('seconds')
+    }
     files = sorted((folder / 'predictions').glob('*.jsonl'))
     predictions = {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
-    return dict(recipe=made.recipe.digest(), loss=losses, weights=weights_digest(made.model), predictions=predictions, metrics=metrics)
+    return dict(
+        recipe=made.recipe.digest(),
+        loss=losses,
+        weights=weights_digest(made.model),
+        predictions=predictions,
+        metrics=metrics,
+    )
 
 
 def called(
@@ -72,7 +80,13 @@ def called(
     file = next((root / paper).rglob(f'{module}.py')).relative_to(root.parent).with_suffix('')
     value = getattr(importlib.import_module('.'.join(file.parts)), function)(*arguments)
     said = json.dumps(arguments)
-    return dict(recipe=said, loss=[], weights='', predictions={}, metrics={'returned': hashlib.sha256(repr(value).encode()).hexdigest()[:16]})
+    return dict(
+        recipe=said,
+        loss=[],
+        weights='',
+        predictions={},
+        metrics={'returned': hashlib.sha256(repr(value).encode()).hexdigest()[:16]},
+    )
 
 
 class Listener:
@@ -100,7 +114,13 @@ class Listener:
 
     def places(self) -> list[tuple[str, int]]:
         "File and first line of each."
-        return sorted({(code.co_filename, code.co_firstlineno) for code in self.codes if code.co_filename.startswith(self.folders)})
+        return sorted(
+            {
+                (code.co_filename, code.co_firstlineno)
+                for code in self.codes
+                if code.co_filename.startswith(self.folders)
+            }
+        )
 
 # %% ../../nbs/foundations/running/74_canary.ipynb #daf039ed
 def hooks(
@@ -111,11 +131,16 @@ def hooks(
     modules = [module for name, module in sorted(sys.modules.items()) if name.partition('.')[0] in packages]
     classes = {thing for module in modules for thing in vars(module).values() if isinstance(thing, type) and own(thing)}
     foreign = {made: {name for base in made.__mro__ if not own(base) for name in vars(base)} for made in classes}
-    return {made.__name__: sorted(foreign[made] & set(vars(made))) for made in sorted(classes, key=lambda made: made.__name__)}
+    return {
+        made.__name__: sorted(foreign[made] & set(vars(made)))
+        for made in sorted(classes, key=lambda made: made.__name__)
+    }
 
 
 def main(
-    argv: list[str],  # path of a JSON file with units, chapters, folder; a call is a unit (paper, 'call', name, arguments as JSON, 0)
+    argv: list[
+        str
+    ],  # path of a JSON file with units, chapters, folder; a call is a unit (paper, 'call', name, arguments as JSON, 0)
 ) -> None:
     "Print one line of JSON per unit, and a last one with the hooks."
     import torch
@@ -129,7 +154,11 @@ def main(
         with Listener(*folders) as listener:
             try:
                 call = unit[1] == 'call'
-                found = called(unit[0], unit[2], json.loads(unit[3])) if call else observe(tuple(unit), Path(asked['folder']) / str(number))
+                found = (
+                    called(unit[0], unit[2], json.loads(unit[3]))
+                    if call
+                    else observe(tuple(unit), Path(asked['folder']) / str(number))
+                )
             except Exception as error:
                 found = dict(error=f'{type(error).__name__}: {error}'[:500], where=traceback.format_exc()[-1500:])
         print(json.dumps(dict(unit=unit, ran=listener.places(), **found)), flush=True)

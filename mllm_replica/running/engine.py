@@ -19,6 +19,7 @@ from ..core.settings import Scale, Strict
 # %% ../../nbs/foundations/running/65_engine.ipynb #50a9fba0
 class RowParameters(Strict):
     "Parameters of `replicate_row.ipynb`."
+
     paper: str
     table: str
     row: str
@@ -29,11 +30,13 @@ class RowParameters(Strict):
 
 class StartParameters(RowParameters):
     "Parameters of `teach_start.ipynb`: a unit, and what it starts from."
-    start: str    # one of the chapter's `starts` of that unit
+
+    start: str  # one of the chapter's `starts` of that unit
 
 
 class TableParameters(Strict):
     "Parameters of `report_table.ipynb`."
+
     paper: str
     table: str
     scale: Scale
@@ -42,8 +45,9 @@ class TableParameters(Strict):
 
 class Job(Strict):
     "One execution of a notebook."
+
     notebook: Path  # what is run
-    output: Path    # the executed copy
+    output: Path  # the executed copy
     parameters: RowParameters | StartParameters | TableParameters
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #0f748be4
@@ -54,8 +58,10 @@ def notebook_parameters(
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
     if len(tagged) != 1:
-        raise ValueError(f'{notebook} has {len(tagged)} cells tagged `parameters`, expected one: without it papermill runs the defaults '
-                         'whatever it is given. Tag the cell again; nbdev-clean keeps it when allowed_cell_metadata_keys holds "tags"')
+        raise ValueError(
+            f'{notebook} has {len(tagged)} cells tagged `parameters`, expected one: without it papermill runs the defaults '
+            'whatever it is given. Tag the cell again; nbdev-clean keeps it when allowed_cell_metadata_keys holds "tags"'
+        )
     found = {}
     for line in ast.parse(tagged[0]).body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
@@ -65,43 +71,50 @@ def notebook_parameters(
 
 
 def check_parameters(
-    notebook: Path,       # an .ipynb file
-    parameters: Strict,   # what it would be given
+    notebook: Path,  # an .ipynb file
+    parameters: Strict,  # what it would be given
 ) -> None:
     "Raise unless the notebook's parameters are exactly the schema's: same names, same types."
     given = {name: type(value).__name__ for name, value in parameters.model_dump().items()}
     found = notebook_parameters(notebook)
     problems = [f'{n} is not a parameter of the notebook' for n in given.keys() - found.keys()]
-    problems += [f'the notebook wants {n}, which {type(parameters).__name__} does not have' for n in found.keys() - given.keys()]
-    problems += [f'{n} is {given[n]}, the notebook wants {found[n]}' for n in given.keys() & found.keys() if given[n] != found[n]]
-    if problems: raise ValueError(f'{notebook}: ' + '; '.join(sorted(problems)))
+    problems += [
+        f'the notebook wants {n}, which {type(parameters).__name__} does not have' for n in found.keys() - given.keys()
+    ]
+    problems += [
+        f'{n} is {given[n]}, the notebook wants {found[n]}' for n in given.keys() & found.keys() if given[n] != found[n]
+    ]
+    if problems:
+        raise ValueError(f'{notebook}: ' + '; '.join(sorted(problems)))
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #bb1bb1d5
 class Metric(Strict):
     "One number of a unit."
+
     value: FiniteFloat
-    n: int | None = None             # samples behind it; None for a property of the model such as its cost
-    low: FiniteFloat | None = None   # 95 % interval over samples
+    n: int | None = None  # samples behind it; None for a property of the model such as its cost
+    low: FiniteFloat | None = None  # 95 % interval over samples
     high: FiniteFloat | None = None
 
 
 class Result(Strict):
     "What a unit leaves in `result.json`."
+
     unit: str
-    digest: str                # of the recipe
+    digest: str  # of the recipe
     metrics: dict[str, Metric]
     steps: int
     train_seconds: FiniteFloat
     seconds: FiniteFloat
     peak_memory_mb: FiniteFloat
     versions: dict[str, str]
-    processor: str = ''        # its kind
+    processor: str = ''  # its kind
     threads: int = 1
 
 
 def write_atomic(
     path: Path,  # the file to write or replace
-    text: str,   # its whole content
+    text: str,  # its whole content
 ) -> None:
     "Write a file so that a reader, or a crash, sees the old content or the new, never a part."
     partial = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
@@ -114,14 +127,18 @@ def write_atomic(
 
 def read_result(
     folder: Path,  # a unit's folder
-    digest: str,   # the recipe's digest
+    digest: str,  # the recipe's digest
 ) -> Result:
     "The unit's result; ValueError says why there is none."
-    path = Path(folder)/'result.json'
-    if not path.exists(): raise ValueError(f'there is no {path.name}: the notebook ended before its last cell')
-    try: result = Result.model_validate_json(path.read_bytes())
-    except ValueError as error: raise ValueError(f'{path} is not a valid result: {error}') from error
-    if result.digest != digest: raise ValueError(f'{path} belongs to recipe {result.digest}, expected {digest}')
+    path = Path(folder) / 'result.json'
+    if not path.exists():
+        raise ValueError(f'there is no {path.name}: the notebook ended before its last cell')
+    try:
+        result = Result.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f'{path} is not a valid result: {error}') from error
+    if result.digest != digest:
+        raise ValueError(f'{path} belongs to recipe {result.digest}, expected {digest}')
     return result
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #70af5863
@@ -134,20 +151,27 @@ def is_alive(
     process: dict,  # as `this_process` names it
 ) -> bool:
     "Whether that very process still runs; one on another machine is taken to be alive."
-    if process['host'] != socket.gethostname(): return True
-    try: return abs(psutil.Process(int(process['pid'])).create_time() - float(process['started'])) < 2
-    except psutil.NoSuchProcess: return False
+    if process['host'] != socket.gethostname():
+        return True
+    try:
+        return abs(psutil.Process(int(process['pid'])).create_time() - float(process['started'])) < 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill_tree(
     pid: int,  # the root of the tree
 ) -> None:
     "Kill a process with everything it has started (a kernel lives in a session of its own, so its group is not enough)."
-    try: root = psutil.Process(pid)
-    except psutil.NoSuchProcess: return
+    try:
+        root = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
     for process in [root, *root.children(recursive=True)]:
-        try: process.kill()
-        except psutil.NoSuchProcess: pass
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #f0320b77
 def execute(
@@ -159,22 +183,37 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
+
     seen = {'cell': 0, 'kernel': None}
 
     class Remembering(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kw: Any) -> Any:
             "Execute the notebook and note the cell at work and its process."
-            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120, log=logging.getLogger('papermill'),
-                                             log_output=True)
-            client.on_cell_start = lambda cell, cell_index: seen.update(cell=cell_index + 1, kernel=client.km.provisioner.process)
+            client = PapermillNotebookClient(
+                nb_man,
+                kernel_name=kernel_name,
+                timeout=None,
+                startup_timeout=120,
+                log=logging.getLogger('papermill'),
+                log_output=True,
+            )
+            client.on_cell_start = lambda cell, cell_index: seen.update(
+                cell=cell_index + 1, kernel=client.km.provisioner.process
+            )
             return client.execute()
 
     papermill_engines.register('remembering', Remembering)
     plain = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
     try:
-        papermill.execute_notebook(plain(job.notebook), plain(job.output), parameters=job.parameters.model_dump(), engine_name='remembering',
-                                   progress_bar=False, log_output=True)
+        papermill.execute_notebook(
+            plain(job.notebook),
+            plain(job.output),
+            parameters=job.parameters.model_dump(),
+            engine_name='remembering',
+            progress_bar=False,
+            log_output=True,
+        )
         return 0
     except papermill.PapermillExecutionError as error:
         print(*error.traceback, f'cell {seen["cell"]} raised {error.ename}: {error.evalue}', sep='\n', flush=True)
@@ -189,8 +228,10 @@ def execute(
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #bd1f1573
 def _end_with_parent() -> None:
-    while os.read(0, 1): pass  # not sys.stdin: its lock, held here, would stop the interpreter from ending
-    for child in psutil.Process().children(recursive=True): child.kill()
+    while os.read(0, 1):
+        pass  # not sys.stdin: its lock, held here, would stop the interpreter from ending
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
     os._exit(128 + signal.SIGTERM)
 
 
@@ -200,8 +241,10 @@ def main(
     "`python -m mllm_replica.running.engine JOB.json`: run one job and return its exit code."
     job = Job.model_validate_json(Path(argv[0]).read_bytes())
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout)
-    if '--supervised' in argv: threading.Thread(target=_end_with_parent, daemon=True).start()
+    if '--supervised' in argv:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     return execute(job)
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #f8bb0c36
-if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

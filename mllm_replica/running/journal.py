@@ -42,13 +42,20 @@ def data_hash(
     "Hash of the data sets and pretrained backbones of a recipe that are not made by our own code."
     seen = {}
     for part, name in sorted(recipe.model.get('backbones', {}).items()):
-        found = settings().backbones.get(name, name)   # a folder, or an id of the hub
-        seen[f'backbone {part}'] = [found, _files_below(project_root()/found) if (project_root()/found).is_dir() else []]
+        found = settings().backbones.get(name, name)  # a folder, or an id of the hub
+        seen[f'backbone {part}'] = [
+            found,
+            _files_below(project_root() / found) if (project_root() / found).is_dir() else [],
+        ]
     for key, source in sorted(recipe.sources.items()):
-        if source.kind == 'easy_vqa': seen[key] = version('easy-vqa')
+        if source.kind == 'easy_vqa':
+            seen[key] = version('easy-vqa')
         elif source.kind != 'world':
-            place = (data_root or project_root()/'data')/source.name
-            if not place.exists(): raise FileNotFoundError(f'{recipe.unit}: source {key!r} ({source.kind}) wants {place}, which does not exist')
+            place = (data_root or project_root() / 'data') / source.name
+            if not place.exists():
+                raise FileNotFoundError(
+                    f'{recipe.unit}: source {key!r} ({source.kind}) wants {place}, which does not exist'
+                )
             seen[key] = _files_below(place)
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
@@ -68,13 +75,27 @@ def unit_key(
 # %% ../../nbs/foundations/running/67_journal.ipynb #23cebbbc
 def git_commit() -> str:
     "The commit of the project, with `+` when more than results and ledgers has changed since; empty outside git."
-    run = lambda *words: subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
+    run = lambda *words: subprocess.run(
+        ['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False
+    )
     head = run('rev-parse', '--short=12', 'HEAD')
-    if head.returncode: return ''
-    return head.stdout.strip() + '+' * bool(run('status', '--porcelain', '--untracked-files=no', '--', ':!papers/*/results/*', ':!papers/*/verified.csv').stdout.strip())
+    if head.returncode:
+        return ''
+    return head.stdout.strip() + '+' * bool(
+        run(
+            'status', '--porcelain', '--untracked-files=no', '--', ':!papers/*/results/*', ':!papers/*/verified.csv'
+        ).stdout.strip()
+    )
 
 
-_INSTRUCTIONS = ('amx_tile', 'avx512_fp16', 'avx512_bf16', 'avx512f', 'avx2', 'asimd')  # widest first, as Linux calls them
+_INSTRUCTIONS = (
+    'amx_tile',
+    'avx512_fp16',
+    'avx512_bf16',
+    'avx512f',
+    'avx2',
+    'asimd',
+)  # widest first, as Linux calls them
 
 
 @cache
@@ -96,24 +117,28 @@ def unit_lock(
     folder: Path,  # a unit's folder
 ) -> Iterator[int | None]:
     "Hold the unit's lock; yields its file descriptor (a child that inherits it holds the lock too), or None when another run holds it."
-    fd = os.open(folder/'lock', os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(folder / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
             return
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(this_process()).encode(), 0)
         yield fd
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
 
 
 def lock_holder(
     folder: Path,  # a unit's folder
 ) -> dict | None:
     "The process that holds, or last held, the unit's lock; None when it left a stale name, or no name at all."
-    try: process = json.loads((folder/'lock').read_bytes())
-    except (FileNotFoundError, ValueError): return None
+    try:
+        process = json.loads((folder / 'lock').read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
     return process if is_alive(process) else None
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #81a41c00
@@ -124,31 +149,36 @@ class Journal:
         self,
         run_folder: Path,  # where the file lies
     ):
-        self.path = Path(run_folder)/'journal.jsonl'
+        self.path = Path(run_folder) / 'journal.jsonl'
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(
         self,
         event: str,
-        **fields,   # plain data
+        **fields,  # plain data
     ) -> None:
         "Write one event durably."
         line = json.dumps(dict(time=round(time.time(), 3), event=event, **fields)) + '\n'
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b'\n': line = '\n' + line
+            if size and os.pread(fd, 1, size - 1) != b'\n':
+                line = '\n' + line
             os.write(fd, line.encode())
             os.fsync(fd)
-        finally: os.close(fd)
+        finally:
+            os.close(fd)
 
     def read(self) -> tuple[list[dict], list[int]]:
         "All events, and the numbers of the lines that are none."
         events, broken = [], []
-        if not self.path.exists(): return events, broken
+        if not self.path.exists():
+            return events, broken
         for number, line in enumerate(self.path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
-            try: events.append(json.loads(line))
-            except ValueError: broken.append(number)
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                broken.append(number)
         return events, broken
 
     def last(self) -> dict[str, dict]:
@@ -158,6 +188,10 @@ class Journal:
     def reconcile(self) -> list[dict]:
         "Write `lost` for every unit that was started by a process that is gone; returns those events."
         orphans = [e for e in self.last().values() if e['event'] == 'started' and not is_alive(e['process'])]
-        lost = [dict(unit=e['unit'], key=e['key'], reason=f'process {e["process"]["pid"]} ended without a word') for e in orphans]
-        for fields in lost: self.append('lost', **fields)
+        lost = [
+            dict(unit=e['unit'], key=e['key'], reason=f'process {e["process"]["pid"]} ended without a word')
+            for e in orphans
+        ]
+        for fields in lost:
+            self.append('lost', **fields)
         return lost

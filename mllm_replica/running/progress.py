@@ -19,19 +19,20 @@ class ProgressFile:
 
     def __init__(
         self,
-        folder: Path,         # the unit's folder
-        every: float = 0.5,   # seconds between two writes of one phase
+        folder: Path,  # the unit's folder
+        every: float = 0.5,  # seconds between two writes of one phase
     ):
-        self.path, self.every, self.phase, self.next = Path(folder)/'progress.json', every, None, 0.0
+        self.path, self.every, self.phase, self.next = Path(folder) / 'progress.json', every, None, 0.0
 
     def __call__(
         self,
-        phase: str,                # e.g. 'training joint'
-        **numbers: float | None,   # e.g. step, steps, loss
+        phase: str,  # e.g. 'training joint'
+        **numbers: float | None,  # e.g. step, steps, loss
     ) -> None:
         "Say what is going on."
         now = time.monotonic()
-        if phase == self.phase and now < self.next: return
+        if phase == self.phase and now < self.next:
+            return
         self.phase, self.next = phase, now + self.every
         partial = self.path.with_suffix(f'.{os.getpid()}')
         partial.write_text(json.dumps(dict(phase=phase, **numbers)), encoding='utf-8')
@@ -42,8 +43,10 @@ def read_progress(
     folder: Path,  # a unit's folder
 ) -> dict:
     "What the unit last said; empty when it has said nothing."
-    try: return json.loads((Path(folder)/'progress.json').read_bytes())
-    except (FileNotFoundError, ValueError): return {}
+    try:
+        return json.loads((Path(folder) / 'progress.json').read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #ffc2490a
 class Display:
@@ -51,19 +54,21 @@ class Display:
 
     def __init__(
         self,
-        total: int,                       # units, and jobs before them
-        console: Console | None = None,   # standard output by default
+        total: int,  # units, and jobs before them
+        console: Console | None = None,  # standard output by default
     ):
         self.console, self.total, self.ended, self.running = console or Console(), total, 0, {}
         redraw = total and self.console.is_terminal and not self.console.is_jupyter
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if redraw else None
 
     def __enter__(self) -> 'Display':
-        if self.live: self.live.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *error) -> None:
-        if self.live: self.live.stop()
+        if self.live:
+            self.live.stop()
 
     def say(
         self,
@@ -79,7 +84,8 @@ class Display:
     ) -> None:
         "A unit has begun."
         self.running[unit] = folder, time.monotonic()
-        if not self.live: self.say(f'{time.strftime("%H:%M:%S")}  started   {unit}')
+        if not self.live:
+            self.say(f'{time.strftime("%H:%M:%S")}  started   {unit}')
 
     def end(
         self,
@@ -90,16 +96,21 @@ class Display:
         "A unit has ended."
         self.ended += 1
         seconds = time.monotonic() - self.running.pop(unit, (None, time.monotonic()))[1]
-        self.say(f'{time.strftime("%H:%M:%S")}  {status:9} {unit}  {seconds:.0f} s  [{self.ended}/{self.total}]' + f'\n          {note}' * bool(note))
+        self.say(
+            f'{time.strftime("%H:%M:%S")}  {status:9} {unit}  {seconds:.0f} s  [{self.ended}/{self.total}]'
+            + f'\n          {note}' * bool(note)
+        )
 
     def refresh(self) -> None:
         "Redraw the running units from their progress files."
-        if self.live: self.live.update(self.table(), refresh=True)
+        if self.live:
+            self.live.update(self.table(), refresh=True)
 
     def table(self) -> Table:
         "The running units as they are now."
         table = Table(title=f'{self.ended} of {self.total} done', title_justify='left', box=None, padding=(0, 2, 0, 0))
-        for heading in ('unit', 'doing', 'elapsed', 'step', 'loss'): table.add_column(heading, no_wrap=True)
+        for heading in ('unit', 'doing', 'elapsed', 'step', 'loss'):
+            table.add_column(heading, no_wrap=True)
         for unit, (folder, since) in self.running.items():
             now = read_progress(folder)
             step = f'{now["step"]}/{now["steps"]}' if now.get('steps') else ''

@@ -45,7 +45,7 @@ def report_folder(
     scale: Scale,
 ) -> Path:
     "Where figure, rendered table and executed notebook of a table lie."
-    return settings().run_folder/'reports'/paper/f'{table}.{scale}'
+    return settings().run_folder / 'reports' / paper / f'{table}.{scale}'
 
 # %% ../../nbs/foundations/running/71_publish.ipynb #4e9fb0c2
 def comparison(
@@ -54,16 +54,18 @@ def comparison(
     row: str,
     scale: Scale,
     replicated: dict[str, float],  # our metric -> value
-    prefix: str = '',              # put before the names, e.g. `<row>/`
+    prefix: str = '',  # put before the names, e.g. `<row>/`
 ) -> dict[str, float]:
     "The numbers of one row as the tracker gets them: `replicated/…`, `published/…`, `difference/…`."
     published = load_table(paper, table)
     cells = next((r.values for r in published.rows if r.key == row), {})
-    if measured := published.measured(scale): replicated = replicated | measured.means(replicated)
+    if measured := published.measured(scale):
+        replicated = replicated | measured.means(replicated)
     printed = {key: float(v) for key, v in cells.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     logged = {f'replicated/{prefix}{name}': value for name, value in replicated.items()}
     logged |= {f'published/{prefix}{key}': value for key, value in printed.items()}
-    if scale == 'paper': logged |= {f'difference/{prefix}{key}': replicated[key] - printed[key] for key in printed if key in replicated}
+    if scale == 'paper':
+        logged |= {f'difference/{prefix}{key}': replicated[key] - printed[key] for key in printed if key in replicated}
     check_finite(logged)
     return logged
 
@@ -73,40 +75,65 @@ def write_records(
     table: str,
     scale: Scale,
     units: Sequence[tuple[Recipe, Order]],  # the row's recipe and the finished unit behind it
-    own: bool = True,                       # into the run folder; else into the project's own results
+    own: bool = True,  # into the run folder; else into the project's own results
 ) -> Path:
     "Add finished units to the table's result file."
     from mllm_replica.tables.results import read_results, results_path, write_results
     from mllm_replica.tables.validity import outdated
+
     before, rows = read_results(paper, table, scale, own), {recipe.row for recipe, _ in units}
-    known, dropped = {(r.row, r.seed, r.unit) for r in before}, {(r.row, r.seed) for r in before if r.row in rows and outdated(paper, r)}
+    known, dropped = (
+        {(r.row, r.seed, r.unit) for r in before},
+        {(r.row, r.seed) for r in before if r.row in rows and outdated(paper, r)},
+    )
     new = [unit for unit in units if (unit[0].row, unit[0].seed, unit[1].key) not in known]
     records = [record for recipe, order in new for record in _records(recipe, order, own)]
-    if records or dropped: write_results(paper, table, scale, records, dropped, own)
+    if records or dropped:
+        write_results(paper, table, scale, records, dropped, own)
     return results_path(paper, table, scale, own)
 
 
 def _records(recipe: Recipe, order: Order, own: bool) -> list:
     "What a unit measured, with its provenance."
     from mllm_replica.tables.results import Record
-    result, commit = order.result(), (order.folder/'commit').read_text() if (order.folder/'commit').exists() else git_commit()
+
+    result, commit = (
+        order.result(),
+        (order.folder / 'commit').read_text() if (order.folder / 'commit').exists() else git_commit(),
+    )
     if not own and (not commit or commit.endswith('+')):
-        raise ValueError(f'{recipe.unit} was started at {commit or "no commit"}, which nobody else can check out, so its numbers are not published: '
-                         'commit what has changed, then run it again')
-    date = datetime.fromtimestamp((order.folder/'result.json').stat().st_mtime, UTC).isoformat(timespec='seconds')
-    same = dict(table=recipe.table, row=recipe.row, scale=recipe.scale, seed=recipe.seed, unit=order.key, digest=result.digest, code=code_of(recipe),
-                commit=commit, date=date, seconds=round(result.seconds, 1), processor=result.processor, threads=str(result.threads),
-                torch=result.versions.get('torch', ''))
+        raise ValueError(
+            f'{recipe.unit} was started at {commit or "no commit"}, which nobody else can check out, so its numbers are not published: '
+            'commit what has changed, then run it again'
+        )
+    date = datetime.fromtimestamp((order.folder / 'result.json').stat().st_mtime, UTC).isoformat(timespec='seconds')
+    same = dict(
+        table=recipe.table,
+        row=recipe.row,
+        scale=recipe.scale,
+        seed=recipe.seed,
+        unit=order.key,
+        digest=result.digest,
+        code=code_of(recipe),
+        commit=commit,
+        date=date,
+        seconds=round(result.seconds, 1),
+        processor=result.processor,
+        threads=str(result.threads),
+        torch=result.versions.get('torch', ''),
+    )
     measured = load_table(recipe.paper, recipe.table).measured(recipe.scale) or Replication(columns=[])
     means = measured.means({name: m.value for name, m in result.metrics.items()})
-    return ([Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()]
-            + [Record(metric=name, value=value, **same) for name, value in means.items()])
+    return [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()] + [
+        Record(metric=name, value=value, **same) for name, value in means.items()
+    ]
 
 # %% ../../nbs/foundations/running/71_publish.ipynb #fbecccf2
 class TableReport(Strict):
     "What the report notebook leaves in `report.json`."
+
     numbers: dict[str, FiniteFloat]  # as `comparison` names them, `<row>/` before the column
-    verdicts: dict[str, str]         # claim, or reading/claim -> verdict
+    verdicts: dict[str, str]  # claim, or reading/claim -> verdict
 
 
 def write_report(
@@ -118,35 +145,44 @@ def write_report(
     "Write figure.png, table.md, table.json and report.json of this clone's own results."
     from mllm_replica.tables.report import figure, markdown, readings, table_frame, verdict_frame, verdicts
     from mllm_replica.tables.results import read_results, summary
+
     out_dir, rows = Path(out_dir), {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    for (row, metric), found in summary(read_results(paper, table, scale, own=True)).items(): rows.setdefault(row, {})[metric] = found.mean
+    for (row, metric), found in summary(read_results(paper, table, scale, own=True)).items():
+        rows.setdefault(row, {})[metric] = found.mean
     numbers = {}
-    for row, values in rows.items(): numbers |= comparison(paper, table, row, scale, values, f'{row}/')
+    for row, values in rows.items():
+        numbers |= comparison(paper, table, row, scale, values, f'{row}/')
     frame = table_frame(paper, table, scale, own=True)
     title = f'# {paper} table {table} at {scale}\n\n{load_table(paper, table).title}\n\n'
-    write_atomic(out_dir/'table.md', f'{title}{markdown(frame)}\n\n{markdown(verdict_frame(paper, table, scale, own=True), index=False)}\n')
+    write_atomic(
+        out_dir / 'table.md',
+        f'{title}{markdown(frame)}\n\n{markdown(verdict_frame(paper, table, scale, own=True), index=False)}\n',
+    )
     columns = ['row', *(': '.join(c) for c in frame.columns)]
     data = [[str(x) for x in (label, *line)] for label, line in zip(frame.index, frame.itertuples(index=False))]
-    write_atomic(out_dir/'table.json', json.dumps(dict(columns=columns, data=data)))
-    figure(paper, table, scale, own=True).savefig(out_dir/'figure.png', dpi=110)
+    write_atomic(out_dir / 'table.json', json.dumps(dict(columns=columns, data=data)))
+    figure(paper, table, scale, own=True).savefig(out_dir / 'figure.png', dpi=110)
     words = {v.claim.id: v.word for v in verdicts(paper, table, scale, own=True)}
     for reading in readings(load_table(paper, table), scale):
         words |= {f'{reading}/{v.claim.id}': v.word for v in verdicts(paper, table, scale, reading, own=True)}
     report = TableReport(numbers=numbers, verdicts=words)
-    write_atomic(out_dir/'report.json', report.model_dump_json(indent=1))
+    write_atomic(out_dir / 'report.json', report.model_dump_json(indent=1))
     return report
 
 # %% ../../nbs/foundations/running/71_publish.ipynb #603831bc
-def _hash(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ''
 
 
-def _notebook() -> Path: return project_root()/'nbs'/'pipelines'/'report_table.ipynb'
+def _notebook() -> Path:
+    return project_root() / 'nbs' / 'pipelines' / 'report_table.ipynb'
 
 
 @dataclass
 class Published:
     "A report that was made."
+
     folder: Path
     report: TableReport
     seal_content: dict
@@ -154,11 +190,13 @@ class Published:
     @property
     def files(self) -> list[Path]:
         "What goes to the tracker."
-        return [self.folder/name for name in ('figure.png', 'table.md', 'table.json', 'report.json', 'notebook.ipynb')]
+        return [
+            self.folder / name for name in ('figure.png', 'table.md', 'table.json', 'report.json', 'notebook.ipynb')
+        ]
 
     def seal(self) -> None:
         "Declare it finished; done last, when the tracker has it."
-        write_atomic(self.folder/'seal.json', json.dumps(self.seal_content))
+        write_atomic(self.folder / 'seal.json', json.dumps(self.seal_content))
 
 
 def is_published(
@@ -169,9 +207,12 @@ def is_published(
 ) -> bool:
     "Whether the table's report contains these units and nothing it was made from has changed."
     wanted = {key for recipe, key in units if reportable(recipe)}
-    if not wanted: return True
-    try: seal = json.loads((report_folder(paper, table, scale)/'seal.json').read_bytes())
-    except (FileNotFoundError, ValueError): return False
+    if not wanted:
+        return True
+    try:
+        seal = json.loads((report_folder(paper, table, scale) / 'seal.json').read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
     same = all(_hash(Path(path)) == digest for path, digest in seal['files'].items())
     return wanted <= set(seal['units']) and seal['tracker'] == settings().tracking_uri and same
 
@@ -179,11 +220,27 @@ def is_published(
 def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
     "Files that a report is made from; claims may read other tables."
     from mllm_replica.tables.results import results_path
+
     claims = load_table(paper, table).claims
-    others = sorted(set(re.findall(r'table_(\w+)\.', ' '.join(c.scope(scale).test or c.test or '' for c in claims))) - {table})
-    modules = ('tables/report', 'tables/results', 'tables/validity', 'tables/effects', 'tables/claims', 'tables/published', 'running/publish')
-    code = [Path(__file__).parents[1]/f'{module}.py' for module in modules]
-    return [*(results_path(paper, t, scale, own=True) for t in [table, *others]), paper_folder(paper)/'tables'/f'table_{table}.yaml', _notebook(), *code]
+    others = sorted(
+        set(re.findall(r'table_(\w+)\.', ' '.join(c.scope(scale).test or c.test or '' for c in claims))) - {table}
+    )
+    modules = (
+        'tables/report',
+        'tables/results',
+        'tables/validity',
+        'tables/effects',
+        'tables/claims',
+        'tables/published',
+        'running/publish',
+    )
+    code = [Path(__file__).parents[1] / f'{module}.py' for module in modules]
+    return [
+        *(results_path(paper, t, scale, own=True) for t in [table, *others]),
+        paper_folder(paper) / 'tables' / f'table_{table}.yaml',
+        _notebook(),
+        *code,
+    ]
 
 
 def publish(
@@ -191,38 +248,46 @@ def publish(
     table: str,
     scale: Scale,
     units: Sequence[tuple[Recipe, Order]],  # finished ones
-    timeout: float = 600.0,                 # seconds for the notebook
-    also: bool = False,                     # into the project's own results, too
+    timeout: float = 600.0,  # seconds for the notebook
+    also: bool = False,  # into the project's own results, too
 ) -> Published | None:
     "Write the units' records and have the table reported; None when no unit may be reported."
     units = [(recipe, order) for recipe, order in units if reportable(recipe)]
-    if not units: return None
+    if not units:
+        return None
     parameters = TableParameters(paper=paper, table=table, scale=scale, out_dir=str(report_folder(paper, table, scale)))
     check_parameters(_notebook(), parameters)
     folder = Path(parameters.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'lock', 'w') as lock:
+    with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_records(paper, table, scale, units)
-        if also: write_records(paper, table, scale, units, own=False)
+        if also:
+            write_records(paper, table, scale, units, own=False)
         seal = _seal(paper, table, scale)
         return Published(folder, _execute(parameters, folder, timeout), seal)
 
 
 def _seal(paper: str, table: str, scale: Scale) -> dict:
     from mllm_replica.tables.results import read_results
+
     files = {str(path): _hash(path) for path in _inputs(paper, table, scale)}
     units = sorted({r.unit for r in read_results(paper, table, scale, own=True)})
     return dict(units=units, tracker=settings().tracking_uri, files=files)
 
 
 def _execute(parameters: TableParameters, folder: Path, timeout: float) -> TableReport:
-    for name in ('report.json', 'seal.json', 'log'): (folder/name).unlink(missing_ok=True)
-    job = Job(notebook=_notebook(), output=folder/'notebook.ipynb', parameters=parameters)
-    process = start_job(job, folder/'log', environment(1, settings().run_folder))
-    try: why, _ = watch(process, timeout)
-    finally: process.stdin.close()
+    for name in ('report.json', 'seal.json', 'log'):
+        (folder / name).unlink(missing_ok=True)
+    job = Job(notebook=_notebook(), output=folder / 'notebook.ipynb', parameters=parameters)
+    process = start_job(job, folder / 'log', environment(1, settings().run_folder))
+    try:
+        why, _ = watch(process, timeout)
+    finally:
+        process.stdin.close()
     if process.returncode:
-        last = (folder/'log').read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
-        raise RuntimeError(f'the report notebook ended with exit code {process.returncode} {why}: {"".join(last)[:500]}; see {folder/"log"}')
-    return TableReport.model_validate_json((folder/'report.json').read_bytes())
+        last = (folder / 'log').read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
+        raise RuntimeError(
+            f'the report notebook ended with exit code {process.returncode} {why}: {"".join(last)[:500]}; see {folder / "log"}'
+        )
+    return TableReport.model_validate_json((folder / 'report.json').read_bytes())

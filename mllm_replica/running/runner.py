@@ -33,12 +33,13 @@ from .worker import Order, Outcome, supervise
 @dataclass
 class Plan:
     "What a command means: units, and rows that cannot run."
+
     paper: str
     scale: str
     tables: list[str]
     places: dict[str, list[Recipe]] = field(default_factory=dict)  # unit key -> one recipe for every row that shows it
-    not_run: dict[str, str] = field(default_factory=dict)          # 'table/row' -> reason
-    study: str = ''                                                # name of the study that asks for these rows; empty for tables
+    not_run: dict[str, str] = field(default_factory=dict)  # 'table/row' -> reason
+    study: str = ''  # name of the study that asks for these rows; empty for tables
 
     def units_of(
         self,
@@ -51,21 +52,24 @@ class Plan:
 def make_plan(
     paper: str,
     tables: Sequence[str] | None = None,  # all that have a runnable row by default
-    scale: str | None = None,             # as in settings.ini by default
-    rows: Sequence[str] | None = None,    # all by default; one may carry changes, as in `wide+stages.0.lr=0.003`
-    seeds: Sequence[int] | None = None,   # as in settings.ini by default, at smoke only the first of them
+    scale: str | None = None,  # as in settings.ini by default
+    rows: Sequence[str] | None = None,  # all by default; one may carry changes, as in `wide+stages.0.lr=0.003`
+    seeds: Sequence[int] | None = None,  # as in settings.ini by default, at smoke only the first of them
 ) -> Plan:
     "Find the units; an unknown table, row or scale is an error that names the known ones."
     module, scale = registry.recipes_of(paper), scale or settings().scale
-    if seeds is None: seeds = settings().seeds[:1] if scale == 'smoke' else settings().seeds
+    if seeds is None:
+        seeds = settings().seeds[:1] if scale == 'smoke' else settings().seeds
     plan = Plan(paper, scale, list(tables or module.tables(scale)))
     possible = {table: module.rows(table, scale) for table in plan.tables}
     unknown = [row for row in rows or () if not any(split_row(row)[0] in found for found in possible.values())]
     known = '; '.join(f'{table}: {", ".join(found)}' for table, found in possible.items())
-    if unknown: raise KeyError(f'{paper} has no rows {unknown} in tables {plan.tables}; it has {known}')
+    if unknown:
+        raise KeyError(f'{paper} has no rows {unknown} in tables {plan.tables}; it has {known}')
     for table, found in possible.items():
         for row in dict.fromkeys(rows or found):
-            if (base := split_row(row)[0]) not in found: continue
+            if (base := split_row(row)[0]) not in found:
+                continue
             if found[base] is not None:
                 plan.not_run[f'{table}/{row}'] = found[base]
                 continue
@@ -81,15 +85,16 @@ def start_orders(
 ) -> list[Order]:
     "A job for each thing that these units start from and that is not trained yet."
     chapter = registry.recipes_of(paper)
-    if not todo or not hasattr(chapter, 'starts'): return []
-    notebook, found = project_root()/'nbs'/'pipelines'/'teach_start.ipynb', {}
+    if not todo or not hasattr(chapter, 'starts'):
+        return []
+    notebook, found = project_root() / 'nbs' / 'pipelines' / 'teach_start.ipynb', {}
     for order in todo:
         for start in chapter.starts(order.recipe):
             code = code_of_functions(chapter.teach, content=order.recipe.model_dump())
             decides = [paper, order.recipe.scale, order.recipe.seed, start, code, library_versions()]
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
             found.setdefault(key, order.model_copy(update=dict(key=key, start=start, notebook=notebook)))
-    return [order for order in found.values() if not (order.folder/'result.json').exists()]
+    return [order for order in found.values() if not (order.folder / 'result.json').exists()]
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #1e249ab3
 Submit = Callable[[Order], Future]
@@ -101,11 +106,13 @@ def local_engine(
 ) -> Iterator[Submit]:
     "Units as processes of this machine."
     stop, pool = threading.Event(), ThreadPoolExecutor(workers)
-    try: yield lambda order: pool.submit(supervise, order, stop)
+    try:
+        yield lambda order: pool.submit(supervise, order, stop)
     except BaseException:
         stop.set()
         raise
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -113,9 +120,12 @@ def ray_engine(
     workers: int,  # not used: the cluster's resources bound the number of tasks
 ) -> Iterator[Submit]:
     "Units as Ray tasks: a CPU for each of their threads and the GPUs that the recipe's model names in `num_gpus`."
-    try: import ray
-    except ModuleNotFoundError as error: raise ModuleNotFoundError("engine 'ray' needs Ray: pip install -e '.[ray]'") from error
-    if not ray.is_initialized(): ray.init()
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("engine 'ray' needs Ray: pip install -e '.[ray]'") from error
+    if not ray.is_initialized():
+        ray.init()
     task, refs = ray.remote(max_retries=3)(supervise), []
 
     def submit(order: Order) -> Future:
@@ -123,9 +133,11 @@ def ray_engine(
         refs.append(task.options(num_cpus=order.threads, num_gpus=order.recipe.model.get('num_gpus', 0)).remote(order))
         return refs[-1].future()
 
-    try: yield submit
+    try:
+        yield submit
     except BaseException:
-        for ref in refs: ray.cancel(ref, force=True)
+        for ref in refs:
+            ray.cancel(ref, force=True)
         raise
 
 
@@ -134,14 +146,15 @@ ENGINES = {'local': local_engine, 'ray': ray_engine}
 # %% ../../nbs/foundations/running/72_runner.ipynb #96c19a1c
 def run_orders(
     orders: Sequence[Order],
-    engine: str,                              # key of `ENGINES`
+    engine: str,  # key of `ENGINES`
     workers: int,
-    started: Callable[[Order], None],         # called when a unit begins
+    started: Callable[[Order], None],  # called when a unit begins
     ended: Callable[[Order, Outcome], None],  # called when it has ended
     tick: Callable[[], None] = lambda: None,  # called a few times a second
 ) -> None:
     "Run all orders; one that fails disturbs no other."
-    if engine not in ENGINES: raise ValueError(f'unknown engine {engine!r}; known: {", ".join(ENGINES)}')
+    if engine not in ENGINES:
+        raise ValueError(f'unknown engine {engine!r}; known: {", ".join(ENGINES)}')
     with ENGINES[engine](workers) as submit:
         waiting, begun = {submit(order): order for order in orders}, set()
         while waiting:
@@ -152,7 +165,12 @@ def run_orders(
                     started(order)
             for future in done:
                 order, error = waiting.pop(future), future.exception()
-                ended(order, Outcome(unit=order.unit, key=order.key, status='failed', reason=repr(error)) if error else future.result())
+                ended(
+                    order,
+                    Outcome(unit=order.unit, key=order.key, status='failed', reason=repr(error))
+                    if error
+                    else future.result(),
+                )
             tick()
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #1306aad6
@@ -165,21 +183,35 @@ class Books:
         plan: Plan,
         tables: Sequence[str],  # those of the plan in which there is something to do
         run_folder: Path,
-        problems: list[str],    # what went wrong is appended
+        problems: list[str],  # what went wrong is appended
     ):
-        self.tracker, self.plan, self.problems, self.journal, self.runs = tracker, plan, problems, Journal(run_folder), {}
-        self.parents = {table: tracker.start_table(plan.paper, table, plan.scale, code_of_table(plan.paper, table, plan.scale), plan.study)
-                        for table in tables}
+        self.tracker, self.plan, self.problems, self.journal, self.runs = (
+            tracker,
+            plan,
+            problems,
+            Journal(run_folder),
+            {},
+        )
+        self.parents = {
+            table: tracker.start_table(
+                plan.paper, table, plan.scale, code_of_table(plan.paper, table, plan.scale), plan.study
+            )
+            for table in tables
+        }
 
-    def _places(self, order: Order) -> list[Recipe]: return [r for r in self.plan.places[order.key] if r.table in self.parents]
+    def _places(self, order: Order) -> list[Recipe]:
+        return [r for r in self.plan.places[order.key] if r.table in self.parents]
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        try: yield
+        try:
+            yield
         except Exception as error:
             self.problems.append(f'{what} is not tracked: {error!r}'[:2000])
-            try: self.journal.append('untracked', unit=what, reason=repr(error)[:2000])
-            except OSError as full: self.problems.append(f'{self.journal.path} is not written: {full}')   # the units go on
+            try:
+                self.journal.append('untracked', unit=what, reason=repr(error)[:2000])
+            except OSError as full:
+                self.problems.append(f'{self.journal.path} is not written: {full}')  # the units go on
 
     def start(
         self,
@@ -189,7 +221,9 @@ class Books:
         "Open the unit's run under every table that shows it."
         for recipe in places or self._places(order):
             with self._guarded(recipe.unit):
-                self.runs[order.key, recipe.unit] = self.tracker.start_unit(self.parents[recipe.table], recipe, order.key)
+                self.runs[order.key, recipe.unit] = self.tracker.start_unit(
+                    self.parents[recipe.table], recipe, order.key
+                )
 
     def end(
         self,
@@ -200,15 +234,19 @@ class Books:
         result = order.result() if outcome.ok else None
         for recipe in self._places(order):
             run = self.runs.pop((order.key, recipe.unit), None)
-            if run is None: continue
+            if run is None:
+                continue
             with self._guarded(recipe.unit):
-                if result: self.tracker.finish_unit(run, result, order.folder, self._numbers(recipe, result))
+                if result:
+                    self.tracker.finish_unit(run, result, order.folder, self._numbers(recipe, result))
                 else:
                     self.tracker.client.set_tag(run, 'failure', f'{outcome.status}: {outcome.reason}')
                     self.tracker.end(run, 'KILLED' if outcome.status == 'killed' else 'FAILED')
 
     def _numbers(self, recipe: Recipe, result: Result) -> dict[str, float]:
-        return comparison(recipe.paper, recipe.table, recipe.row, recipe.scale, {name: m.value for name, m in result.metrics.items()})
+        return comparison(
+            recipe.paper, recipe.table, recipe.row, recipe.scale, {name: m.value for name, m in result.metrics.items()}
+        )
 
     def catch_up(
         self,
@@ -218,7 +256,8 @@ class Books:
         known = {table: self.tracker.finished_units(parent, self.plan.paper) for table, parent in self.parents.items()}
         for order in orders:
             missing = [r for r in self._places(order) if (order.key, r.row) not in known[r.table]]
-            if not missing: continue
+            if not missing:
+                continue
             self.start(order, missing)
             self.end(order, Outcome(unit=order.recipe.unit, key=order.key, status='found'))
 
@@ -226,10 +265,11 @@ class Books:
 @dataclass
 class Summary:
     "What a command did."
+
     plan: Plan
     outcomes: list[Outcome] = field(default_factory=list)  # of the units that were started
-    skipped: int = 0                                       # units that were finished before
-    problems: list[str] = field(default_factory=list)      # with tracker or report
+    skipped: int = 0  # units that were finished before
+    problems: list[str] = field(default_factory=list)  # with tracker or report
     seconds: float = 0.0
 
     @property
@@ -244,11 +284,15 @@ class Summary:
 
     def __str__(self) -> str:
         done = sum(o.ok for o in self.outcomes)
-        lines = [f'{self.plan.paper} {self.plan.study or ", ".join(self.plan.tables)} at {self.plan.scale}: {done} units finished, '
-                 f'{self.skipped} were finished before, {len(self.failed)} failed; {self.seconds:.0f} s']
+        lines = [
+            f'{self.plan.paper} {self.plan.study or ", ".join(self.plan.tables)} at {self.plan.scale}: {done} units finished, '
+            f'{self.skipped} were finished before, {len(self.failed)} failed; {self.seconds:.0f} s'
+        ]
         for o in self.failed:
-            lines.append(f'  {o.status} {o.unit}: {o.reason} (exit code {o.exit_code}, last cell {o.cell}, '
-                         f'peak memory {o.peak_memory_mb:.0f} MB, unit {o.key})')
+            lines.append(
+                f'  {o.status} {o.unit}: {o.reason} (exit code {o.exit_code}, last cell {o.cell}, '
+                f'peak memory {o.peak_memory_mb:.0f} MB, unit {o.key})'
+            )
             lines += [f'    | {line}' for line in o.log_tail[-5:]]
         return '\n'.join(lines + [f'  trouble: {p}' for p in self.problems])
 
@@ -259,12 +303,16 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     def interrupt(*_: object) -> None:
         "What Ctrl-C does."
         raise KeyboardInterrupt('SIGTERM')
+
     before = signal.signal(signal.SIGTERM, interrupt)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #63697f94
 TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # seconds a unit
@@ -277,30 +325,37 @@ def run_tables(
     *,
     rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    workers: int | None = None,           # units side by side
-    engine: str = 'local',                # key of `ENGINES`
-    timeout: float | None = None,         # seconds a unit; `TIMEOUTS` by default
-    threads: int = 1,                     # per unit
-    pipeline: Path | None = None,         # notebook of a unit; `replicate_row.ipynb` by default
-    report: bool = True,                  # write results and have the tables reported
-    publishing: bool = False,             # into the project's own results, too
-    study: str = '',                      # name of the study that asks for these rows; the tracker keeps them under it
-    console: Console | None = None,      # where progress is shown
+    workers: int | None = None,  # units side by side
+    engine: str = 'local',  # key of `ENGINES`
+    timeout: float | None = None,  # seconds a unit; `TIMEOUTS` by default
+    threads: int = 1,  # per unit
+    pipeline: Path | None = None,  # notebook of a unit; `replicate_row.ipynb` by default
+    report: bool = True,  # write results and have the tables reported
+    publishing: bool = False,  # into the project's own results, too
+    study: str = '',  # name of the study that asks for these rows; the tracker keeps them under it
+    console: Console | None = None,  # where progress is shown
 ) -> Summary:
     "Run what is not finished of some tables, track it and report it."
     begin, chosen = time.monotonic(), settings()
     plan = make_plan(paper, tables, scale, rows, seeds)
     plan.study = study
-    notebook = Path(pipeline or project_root()/'nbs'/'pipelines'/'replicate_row.ipynb').resolve()
+    notebook = Path(pipeline or project_root() / 'nbs' / 'pipelines' / 'replicate_row.ipynb').resolve()
     limit = timeout if timeout is not None else TIMEOUTS[plan.scale]
-    orders = [Order(recipe=recipes[0], key=key, notebook=notebook, run_folder=chosen.run_folder, timeout=limit, threads=threads)
-              for key, recipes in plan.places.items()]
+    orders = [
+        Order(
+            recipe=recipes[0], key=key, notebook=notebook, run_folder=chosen.run_folder, timeout=limit, threads=threads
+        )
+        for key, recipes in plan.places.items()
+    ]
     todo = [order for order in orders if not order.result()]
     summary = Summary(plan, skipped=len(orders) - len(todo))
-    stale = [t for t in plan.tables if report and (publishing or not is_published(paper, t, plan.scale, plan.units_of(t)))]
+    stale = [
+        t for t in plan.tables if report and (publishing or not is_published(paper, t, plan.scale, plan.units_of(t)))
+    ]
     begun = {r.table for order in todo for r in plan.places[order.key]}
     if todo or stale:
-        for order in todo[:1]: check_parameters(notebook, order.parameters)
+        for order in todo[:1]:
+            check_parameters(notebook, order.parameters)
         active = [table for table in plan.tables if table in begun.union(stale)]
         made = partial(publish, also=publishing) if report else None
         _run(plan, active, orders, todo, summary, engine, workers or chosen.workers, made, Display(len(todo), console))
@@ -318,12 +373,23 @@ def run_table(
     return run_tables(paper, [table], scale, **options)
 
 
-def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], summary: Summary, engine: str, workers: int,
-         report: Callable | None, display: Display) -> None:
+def _run(
+    plan: Plan,
+    tables: list[str],
+    orders: list[Order],
+    todo: list[Order],
+    summary: Summary,
+    engine: str,
+    workers: int,
+    report: Callable | None,
+    display: Display,
+) -> None:
     chosen = settings()
-    for lost in Journal(chosen.run_folder).reconcile(): display.say(f'lost      {lost["unit"]}: {lost["reason"]}')
+    for lost in Journal(chosen.run_folder).reconcile():
+        display.say(f'lost      {lost["unit"]}: {lost["reason"]}')
     with _terminable(), Tracker(chosen.tracking_uri, chosen.run_folder) as tracker:
-        for name in tracker.reconcile(plan.paper): display.say(f'orphan    {name}: its process is gone, its run is ended as KILLED')
+        for name in tracker.reconcile(plan.paper):
+            display.say(f'orphan    {name}: its process is gone, its run is ended as KILLED')
         books = Books(tracker, plan, tables, chosen.run_folder, summary.problems)
 
         def started(order: Order) -> None:
@@ -340,15 +406,24 @@ def _run(plan: Plan, tables: list[str], orders: list[Order], todo: list[Order], 
         starts = start_orders(plan.paper, todo)
         display.total += len(starts)
         with display:
-            run_orders(starts, engine, workers, lambda order: display.start(order.unit, order.folder),
-                       lambda order, outcome: display.end(order.unit, outcome.status, outcome.reason), display.refresh)
+            run_orders(
+                starts,
+                engine,
+                workers,
+                lambda order: display.start(order.unit, order.folder),
+                lambda order, outcome: display.end(order.unit, outcome.status, outcome.reason),
+                display.refresh,
+            )
             run_orders(todo, engine, workers, started, ended, display.refresh)
         finished = [order for order in orders if order.result()]
         books.catch_up(finished)
-        for table in tables: _finish_table(books, table, finished, report, summary, display)
+        for table in tables:
+            _finish_table(books, table, finished, report, summary, display)
 
 
-def _finish_table(books: Books, table: str, finished: list[Order], report: Callable | None, summary: Summary, display: Display) -> None:
+def _finish_table(
+    books: Books, table: str, finished: list[Order], report: Callable | None, summary: Summary, display: Display
+) -> None:
     "Have the table reported and close its run."
     plan, run = books.plan, books.parents[table]
     orders = {order.key: order for order in finished}
@@ -356,10 +431,12 @@ def _finish_table(books: Books, table: str, finished: list[Order], report: Calla
     status = 'FINISHED' if len(units) == len(plan.units_of(table)) else 'FAILED'
     try:
         made = report(plan.paper, table, plan.scale, units) if report else None
-        if made is None: return books.tracker.end(run, status)
+        if made is None:
+            return books.tracker.end(run, status)
         books.tracker.finish_table(run, made.report.numbers, made.report.verdicts, made.files, status)
         made.seal()
         display.say(f'reported  table {table}: {made.folder}')
     except Exception as error:
         summary.problems.append(f'table {table} is not reported: {error}')
-        if run in books.tracker.open_runs: books.tracker.end(run, 'FAILED')
+        if run in books.tracker.open_runs:
+            books.tracker.end(run, 'FAILED')

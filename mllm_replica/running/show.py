@@ -13,25 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.images import open_image
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/foundations/running/76_show.ipynb #3dcdaa5f
 def _grid(
     pictures: Sequence[tuple[list, str]],  # images of one cell (any source) and the text below them
 ) -> 'Figure':
     import matplotlib.pyplot as plt
+
     widest = max([len(images) for images, _ in pictures] or [1]) or 1
-    fig, axes = plt.subplots(len(pictures), widest, figsize=(2.2*widest + 5, 1.5*len(pictures) or 1), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(
+        len(pictures), widest, figsize=(2.2 * widest + 5, 1.5 * len(pictures) or 1), squeeze=False, layout='constrained'
+    )
     for line, (images, text) in zip(axes, pictures):
-        for ax in line: ax.axis('off')
-        for ax, image in zip(line, images): ax.imshow(open_image(image), interpolation='nearest')
-        line[-1].text(1.1 if images else 0, 0.5, textwrap.fill(text, 70), transform=line[-1].transAxes, va='center', fontsize=8, family='monospace')
+        for ax in line:
+            ax.axis('off')
+        for ax, image in zip(line, images):
+            ax.imshow(open_image(image), interpolation='nearest')
+        line[-1].text(
+            1.1 if images else 0,
+            0.5,
+            textwrap.fill(text, 70),
+            transform=line[-1].transAxes,
+            va='center',
+            fontsize=8,
+            family='monospace',
+        )
     plt.close(fig)
     return fig
 
 
 def samples_figure(
-    samples: Any,     # a data set with the canonical columns
+    samples: Any,  # a data set with the canonical columns
     count: int = 4,
 ) -> 'Figure':
     "The first samples: images, and the conversation beside them."
@@ -45,6 +59,7 @@ def curve_figure(
 ) -> 'Figure':
     "Loss per step on a logarithmic scale, one colour per stage."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(6, 2.4), layout='constrained')
     for stage in dict.fromkeys(p.stage for p in points):
         here = [p for p in points if p.stage == stage]
@@ -56,17 +71,19 @@ def curve_figure(
 
 
 def predictions_figure(
-    samples: Any,            # the benchmark's source
-    predictions: Path,       # a file of predictions: lines with id, prediction, answer, correct
+    samples: Any,  # the benchmark's source
+    predictions: Path,  # a file of predictions: lines with id, prediction, answer, correct
     count: int = 4,
 ) -> 'Figure':
     "Some answers of the model beside the right ones, wrong answers first."
     lines = [json.loads(line) for line in Path(predictions).read_text(encoding='utf-8').splitlines()]
     lines.sort(key=lambda p: p['correct'])
-    chosen = {p['id']: p for p in lines[:count // 2] + lines[::-1][:count - count // 2]}
+    chosen = {p['id']: p for p in lines[: count // 2] + lines[::-1][: count - count // 2]}
     rows = {sample_id: i for i, sample_id in enumerate(samples['id']) if sample_id in chosen}
+
     def text(p: dict, sample: dict) -> str:
         "Question, prediction and answer."
         question = sample['conversations'][-2]['value'].replace('<image>', '').strip()
         return f'{question}  model: {p["prediction"]!r}  right: {p["answer"]!r}'
+
     return _grid([(samples[rows[i]]['images'], text(p, samples[rows[i]])) for i, p in chosen.items()])

@@ -25,7 +25,8 @@ from .tracking import Tracker
 from ..tables.claims import Samples, interval
 from ..tables.effects import COLUMNS, Pair, differences, effects_figure, value_text
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/foundations/running/75_study.ipynb #03323f02
 def ablation(
@@ -35,89 +36,125 @@ def ablation(
     "Row name -> recipe: the base, and for every value that differs from the base's one recipe with only that change."
     varied = [vary(base, {path: value}) for path, values in factors.items() for value in values]
     changed = {recipe.row: recipe for recipe in varied if recipe.digest() != base.digest()}
-    if not changed: raise ValueError(f'{base.unit}: no value of {", ".join(factors) or "no factor"} differs from what the row has')
+    if not changed:
+        raise ValueError(f'{base.unit}: no value of {", ".join(factors) or "no factor"} differs from what the row has')
     return {base.row: base} | changed
 
 # %% ../../nbs/foundations/running/75_study.ipynb #43145222
 @dataclass
 class Study:
     "What a study came to."
+
     name: str
     metric: str
-    frame: pd.DataFrame       # the effects on every metric, or the rounds of a search
+    frame: pd.DataFrame  # the effects on every metric, or the rounds of a search
     summaries: list[Summary]  # of the runs behind it
-    file: Path                # the frame as CSV, the figure beside it
+    file: Path  # the frame as CSV, the figure beside it
 
     @property
     def exit_code(self) -> int:
         "0 when every unit has a result and the tracker had no trouble."
         return max(summary.exit_code for summary in self.summaries)
 
-    def __str__(self) -> str: return '\n'.join(map(str, self.summaries))
+    def __str__(self) -> str:
+        return '\n'.join(map(str, self.summaries))
 
 
-def _run(recipes: list[Recipe], study: str, seeds: Sequence[int] | None, options: dict[str, Any]) -> tuple[Summary, Samples]:
+def _run(
+    recipes: list[Recipe], study: str, seeds: Sequence[int] | None, options: dict[str, Any]
+) -> tuple[Summary, Samples]:
     "Run what is not finished of some recipes of one table, for every seed, and read what there is then."
     first = recipes[0]
     for r in recipes:
-        if (r.paper, r.table, r.scale) != (first.paper, first.table, first.scale): raise ValueError(f'{first.unit}, {r.unit}: a study has one table')
+        if (r.paper, r.table, r.scale) != (first.paper, first.table, first.scale):
+            raise ValueError(f'{first.unit}, {r.unit}: a study has one table')
         if recipes_of(r.paper).recipe(r.table, r.row, r.scale, r.seed).digest() != r.digest():
-            raise ValueError(f'{r.unit}: the registry makes another recipe of this name; write what differs with `vary`')
-    summary = run_tables(first.paper, [first.table], first.scale, rows=[r.row for r in recipes], seeds=seeds, report=False, study=study, **options)
-    if summary.plan.not_run: raise ValueError('; '.join(f'{row} cannot run: {reason}' for row, reason in summary.plan.not_run.items()))
+            raise ValueError(
+                f'{r.unit}: the registry makes another recipe of this name; write what differs with `vary`'
+            )
+    summary = run_tables(
+        first.paper,
+        [first.table],
+        first.scale,
+        rows=[r.row for r in recipes],
+        seeds=seeds,
+        report=False,
+        study=study,
+        **options,
+    )
+    if summary.plan.not_run:
+        raise ValueError('; '.join(f'{row} cannot run: {reason}' for row, reason in summary.plan.not_run.items()))
     found: Samples = {}
     for key, places in summary.plan.places.items():
-        try: result = read_result(settings().run_folder/'units'/key, places[0].digest())
-        except ValueError: continue
+        try:
+            result = read_result(settings().run_folder / 'units' / key, places[0].digest())
+        except ValueError:
+            continue
         for place in places:
-            for name, measured in result.metrics.items(): found.setdefault(place.row, {}).setdefault(name, {})[place.seed] = measured.value
+            for name, measured in result.metrics.items():
+                found.setdefault(place.row, {}).setdefault(name, {})[place.seed] = measured.value
     return summary, found
 
 
 def _check_metric(metric: str, found: Samples) -> None:
     for row, metrics in found.items():
-        if metric not in metrics: raise KeyError(f'no metric {metric!r}: the finished units of {row} have {", ".join(metrics)}')
+        if metric not in metrics:
+            raise KeyError(f'no metric {metric!r}: the finished units of {row} have {", ".join(metrics)}')
 
 # %% ../../nbs/foundations/running/75_study.ipynb #a57b71bd
 def _keep(study: Study, recipe: Recipe, draw: Callable[[], 'Figure']) -> Study:
     "Write the frame and its figure, and tell the tracker where something is new."
     content, csv = study.frame.to_csv(index=False, lineterminator='\n'), study.file
     known = csv.exists() and csv.read_text(encoding='utf-8') == content
-    if study.frame.empty or known and not any(summary.outcomes for summary in study.summaries): return study
+    if study.frame.empty or known and not any(summary.outcomes for summary in study.summaries):
+        return study
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(csv, content)
     draw().savefig(csv.with_suffix('.png'), dpi=110)
     try:
         with Tracker(settings().tracking_uri, settings().run_folder) as tracker:
-            run = tracker.start_table(recipe.paper, recipe.table, recipe.scale, code_of_table(recipe.paper, recipe.table, recipe.scale), study.name)
-            tracker.finish_table(run, {}, {}, [csv, csv.with_suffix('.png')], 'FAILED' if study.exit_code else 'FINISHED')
-    except Exception as error: study.summaries[-1].problems.append(f'{study.name} is not tracked: {error!r}'[:2000])
+            run = tracker.start_table(
+                recipe.paper,
+                recipe.table,
+                recipe.scale,
+                code_of_table(recipe.paper, recipe.table, recipe.scale),
+                study.name,
+            )
+            tracker.finish_table(
+                run, {}, {}, [csv, csv.with_suffix('.png')], 'FAILED' if study.exit_code else 'FINISHED'
+            )
+    except Exception as error:
+        study.summaries[-1].problems.append(f'{study.name} is not tracked: {error!r}'[:2000])
     return study
 
 
 def study_file(
     paper: str,
-    name: str,   # of the study
+    name: str,  # of the study
     scale: str,
 ) -> Path:
     "Where a study's frame is kept."
-    return settings().run_folder/'studies'/paper/f'{re.sub(r"[^A-Za-z0-9.=_-]+", "_", name)[:150]}.{scale}.csv'
+    return settings().run_folder / 'studies' / paper / f'{re.sub(r"[^A-Za-z0-9.=_-]+", "_", name)[:150]}.{scale}.csv'
 
 # %% ../../nbs/foundations/running/75_study.ipynb #ed0c316d
 def run_ablation(
-    base: Recipe,                       # a row as the registry makes it; its seed does not matter
+    base: Recipe,  # a row as the registry makes it; its seed does not matter
     factors: dict[str, Sequence[Any]],  # path into the recipe -> values
-    metric: str,                        # the one that is shown; the frame has all
+    metric: str,  # the one that is shown; the frame has all
     seeds: Sequence[int] | None = None,  # as in settings.ini by default
-    **options: Any,                     # of `run_tables`: workers, engine, pipeline, console …
+    **options: Any,  # of `run_tables`: workers, engine, pipeline, console …
 ) -> Study:
     "Run the base and every change of one factor, and compare them."
     rows = ablation(base, factors)
     name = f'ablation of {base.table}/{base.row} by {", ".join(factors)}'
     summary, found = _run(list(rows.values()), name, seeds, options)
     _check_metric(metric, found)
-    changes = [Pair(path, f'{value_text(value_at(base, path))} → {value_text(value)}', '', base.row, row, row) for path, values in factors.items()
-               for value in values if (row := row_name(base.row, {path: value})) in rows]
+    changes = [
+        Pair(path, f'{value_text(value_at(base, path))} → {value_text(value)}', '', base.row, row, row)
+        for path, values in factors.items()
+        for value in values
+        if (row := row_name(base.row, {path: value})) in rows
+    ]
     metrics = dict.fromkeys([metric, *found.get(base.row, {})])
     parts = [differences(changes, m, {row: values.get(m, {}) for row, values in found.items()}) for m in metrics]
     frame = pd.concat([part for part in parts if len(part)] or [pd.DataFrame(columns=COLUMNS)], ignore_index=True)
@@ -130,19 +167,23 @@ ROUNDS = ('round', 'added', 'set', 'metric', 'mean', 'low', 'high', 'seeds', 'ch
 
 
 def greedy_search(
-    candidates: Sequence[str],                         # tried in every round while not chosen
-    start: Sequence[str],                              # the first set, measured as round 0 unless it is empty
-    recipe_of: Callable[[tuple[str, ...]], Recipe],    # a set, in the order in which it grew -> its recipe; the recipe's seed does not matter
+    candidates: Sequence[str],  # tried in every round while not chosen
+    start: Sequence[str],  # the first set, measured as round 0 unless it is empty
+    recipe_of: Callable[
+        [tuple[str, ...]], Recipe
+    ],  # a set, in the order in which it grew -> its recipe; the recipe's seed does not matter
     metric: str,
-    rounds: int | None = None,                         # as many as there are candidates by default
-    seeds: Sequence[int] | None = None,                # as in settings.ini by default
+    rounds: int | None = None,  # as many as there are candidates by default
+    seeds: Sequence[int] | None = None,  # as in settings.ini by default
     better: Literal['higher', 'lower'] = 'higher',
-    **options: Any,                                    # of `run_tables`: workers, engine, pipeline, console …
+    **options: Any,  # of `run_tables`: workers, engine, pipeline, console …
 ) -> Study:
     "Add the best candidate again and again; the frame has a line for every set that was measured."
     left, chosen, lines, summaries = list(candidates), tuple(start), [], []
-    if len({*left, *chosen}) < len(left) + len(chosen): raise ValueError(f'candidates {left} and start {list(chosen)} name something twice')
-    if not 0 < (rounds := len(left) if rounds is None else rounds) <= len(left): raise ValueError(f'{rounds} rounds with {len(left)} candidates')
+    if len({*left, *chosen}) < len(left) + len(chosen):
+        raise ValueError(f'candidates {left} and start {list(chosen)} name something twice')
+    if not 0 < (rounds := len(left) if rounds is None else rounds) <= len(left):
+        raise ValueError(f'{rounds} rounds with {len(left)} candidates')
     name = f'search by {metric} from {", ".join(chosen) or "nothing"} over {", ".join(left)}'
     for number in range(0 if chosen else 1, rounds + 1):
         sets = {(*chosen, added): added for added in left} if number else {chosen: ''}
@@ -151,13 +192,20 @@ def greedy_search(
         summaries.append(summary)
         _check_metric(metric, found)
         scores = {made: interval([*found[r.row][metric].values()]) for made, r in recipes.items() if r.row in found}
-        best = None if summary.failed else (max if better == 'higher' else min)(scores, key=lambda made: scores[made].mean)
+        best = (
+            None if summary.failed else (max if better == 'higher' else min)(scores, key=lambda made: scores[made].mean)
+        )
         lines += [(number, sets[made], ', '.join(made), metric, *score, made == best) for made, score in scores.items()]
-        if best is None: break
+        if best is None:
+            break
         chosen, left = best, [c for c in left if c not in best]
     recipe = next(iter(recipes.values()))
-    study = Study(name, metric, pd.DataFrame(lines, columns=ROUNDS), summaries, study_file(recipe.paper, name, recipe.scale))
-    return _keep(study, recipe, lambda: search_figure(study.frame, f'{PAPERS[recipe.paper]}: {name} (scale {recipe.scale})'))
+    study = Study(
+        name, metric, pd.DataFrame(lines, columns=ROUNDS), summaries, study_file(recipe.paper, name, recipe.scale)
+    )
+    return _keep(
+        study, recipe, lambda: search_figure(study.frame, f'{PAPERS[recipe.paper]}: {name} (scale {recipe.scale})')
+    )
 
 # %% ../../nbs/foundations/running/75_study.ipynb #113874b2
 def search_figure(
@@ -166,21 +214,31 @@ def search_figure(
 ) -> 'Figure':
     "Every set that was measured, round by round, and the path of the chosen ones."
     import matplotlib.pyplot as plt, seaborn as sns
+
     style, colour = {'axes.edgecolor': '0.8', 'grid.color': '0.92'}, sns.color_palette('deep')[0]
-    with sns.axes_style('whitegrid', style): fig, ax = plt.subplots(figsize=(8, 3.6), layout='constrained', dpi=75)
+    with sns.axes_style('whitegrid', style):
+        fig, ax = plt.subplots(figsize=(8, 3.6), layout='constrained', dpi=75)
     for number, part in frame.groupby('round'):
         places = number + (pd.Series(range(len(part))) - (len(part) - 1) / 2) * 0.8 / max(len(part), 4)
         for x, line in zip(places, part.to_dict('records')):
             shade = colour if line['chosen'] else '0.6'
-            if line['seeds'] > 1: ax.plot([x, x], [line['low'], line['high']], color=shade, lw=2.2, solid_capstyle='round', zorder=3)
+            if line['seeds'] > 1:
+                ax.plot([x, x], [line['low'], line['high']], color=shade, lw=2.2, solid_capstyle='round', zorder=3)
             ax.scatter([x], [line['mean']], color=shade, s=38, zorder=4, edgecolors='white', linewidths=0.8)
-            ax.annotate(f'+ {line["added"]}' if line['added'] else line['set'], (x, line['mean']), (5, 4), textcoords='offset points', fontsize=8,
-                        color='0.2' if line['chosen'] else '0.5')
+            ax.annotate(
+                f'+ {line["added"]}' if line['added'] else line['set'],
+                (x, line['mean']),
+                (5, 4),
+                textcoords='offset points',
+                fontsize=8,
+                color='0.2' if line['chosen'] else '0.5',
+            )
     path = frame[frame['chosen']]
     ax.step(path['round'], path['mean'], where='mid', color=colour, lw=1, alpha=0.5, zorder=2)
     ax.set(xticks=sorted(set(frame['round'])), xlabel='round', ylabel=', '.join(dict.fromkeys(frame['metric'])))
     ax.tick_params(labelsize=8)
     sns.despine(fig)
-    if title: fig.suptitle(title, fontsize=10, x=0.01, ha='left')
+    if title:
+        fig.suptitle(title, fontsize=10, x=0.01, ha='left')
     plt.close(fig)
     return fig

@@ -22,12 +22,16 @@ QUIET = {'MLFLOW_DISABLE_TELEMETRY': 'true', 'DO_NOT_TRACK': 'true', 'GIT_PYTHON
 def _mlflow():
     os.environ.update(QUIET)
     import mlflow
-    for name in ('alembic', 'mlflow'): logging.getLogger(name).setLevel(logging.WARNING)
+
+    for name in ('alembic', 'mlflow'):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow
 
 
 @contextmanager
-def _one_at_a_time(uri: str) -> Iterator[None]:  # two processes that both create the tables of a new SQLite file would fail
+def _one_at_a_time(
+    uri: str,
+) -> Iterator[None]:  # two processes that both create the tables of a new SQLite file would fail
     if not uri.startswith('sqlite:///'):
         yield
         return
@@ -43,7 +47,8 @@ def check_finite(
 ) -> None:
     "Raise, naming them, if any number is not finite."
     bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if bad: raise ValueError(f'these metrics are not finite and are not logged: {bad}')
+    if bad:
+        raise ValueError(f'these metrics are not finite and are not logged: {bad}')
 
 
 def flat(
@@ -53,20 +58,23 @@ def flat(
     "Nested settings as `a.b.c` -> text, as MLflow wants parameters."
     found = {}
     for key, value in values.items():
-        name = prefix + re.sub(r'[^A-Za-z0-9_\-. :/]+', '_', str(key))   # a key may be a regular expression
-        if isinstance(value, dict): found |= flat(value, f'{name}.')
+        name = prefix + re.sub(r'[^A-Za-z0-9_\-. :/]+', '_', str(key))  # a key may be a regular expression
+        if isinstance(value, dict):
+            found |= flat(value, f'{name}.')
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
             found |= flat({str(i): v for i, v in enumerate(value)}, f'{name}.')
-        else: found[name] = str(value)[:6000]
+        else:
+            found[name] = str(value)[:6000]
     return found
 
 
 def read_curve(
-    path: Path,         # a `curve.csv`: a column `step`, other columns are numbers or text
-    most: int = 1000,   # numbers returned at most
+    path: Path,  # a `curve.csv`: a column `step`, other columns are numbers or text
+    most: int = 1000,  # numbers returned at most
 ) -> list[tuple[str, int, float]]:
     "(name, step, value) of the numeric columns, evenly thinned; the last row is always there."
-    with open(path, newline='', encoding='utf-8') as file: rows = list(csv.DictReader(file))
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
     columns = [c for c in (rows[0] if rows else ()) if c not in ('step', 'stage')]
     stride = math.ceil(len(rows) * len(columns) / most) or 1
     kept = rows[::-1][::stride][::-1]
@@ -78,45 +86,59 @@ class Tracker:
 
     def __init__(
         self,
-        uri: str,         # SQLite file or server
-        run_folder: Path, # artifacts of a SQLite store go to its `artifacts`
+        uri: str,  # SQLite file or server
+        run_folder: Path,  # artifacts of a SQLite store go to its `artifacts`
     ):
-        self.mlflow, self.uri, self.artifacts = _mlflow(), uri, Path(run_folder)/'artifacts'
+        self.mlflow, self.uri, self.artifacts = _mlflow(), uri, Path(run_folder) / 'artifacts'
         self.open_runs, self.experiments = set(), {}
         with _one_at_a_time(uri):
             self.client = self.mlflow.MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
 
-    def __enter__(self) -> 'Tracker': return self
+    def __enter__(self) -> 'Tracker':
+        return self
 
     def __exit__(self, kind, error, trace) -> None:
         status = 'KILLED' if kind and issubclass(kind, KeyboardInterrupt) else 'FAILED'
-        for run in sorted(self.open_runs): self.end(run, status)
+        for run in sorted(self.open_runs):
+            self.end(run, status)
 
     def experiment(
         self,
         paper: str,  # key of `registry.PAPERS`
     ) -> str:
         "The paper's experiment, created or restored where needed."
-        if paper in self.experiments: return self.experiments[paper]
+        if paper in self.experiments:
+            return self.experiments[paper]
         name = registry.PAPERS[paper]
         with _one_at_a_time(self.uri):
             found = self.client.get_experiment_by_name(name)
-            if found and found.lifecycle_stage == 'deleted': self.client.restore_experiment(found.experiment_id)
-            place = (self.artifacts/paper).as_uri() if self.uri.startswith('sqlite:') else None
-            self.experiments[paper] = found.experiment_id if found else self.client.create_experiment(name, artifact_location=place)
+            if found and found.lifecycle_stage == 'deleted':
+                self.client.restore_experiment(found.experiment_id)
+            place = (self.artifacts / paper).as_uri() if self.uri.startswith('sqlite:') else None
+            self.experiments[paper] = (
+                found.experiment_id if found else self.client.create_experiment(name, artifact_location=place)
+            )
         return self.experiments[paper]
 
     def _open(self, paper: str, name: str, identity: dict[str, str], tags: dict[str, str]) -> str:
         "Find the run that has these identity tags and go on with it, or create it."
-        where = ' and '.join(f"tags.`{k}` = '{v}'" for k, v in identity.items() if not set(v) & {"'", '"', '\\'})  # MLflow knows no escapes
-        found = [r for r in self.client.search_runs([self.experiment(paper)], where) if identity.items() <= r.data.tags.items()]
+        where = ' and '.join(
+            f"tags.`{k}` = '{v}'" for k, v in identity.items() if not set(v) & {"'", '"', '\\'}
+        )  # MLflow knows no escapes
+        found = [
+            r
+            for r in self.client.search_runs([self.experiment(paper)], where)
+            if identity.items() <= r.data.tags.items()
+        ]
         tags = {**identity, **tags, 'process': json.dumps(this_process())}
         if found:
             run = found[0].info.run_id
             self.client.update_run(run, status='RUNNING')
-            for key, value in tags.items(): self.client.set_tag(run, key, value)
-        else: run = self.client.create_run(self.experiment(paper), run_name=name, tags=tags).info.run_id
+            for key, value in tags.items():
+                self.client.set_tag(run, key, value)
+        else:
+            run = self.client.create_run(self.experiment(paper), run_name=name, tags=tags).info.run_id
         self.open_runs.add(run)
         return run
 
@@ -130,11 +152,13 @@ def start_table(
     paper: str,
     table: str,
     scale: str,
-    code: str,        # hash of the code that makes the numbers
+    code: str,  # hash of the code that makes the numbers
     study: str = '',  # name of a study that varies the table's rows
 ) -> str:
     "Open the parent run of a table, or of a study; returns its id."
-    identity = dict(kind='study' if study else 'table', paper=paper, table=table, scale=scale, code=code) | ({'study': study} if study else {})
+    identity = dict(kind='study' if study else 'table', paper=paper, table=table, scale=scale, code=code) | (
+        {'study': study} if study else {}
+    )
     return self._open(paper, f'{study or f"table {table}"} · {scale}', identity, {})
 
 
@@ -143,11 +167,13 @@ def start_unit(
     self: Tracker,
     parent: str,  # id of the table's run
     recipe: Recipe,
-    key: str,     # the unit's key
+    key: str,  # the unit's key
 ) -> str:
     "Open the child run of a unit and log its settings; returns its id."
     identity = {'kind': 'unit', 'unit_key': key, 'row': recipe.row, 'mlflow.parentRunId': parent}
-    tags = dict(paper=recipe.paper, table=recipe.table, scale=recipe.scale, seed=str(recipe.seed), digest=recipe.digest())
+    tags = dict(
+        paper=recipe.paper, table=recipe.table, scale=recipe.scale, seed=str(recipe.seed), digest=recipe.digest()
+    )
     run = self._open(recipe.paper, f'{recipe.row} · seed {recipe.seed}', identity, tags)
     self.params(run, flat(recipe.model_dump(mode='json', exclude={'assumptions', 'paper', 'table', 'row', 'scale'})))
     return run
@@ -162,9 +188,11 @@ def params(
     "Log parameters; one that the run already has is left alone, and a differing one is kept as the tag `changed.<name>`."
     old = self.client.get_run(run).data.params
     new = [self.mlflow.entities.Param(k, v) for k, v in values.items() if k not in old]
-    for start in range(0, len(new), 100): self.client.log_batch(run, params=new[start:start + 100])
+    for start in range(0, len(new), 100):
+        self.client.log_batch(run, params=new[start : start + 100])
     for name, value in values.items():
-        if name in old and old[name] != value: self.client.set_tag(run, f'changed.{name}', value)
+        if name in old and old[name] != value:
+            self.client.set_tag(run, f'changed.{name}', value)
 
 
 @patch
@@ -178,8 +206,11 @@ def metrics(
     check_finite(values | {f'{name} at step {step}': value for name, step, value in curve})
     now = int(time.time() * 1000)
     make = self.mlflow.entities.Metric
-    points = [make(name, value, now, 0) for name, value in values.items()] + [make(name, value, now, step) for name, step, value in curve]
-    for start in range(0, len(points), 1000): self.client.log_batch(run, metrics=points[start:start + 1000])
+    points = [make(name, value, now, 0) for name, value in values.items()] + [
+        make(name, value, now, step) for name, step, value in curve
+    ]
+    for start in range(0, len(points), 1000):
+        self.client.log_batch(run, metrics=points[start : start + 1000])
 
 
 @patch
@@ -198,16 +229,22 @@ def finish_unit(
     self: Tracker,
     run: str,
     result: Result,
-    folder: Path,               # the unit's folder
+    folder: Path,  # the unit's folder
     numbers: dict[str, float],  # `replicated/…`, `published/…`, `difference/…`
 ) -> None:
     "Log all that a unit left and end its run."
-    numbers = numbers | {'seconds': result.seconds, 'train_seconds': result.train_seconds, 'peak_memory_mb': result.peak_memory_mb}
-    curve = folder/'curve.csv'
+    numbers = numbers | {
+        'seconds': result.seconds,
+        'train_seconds': result.train_seconds,
+        'peak_memory_mb': result.peak_memory_mb,
+    }
+    curve = folder / 'curve.csv'
     self.metrics(run, numbers, read_curve(curve, 900) if curve.exists() else ())
     for name in ('recipe.json', 'result.json', 'curve.csv', 'notebook.ipynb'):
-        if (folder/name).exists(): self.client.log_artifact(run, str(folder/name))
-    if (folder/'predictions').is_dir(): self.client.log_artifacts(run, str(folder/'predictions'), 'predictions')
+        if (folder / name).exists():
+            self.client.log_artifact(run, str(folder / name))
+    if (folder / 'predictions').is_dir():
+        self.client.log_artifacts(run, str(folder / 'predictions'), 'predictions')
     self.end(run, 'FINISHED')
 
 
@@ -216,14 +253,16 @@ def finish_table(
     self: Tracker,
     run: str,
     numbers: dict[str, float],  # e.g. `replicated/<row>/<metric>`
-    verdicts: dict[str, str],   # claim -> verdict
-    files: list[Path],          # figure, rendered table, report notebook
+    verdicts: dict[str, str],  # claim -> verdict
+    files: list[Path],  # figure, rendered table, report notebook
     status: str = 'FINISHED',
 ) -> None:
     "Log what a table came to and end its run."
     self.metrics(run, numbers)
-    for claim, verdict in verdicts.items(): self.client.set_tag(run, f'verdict.{claim}', verdict)
-    for path in files: self.client.log_artifact(run, str(path))
+    for claim, verdict in verdicts.items():
+        self.client.set_tag(run, f'verdict.{claim}', verdict)
+    for path in files:
+        self.client.log_artifact(run, str(path))
     tables = [dict(path=p.name, type='table') for p in files if p.name == 'table.json']
     self.client.set_tag(run, 'mlflow.loggedArtifacts', json.dumps(tables))
     self.end(run, status)
@@ -249,19 +288,37 @@ def reconcile(
     "End as KILLED the runs that a process left `RUNNING` when it died; returns their names."
     runs = self.client.search_runs([self.experiment(paper)], "attributes.status = 'RUNNING'", max_results=10_000)
     orphans = [r for r in runs if 'process' in r.data.tags and not is_alive(json.loads(r.data.tags['process']))]
-    for r in orphans: self.client.set_terminated(r.info.run_id, 'KILLED')
+    for r in orphans:
+        self.client.set_terminated(r.info.run_id, 'KILLED')
     return [r.info.run_name for r in orphans]
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #b24a6351
 def serve(
-    uri: str,           # the store, as in `settings().tracking_uri`
+    uri: str,  # the store, as in `settings().tracking_uri`
     port: int = 5000,
 ) -> int:
     "Show the store in MLflow's web page on this machine until Ctrl-C; returns the server's exit code."
-    if uri.startswith(('http://', 'https://')): raise ValueError(f'{uri} is a server already: open it in a browser')
+    if uri.startswith(('http://', 'https://')):
+        raise ValueError(f'{uri} is a server already: open it in a browser')
     path = Path(uri.removeprefix('sqlite:///'))
-    if uri.startswith('sqlite:///') and not path.exists(): raise FileNotFoundError(f'no {path}: nothing has been run; try `mllm-replica run`')
+    if uri.startswith('sqlite:///') and not path.exists():
+        raise FileNotFoundError(f'no {path}: nothing has been run; try `mllm-replica run`')
     print(f'http://127.0.0.1:{port}  (Ctrl-C ends it)', flush=True)
-    command = [sys.executable, '-m', 'mlflow', 'server', '--backend-store-uri', uri, '--host', '127.0.0.1', '--port', str(port), '--workers', '1']
-    try: return subprocess.run(command, env=os.environ | QUIET, check=False).returncode
-    except KeyboardInterrupt: return 0
+    command = [
+        sys.executable,
+        '-m',
+        'mlflow',
+        'server',
+        '--backend-store-uri',
+        uri,
+        '--host',
+        '127.0.0.1',
+        '--port',
+        str(port),
+        '--workers',
+        '1',
+    ]
+    try:
+        return subprocess.run(command, env=os.environ | QUIET, check=False).returncode
+    except KeyboardInterrupt:
+        return 0

@@ -32,13 +32,14 @@ from ..training.optimiser import trainable_names
 @dataclass
 class Unit:
     "A unit at work."
+
     recipe: Recipe
-    folder: Path                                # gets everything it writes
+    folder: Path  # gets everything it writes
     model: Any = None
     processor: Any = None
-    sources: dict[str, Any] = field(default_factory=dict)                # name -> datasets.Dataset
-    encoded: dict[str, list[Encoded]] = field(default_factory=dict)      # sources that are trained on
-    features: FeatureCache | None = None        # of the frozen encoder
+    sources: dict[str, Any] = field(default_factory=dict)  # name -> datasets.Dataset
+    encoded: dict[str, list[Encoded]] = field(default_factory=dict)  # sources that are trained on
+    features: FeatureCache | None = None  # of the frozen encoder
     history: History | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     opened: float = field(default_factory=time.monotonic)
@@ -46,7 +47,8 @@ class Unit:
     @property
     def progress(self) -> ProgressFile:
         "Where the unit says what it is doing."
-        if not hasattr(self, '_progress'): self._progress = ProgressFile(self.folder)
+        if not hasattr(self, '_progress'):
+            self._progress = ProgressFile(self.folder)
         return self._progress
 
 
@@ -59,12 +61,14 @@ def open_unit(
     out_dir: str,  # the unit's folder, absolute or under the run folder
 ) -> Unit:
     "The unit of these parameters; the recipe must be the one in the folder, if there is one."
-    recipe, folder = registry.recipes_of(paper).recipe(table, row, scale, seed), settings().run_folder/out_dir
+    recipe, folder = registry.recipes_of(paper).recipe(table, row, scale, seed), settings().run_folder / out_dir
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = folder/'recipe.json'
+    ordered = folder / 'recipe.json'
     if ordered.exists() and (given := Recipe.model_validate_json(ordered.read_bytes())).digest() != recipe.digest():
-        raise ValueError(f'{recipe.unit}: the recipe is {recipe.digest()}, the runner ordered {given.digest()}: the code has changed meanwhile; '
-                         'start the run again')
+        raise ValueError(
+            f'{recipe.unit}: the recipe is {recipe.digest()}, the runner ordered {given.digest()}: the code has changed meanwhile; '
+            'start the run again'
+        )
     ordered.write_text(recipe.model_dump_json(indent=1), encoding='utf-8')
     return Unit(recipe, folder)
 
@@ -76,7 +80,9 @@ def load(
     chapter = registry.recipes_of(unit.recipe.paper)
     unit.progress('loading data')
     read = getattr(chapter, 'load_source', load_source)
-    unit.sources = {name: read(source, unit.recipe.seed, project_root()/'data') for name, source in unit.recipe.sources.items()}
+    unit.sources = {
+        name: read(source, unit.recipe.seed, project_root() / 'data') for name, source in unit.recipe.sources.items()
+    }
     unit.progress('building the model')
     unit.model, unit.processor = chapter.build(unit.recipe)
 
@@ -89,20 +95,23 @@ def encode(
     for stage in unit.recipe.stages:
         for name in stage.mixture:
             if lengths.setdefault(name, stage.max_length) != stage.max_length:
-                raise NotImplementedError(f'{unit.recipe.unit}: source {name!r} is used with max_length {lengths[name]} and {stage.max_length}; '
-                                          'give the stages one length, or two sources')
+                raise NotImplementedError(
+                    f'{unit.recipe.unit}: source {name!r} is used with max_length {lengths[name]} and {stage.max_length}; '
+                    'give the stages one length, or two sources'
+                )
     for name, length in lengths.items():
         unit.progress(f'encoding {name}')
         unit.encoded[name] = [truncate(unit.processor.encode(sample), length) for sample in unit.sources[name]]
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #127862df
 def encoder_is_frozen(
-    model: Any,      # perhaps with `vision_model`
+    model: Any,  # perhaps with `vision_model`
     recipe: Recipe,
 ) -> bool:
     "Whether the model has a vision encoder that no stage trains."
     encoder = getattr(model, 'vision_model', None)
-    if encoder is None: return False
+    if encoder is None:
+        return False
     own = {id(parameter) for parameter in encoder.parameters()}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
     return all(names.isdisjoint(trainable_names(model, stage.trainable)) for stage in recipe.stages)
@@ -112,19 +121,33 @@ def cache_features(
     unit: Unit,
 ) -> None:
     "Compute or open the features of a frozen encoder for every image of the recipe."
-    if not encoder_is_frozen(unit.model, unit.recipe): return
-    images = {image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images}
-    if not images: return
+    if not encoder_is_frozen(unit.model, unit.recipe):
+        return
+    images = {
+        image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images
+    }
+    if not images:
+        return
     unit.progress('encoder features')
-    model, processor, folder = unit.model, unit.processor, settings().run_folder/'features'
-    key = encoder_key(model.vision_model, layer=model.config.feature_layer, size=processor.image_size, mean=processor.image_mean,
-                      std=processor.image_std)
+    model, processor, folder = unit.model, unit.processor, settings().run_folder / 'features'
+    key = encoder_key(
+        model.vision_model,
+        layer=model.config.feature_layer,
+        size=processor.image_size,
+        mean=processor.image_mean,
+        std=processor.image_std,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     pixels = lambda batch: processor.image_tensor(batch).to(model.device)
-    with open(folder/f'{key}.lock', 'w') as lock:
+    with open(folder / f'{key}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        unit.features = FeatureCache.compute(folder, key, sorted(images), lambda names: [open_image(images[name]) for name in names],
-                                             lambda batch: model.visual_features(pixels(batch)))
+        unit.features = FeatureCache.compute(
+            folder,
+            key,
+            sorted(images),
+            lambda names: [open_image(images[name]) for name in names],
+            lambda batch: model.visual_features(pixels(batch)),
+        )
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #58a201ef
 def fit(
@@ -132,10 +155,16 @@ def fit(
 ) -> History:
     "Train all stages, or what is left of them."
     arranged = getattr(registry.recipes_of(unit.recipe.paper), 'arrange', arrange)(
-        unit.recipe.stages, unit.encoded, pad_token_id=unit.processor.tokenizer.pad_token_id, features=unit.features,
-        image_tensor=None if unit.features else unit.processor.image_tensor)
+        unit.recipe.stages,
+        unit.encoded,
+        pad_token_id=unit.processor.tokenizer.pad_token_id,
+        features=unit.features,
+        image_tensor=None if unit.features else unit.processor.image_tensor,
+    )
     say = lambda step, steps, loss: unit.progress('training', step=step, steps=steps, loss=loss)
-    unit.history = train(unit.model, unit.recipe.stages, **arranged, out_dir=unit.folder, seed=unit.recipe.seed, progress=say)
+    unit.history = train(
+        unit.model, unit.recipe.stages, **arranged, out_dir=unit.folder, seed=unit.recipe.seed, progress=say
+    )
     return unit.history
 
 
@@ -145,14 +174,25 @@ def score(
     "Run every benchmark, then the chapter's own measurements."
     for benchmark in unit.recipe.benchmarks:
         say = lambda answered, total: unit.progress(f'evaluating {benchmark.name}', step=answered, steps=total)
-        file = unit.folder/'predictions'/f'{benchmark.name}.jsonl'
+        file = unit.folder / 'predictions' / f'{benchmark.name}.jsonl'
         file.parent.mkdir(exist_ok=True)
-        found = evaluate(unit.model, unit.processor, benchmark, unit.sources[benchmark.source], file, features=unit.features, progress=say)
+        found = evaluate(
+            unit.model,
+            unit.processor,
+            benchmark,
+            unit.sources[benchmark.source],
+            file,
+            features=unit.features,
+            progress=say,
+        )
         unit.metrics[benchmark.name] = Metric(value=found.value, n=found.n, low=found.low, high=found.high)
     unit.progress('measuring')
     scores = {name: m.value for name, m in unit.metrics.items()}
-    for name, value in registry.recipes_of(unit.recipe.paper).measure(unit.model, unit.processor, unit.recipe, scores).items():
-        if name in unit.metrics: raise ValueError(f'{unit.recipe.unit}: {name!r} is both a benchmark and a measurement; rename one')
+    for name, value in (
+        registry.recipes_of(unit.recipe.paper).measure(unit.model, unit.processor, unit.recipe, scores).items()
+    ):
+        if name in unit.metrics:
+            raise ValueError(f'{unit.recipe.unit}: {name!r} is both a benchmark and a measurement; rename one')
         unit.metrics[name] = Metric(value=float(value))
     return unit.metrics
 
@@ -162,10 +202,19 @@ def finish(
 ) -> Result:
     "Write `result.json`, the last thing a unit does."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result = Result(unit=unit.recipe.unit, digest=unit.recipe.digest(), metrics=unit.metrics, steps=unit.history.steps if unit.history else 0,
-                    train_seconds=unit.history.seconds if unit.history else 0.0, seconds=time.monotonic() - unit.opened, peak_memory_mb=peak,
-                    versions=library_versions(), processor=processor(), threads=torch.get_num_threads())
-    write_atomic(unit.folder/'result.json', result.model_dump_json(indent=1))
+    result = Result(
+        unit=unit.recipe.unit,
+        digest=unit.recipe.digest(),
+        metrics=unit.metrics,
+        steps=unit.history.steps if unit.history else 0,
+        train_seconds=unit.history.seconds if unit.history else 0.0,
+        seconds=time.monotonic() - unit.opened,
+        peak_memory_mb=peak,
+        versions=library_versions(),
+        processor=processor(),
+        threads=torch.get_num_threads(),
+    )
+    write_atomic(unit.folder / 'result.json', result.model_dump_json(indent=1))
     return result
 
 
@@ -175,7 +224,9 @@ def run_unit(
 ) -> Result:
     "A whole unit, without a notebook."
     unit = open_unit(recipe.paper, recipe.table, recipe.row, recipe.scale, recipe.seed, str(out_dir))
-    for step in (load, encode, cache_features): step(unit)
-    if recipe.stages: fit(unit)
+    for step in (load, encode, cache_features):
+        step(unit)
+    if recipe.stages:
+        fit(unit)
     score(unit)
     return finish(unit)

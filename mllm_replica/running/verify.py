@@ -114,7 +114,9 @@ def _listen(process: subprocess.Popen, folder: Path, said: Callable[[], None]) -
             found[tuple(data.pop('unit'))] = data
             said()
     if process.wait() or hooks is None:
-        raise RuntimeError(f'the canaries ended with exit code {process.returncode}: {(folder / "log").read_text()[-2000:]}')
+        raise RuntimeError(
+            f'the canaries ended with exit code {process.returncode}: {(folder / "log").read_text()[-2000:]}'
+        )
     return found, hooks
 
 
@@ -155,10 +157,17 @@ def executed(
     modules = {str(file): name for name, file in tree.files.items()}
     todo = []
     for file, line in ran:
-        inside = [p for p in tree.module(modules[file]).parts if p.lines[0] <= line <= p.lines[1]] if file in modules else []
+        inside = (
+            [p for p in tree.module(modules[file]).parts if p.lines[0] <= line <= p.lines[1]] if file in modules else []
+        )
         shortest = min((p.lines[1] - p.lines[0] for p in inside), default=0)
         todo += [p for p in inside if p.lines[1] - p.lines[0] == shortest]
-    todo += [p for name in {modules[file] for file, _ in ran if file in modules} for p in tree.module(name).parts if p.name == '(import)']
+    todo += [
+        p
+        for name in {modules[file] for file, _ in ran if file in modules}
+        for p in tree.module(name).parts
+        if p.name == '(import)'
+    ]
     found: set[Part] = set()
     while todo:
         part = todo.pop()
@@ -167,7 +176,9 @@ def executed(
         found.add(part)
         todo += [p for use in part.uses for p in tree.meant(part, *use) if not p.is_function]
         todo += [p for p in tree.module(part.module).parts if p.name == part.owner and part.owner]
-    entries = [p for name in {part.module for part in found} for p in tree.module(name).parts if p.key and p not in found]
+    entries = [
+        p for name in {part.module for part in found} for p in tree.module(name).parts if p.key and p not in found
+    ]
     return found | {p for p in entries if any(named in found for use in p.uses for named in tree.meant(p, *use))}
 
 
@@ -179,7 +190,11 @@ def difference(
     if not then or not now or 'error' in then or 'error' in now:
         told = [(x or {}).get('error', 'ran' if x else 'did not run') for x in (then, now)]
         return f'then: {told[0]}; now: {told[1]}'
-    steps = [f'loss of step {i}: {float.fromhex(a)!r}, {float.fromhex(b)!r}' for i, (a, b) in enumerate(zip(then['loss'], now['loss']), 1) if a != b]
+    steps = [
+        f'loss of step {i}: {float.fromhex(a)!r}, {float.fromhex(b)!r}'
+        for i, (a, b) in enumerate(zip(then['loss'], now['loss']), 1)
+        if a != b
+    ]
     steps += [f'{len(then["loss"])}, {len(now["loss"])} steps'] * (len(then['loss']) != len(now['loss']))
     names = {kind: set(then[kind]) | set(now[kind]) for kind in ('predictions', 'metrics')}
     parts = ['weights'] * (then['weights'] != now['weights'])
@@ -221,7 +236,9 @@ def _called_otherwise(part: Part, before: Collection[Part], hooks: dict[str, lis
     "Whether somebody may call a new method who has not changed: Python, a library, or who called a method of this name before."
     _, _, name = part.name.rpartition('.')
     special = name.startswith('__') and name.endswith('__')
-    return '.' in part.name and (special or name in hooks.get(part.owner, ()) or any(old.name.endswith(f'.{name}') for old in before))
+    return '.' in part.name and (
+        special or name in hooks.get(part.owner, ()) or any(old.name.endswith(f'.{name}') for old in before)
+    )
 
 
 def _comparable(then: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
@@ -275,15 +292,22 @@ def verify(
     commit = _git('rev-parse', '--short=12', f'{against or last_verified(papers)}^{{commit}}')
     with checkout(commit) as base:
         trees = {paper: [tree_of_paper(paper, base), tree_of_paper(paper, project_root())] for paper in papers}
-        groups = {paper: {codes: rows for codes, rows in _grouped(paper, 'tiny', trees[paper]).items() if len(set(codes)) > 1} for paper in papers}
-        units = [unit for paper in papers if groups[paper] for unit in (*map(_name, canaries(paper, quick)), *_calls(paper))]
+        groups = {
+            paper: {codes: rows for codes, rows in _grouped(paper, 'tiny', trees[paper]).items() if len(set(codes)) > 1}
+            for paper in papers
+        }
+        units = [
+            unit for paper in papers if groups[paper] for unit in (*map(_name, canaries(paper, quick)), *_calls(paper))
+        ]
         units = [unit for unit in units if only is None or unit in only]
         if not any(groups.values()):
             return []
         done = iter(range(1, 2 * len(units) + 1))
         seen = observe_all([base, project_root()], units, lambda: said(next(done), 2 * len(units)))
         both = [unit for unit in units if _comparable(*(s.units.get(unit) for s in seen))]
-        ran = {unit: executed(trees[unit[0]][1], [tuple(place) for place in seen[1].units[unit]['ran']]) for unit in both}
+        ran = {
+            unit: executed(trees[unit[0]][1], [tuple(place) for place in seen[1].units[unit]['ran']]) for unit in both
+        }
         findings = [judge(paper, rows, seen, ran) for paper in papers for rows in groups[paper].values()]
     _record(findings)
     return findings
@@ -294,9 +318,16 @@ def _record(findings: Sequence[Finding]) -> None:
     commit = git_commit()
     if not commit or commit.endswith('+'):
         return
-    same = dict(commit=commit, processor=processor(), torch=version('torch'), date=datetime.now(UTC).isoformat(timespec='seconds'))
+    same = dict(
+        commit=commit,
+        processor=processor(),
+        torch=version('torch'),
+        date=datetime.now(UTC).isoformat(timespec='seconds'),
+    )
     for f in (f for f in findings if not f.differs):
-        line = Verification(before=f.before, after=f.after, canaries=f.canaries, uncovered=' '.join(f.uncovered), **same)
+        line = Verification(
+            before=f.before, after=f.after, canaries=f.canaries, uncovered=' '.join(f.uncovered), **same
+        )
         append_ledger(f.paper, [line])
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #0573045d
@@ -343,7 +374,9 @@ def audit(
 
     done = iter(range(1, len(drawn) + 1))
     with ThreadPoolExecutor(2) as pool:
-        seen = pool.map(lambda half: observe_all([project_root()], half, lambda: said(next(done), len(drawn)))[0].units, halves)
+        seen = pool.map(
+            lambda half: observe_all([project_root()], half, lambda: said(next(done), len(drawn)))[0].units, halves
+        )
         found = {unit: what for half in seen for unit, what in half.items()}
     return [_audited(unit, units[unit], found[unit]) for unit in drawn]
 
@@ -352,4 +385,10 @@ def _audited(unit: Unit, records: Sequence[Record], now: dict[str, Any]) -> Audi
     if 'error' in now:
         return Audit(unit, records[0].processor, 0, len(records), float('nan'), now['error'])
     pairs = [(r.value, float.fromhex(now['metrics'][r.metric])) for r in records if r.metric in now['metrics']]
-    return Audit(unit, records[0].processor, sum(a == b for a, b in pairs), len(pairs), max((abs(a - b) for a, b in pairs), default=0.0))
+    return Audit(
+        unit,
+        records[0].processor,
+        sum(a == b for a, b in pairs),
+        len(pairs),
+        max((abs(a - b) for a, b in pairs), default=0.0),
+    )

@@ -14,20 +14,30 @@ import psutil
 
 from ..core.recipe import Recipe
 from ..core.settings import Strict, project_root
-from .engine import Job, Result, RowParameters, StartParameters, kill_tree, read_result, this_process, write_atomic
+from mllm_replica.running.engine import (
+    Job,
+    Result,
+    RowParameters,
+    StartParameters,
+    kill_tree,
+    read_result,
+    this_process,
+    write_atomic,
+)
 from .journal import Journal, git_commit, unit_lock
 from .progress import ProgressFile
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #9995081f
 class Order(Strict):
     "One unit to execute, or something that units start from."
+
     recipe: Recipe
     key: str
-    notebook: Path         # the pipeline
-    run_folder: Path       # shared by all machines
+    notebook: Path  # the pipeline
+    run_folder: Path  # shared by all machines
     timeout: float | None  # seconds
-    threads: int = 1       # of the process
-    start: str = ''        # of the unit's starts, if only that is asked for
+    threads: int = 1  # of the process
+    start: str = ''  # of the unit's starts, if only that is asked for
 
     @property
     def unit(self) -> str:
@@ -38,7 +48,7 @@ class Order(Strict):
     @property
     def folder(self) -> Path:
         "Where everything is written."
-        return self.run_folder/('starts' if self.start else 'units')/self.key
+        return self.run_folder / ('starts' if self.start else 'units') / self.key
 
     @property
     def parameters(self) -> RowParameters:
@@ -49,21 +59,24 @@ class Order(Strict):
 
     def result(self) -> Result | None:
         "The valid result that the folder holds, if any."
-        try: return read_result(self.folder, self.recipe.digest())
-        except ValueError: return None
+        try:
+            return read_result(self.folder, self.recipe.digest())
+        except ValueError:
+            return None
 
 
 class Outcome(Strict):
     "How an execution ended."
+
     unit: str
     key: str
     status: Literal['finished', 'found', 'failed', 'timeout', 'killed']  # found: another run had finished it meanwhile
     seconds: float = 0.0
     reason: str = ''
     exit_code: int | None = None
-    signal: str | None = None      # of the process or of its kernel
-    cell: int | None = None        # the last one that began, from 1
-    peak_memory_mb: float = 0.0    # of the process and its kernel together
+    signal: str | None = None  # of the process or of its kernel
+    cell: int | None = None  # the last one that began, from 1
+    peak_memory_mb: float = 0.0  # of the process and its kernel together
     log_tail: tuple[str, ...] = ()
 
     @property
@@ -73,13 +86,21 @@ class Outcome(Strict):
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #81938118
 def environment(
-    threads: int,      # per process
+    threads: int,  # per process
     run_folder: Path,  # where the unit finds data and features
 ) -> dict[str, str]:
     "Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise."
-    wishes = {'HF_HUB_OFFLINE': '1', 'IPYTHONDIR': str(run_folder/'ipython'), 'MPLCONFIGDIR': str(run_folder/'matplotlib')}  # the user's own win
-    wishes |= dict.fromkeys(('MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'), str(2**28))  # bytes; a step's memory is kept for the next one
-    limits = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS', 'NUMEXPR')} | {'TOKENIZERS_PARALLELISM': 'false'}
+    wishes = {
+        'HF_HUB_OFFLINE': '1',
+        'IPYTHONDIR': str(run_folder / 'ipython'),
+        'MPLCONFIGDIR': str(run_folder / 'matplotlib'),
+    }  # the user's own win
+    wishes |= dict.fromkeys(
+        ('MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'), str(2**28)
+    )  # bytes; a step's memory is kept for the next one
+    limits = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS', 'NUMEXPR')} | {
+        'TOKENIZERS_PARALLELISM': 'false'
+    }
     here = {'MLLM_REPLICA_ROOT': str(project_root()), 'MLLM_REPLICA_RUNS': str(run_folder), 'PYTHONUNBUFFERED': '1'}
     return wishes | os.environ | limits | here
 
@@ -88,35 +109,42 @@ def _tree_memory(pid: int) -> float:
     total = 0
     try:
         root = psutil.Process(pid)
-        for process in [root, *root.children(recursive=True)]: total += process.memory_info().rss
-    except psutil.NoSuchProcess: pass
+        for process in [root, *root.children(recursive=True)]:
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass
     return total / 2**20
 
 
 def watch(
     process: subprocess.Popen,
-    timeout: float | None = None,          # seconds
-    stop: threading.Event | None = None,   # set to end it
+    timeout: float | None = None,  # seconds
+    stop: threading.Event | None = None,  # set to end it
 ) -> tuple[str, float]:
     "Wait for a process; returns why it ended ('', 'timeout' or 'killed') and its peak memory in MB."
     start, peak, why, beat = time.monotonic(), 0.0, '', 0
     while process.poll() is None:
-        if stop is not None and stop.is_set(): why = 'killed'
-        elif timeout is not None and time.monotonic() - start > timeout: why = 'timeout'
+        if stop is not None and stop.is_set():
+            why = 'killed'
+        elif timeout is not None and time.monotonic() - start > timeout:
+            why = 'timeout'
         if why:
             kill_tree(process.pid)
             process.wait()
             break
-        if beat % 5 == 0: peak = max(peak, _tree_memory(process.pid))
+        if beat % 5 == 0:
+            peak = max(peak, _tree_memory(process.pid))
         beat += 1
-        try: process.wait(0.2)
-        except subprocess.TimeoutExpired: pass
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            pass
     return why, peak
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #b4cd0d67
 def start_job(
     job: Job,
-    log: Path,                      # appended to
+    log: Path,  # appended to
     env: dict[str, str],
     keep_open: tuple[int, ...] = (),  # file descriptors, e.g. of a lock
 ) -> subprocess.Popen:
@@ -125,8 +153,16 @@ def start_job(
     write_atomic(file, job.model_dump_json())
     command = [sys.executable, '-m', 'mllm_replica.running.engine', str(file), '--supervised']
     with open(log, 'ab') as out:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=project_root(),
-                                pass_fds=keep_open, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=project_root(),
+            pass_fds=keep_open,
+            start_new_session=True,
+        )
 
 
 def _last_lines(log: Path, offset: int) -> tuple[list[str], int | None]:
@@ -140,36 +176,54 @@ def _last_lines(log: Path, offset: int) -> tuple[list[str], int | None]:
 def _judge(order: Order, code: int, why: str) -> dict:
     "status, reason and signal from how the process ended and what it left."
     name = signal.Signals(-code if code < 0 else code - 128).name if code < 0 or code > 128 else None
-    if why == 'killed': return dict(status='killed', reason='the run was stopped', signal=name)
-    if why == 'timeout': return dict(status='timeout', reason=f'it ran longer than {order.timeout:g} s', signal=name)
-    if name: return dict(status='failed', reason=f'{"the kernel" if code > 0 else "the process"} was killed by {name}', signal=name)
-    if code: return dict(status='failed', reason='')
-    try: read_result(order.folder, order.recipe.digest())
-    except ValueError as error: return dict(status='failed', reason=f'exit code 0, but {error}; a cell that calls sys.exit does that')
+    if why == 'killed':
+        return dict(status='killed', reason='the run was stopped', signal=name)
+    if why == 'timeout':
+        return dict(status='timeout', reason=f'it ran longer than {order.timeout:g} s', signal=name)
+    if name:
+        return dict(
+            status='failed', reason=f'{"the kernel" if code > 0 else "the process"} was killed by {name}', signal=name
+        )
+    if code:
+        return dict(status='failed', reason='')
+    try:
+        read_result(order.folder, order.recipe.digest())
+    except ValueError as error:
+        return dict(status='failed', reason=f'exit code 0, but {error}; a cell that calls sys.exit does that')
     return dict(status='finished', reason='')
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #d26b4a1c
 def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
     folder, journal, unit = order.folder, Journal(order.run_folder), order.unit
-    (folder/'result.json').unlink(missing_ok=True)
-    write_atomic(folder/'recipe.json', order.recipe.model_dump_json(indent=1))
-    write_atomic(folder/'commit', git_commit())
-    log, start = folder/'log', time.monotonic()
+    (folder / 'result.json').unlink(missing_ok=True)
+    write_atomic(folder / 'recipe.json', order.recipe.model_dump_json(indent=1))
+    write_atomic(folder / 'commit', git_commit())
+    log, start = folder / 'log', time.monotonic()
     offset = log.stat().st_size if log.exists() else 0
     journal.append('started', unit=unit, key=order.key, process=this_process())
     ProgressFile(folder)('starting')
-    job = Job(notebook=order.notebook, output=folder/'notebook.ipynb', parameters=order.parameters)
+    job = Job(notebook=order.notebook, output=folder / 'notebook.ipynb', parameters=order.parameters)
     process = start_job(job, log, environment(order.threads, order.run_folder), (lock,))
-    try: why, peak = watch(process, order.timeout, stop)
-    finally: process.stdin.close()
+    try:
+        why, peak = watch(process, order.timeout, stop)
+    finally:
+        process.stdin.close()
     verdict = _judge(order, process.returncode, why)
     tail, cell = _last_lines(log, offset)
     if verdict['status'] != 'finished':
-        if (folder/'result.json').exists(): os.replace(folder/'result.json', folder/'result.rejected.json')
+        if (folder / 'result.json').exists():
+            os.replace(folder / 'result.json', folder / 'result.rejected.json')
         verdict['reason'] = verdict['reason'] or (tail[-1] if tail else 'it said nothing')
         verdict['log_tail'] = tuple(tail)
-    outcome = Outcome(unit=unit, key=order.key, exit_code=process.returncode, cell=cell, peak_memory_mb=round(peak, 1),
-                      seconds=round(time.monotonic() - start, 2), **verdict)
+    outcome = Outcome(
+        unit=unit,
+        key=order.key,
+        exit_code=process.returncode,
+        cell=cell,
+        peak_memory_mb=round(peak, 1),
+        seconds=round(time.monotonic() - start, 2),
+        **verdict,
+    )
     journal.append(outcome.status, **outcome.model_dump(exclude={'status'}, exclude_defaults=True))
     return outcome
 
@@ -183,7 +237,9 @@ def supervise(
     while True:
         with unit_lock(order.folder) as lock:
             if lock is not None:
-                if order.result(): return Outcome(unit=order.unit, key=order.key, status='found', reason='another run finished it')
+                if order.result():
+                    return Outcome(unit=order.unit, key=order.key, status='found', reason='another run finished it')
                 return _attempt(order, lock, stop)
-        if stop is not None and stop.is_set(): return Outcome(unit=order.unit, key=order.key, status='killed', reason='stopped while waiting')
+        if stop is not None and stop.is_set():
+            return Outcome(unit=order.unit, key=order.key, status='killed', reason='stopped while waiting')
         time.sleep(0.5)

@@ -25,7 +25,9 @@ _IMAGES = ('pixel_values', 'image_features')
 
 
 def left_padded(
-    batch: Mapping[str, Any],  # input_ids and attention_mask [B,T] padded on any side, perhaps pixel_values or image_features
+    batch: Mapping[
+        str, Any
+    ],  # input_ids and attention_mask [B,T] padded on any side, perhaps pixel_values or image_features
 ) -> dict[str, Tensor]:
     "What a model needs to answer, with the padding of every row moved to the left."
     order = batch['attention_mask'].argsort(dim=1, stable=True)
@@ -34,17 +36,20 @@ def left_padded(
 
 
 def collate_prompts(
-    encoded: Sequence[Encoded],   # prompts
-    processor: Any,               # its tokenizer pads, its `image_tensor` makes pixel_values
-    features: Any = None,         # `FeatureCache`: image ids -> [N,S,D]; None: pixels
+    encoded: Sequence[Encoded],  # prompts
+    processor: Any,  # its tokenizer pads, its `image_tensor` makes pixel_values
+    features: Any = None,  # `FeatureCache`: image ids -> [N,S,D]; None: pixels
 ) -> dict[str, Tensor]:
     "Prompts → input_ids and attention_mask [B,T], padded on the left, and their images in reading order."
     length = max(len(e.input_ids) for e in encoded)
     pad = processor.tokenizer.pad_token_id
-    batch = dict(input_ids=torch.tensor([[pad] * (length - len(e.input_ids)) + list(e.input_ids) for e in encoded]),
-                 attention_mask=torch.tensor([[0] * (length - len(e.input_ids)) + [1] * len(e.input_ids) for e in encoded]))
+    batch = dict(
+        input_ids=torch.tensor([[pad] * (length - len(e.input_ids)) + list(e.input_ids) for e in encoded]),
+        attention_mask=torch.tensor([[0] * (length - len(e.input_ids)) + [1] * len(e.input_ids) for e in encoded]),
+    )
     names, images = [name for e in encoded for name in e.image_ids], [image for e in encoded for image in e.images]
-    if features is not None and names: return batch | dict(image_features=features[names])
+    if features is not None and names:
+        return batch | dict(image_features=features[names])
     return batch | dict(pixel_values=processor.image_tensor(images)) if images else batch
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #198df1fa
@@ -56,29 +61,33 @@ def _end_tokens(model: Any) -> set[int]:
 
 @torch.inference_mode()
 def greedy(
-    model: Any,                # a model with `generate`
+    model: Any,  # a model with `generate`
     batch: Mapping[str, Any],  # prompts, padded on any side
     max_new_tokens: int,
 ) -> list[list[int]]:
     "The most likely next tokens of every row, without end and padding."
     batch, ends = left_padded(batch), _end_tokens(model)
-    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[:, batch['input_ids'].shape[1]:].tolist()
-    return [row[:next((i for i, token in enumerate(row) if token in ends), len(row))] for row in ids]
+    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[
+        :, batch['input_ids'].shape[1] :
+    ].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in ids]
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #8794da10
 @torch.inference_mode()
 def log_probabilities(
-    model: Any,                # a causal language model
+    model: Any,  # a causal language model
     batch: Mapping[str, Any],  # prompt + option rows, padded on any side
-    lengths: Tensor,           # [B] tokens of each row's option
+    lengths: Tensor,  # [B] tokens of each row's option
 ) -> Tensor:
     "Log-probability of each row's last `lengths` tokens given what is before them: [B,T] → [B]."
     batch, keep = left_padded(batch), int(lengths.max())
     positions = (batch['attention_mask'].cumsum(1) - 1).clamp(min=0)
-    logits = model(**batch, position_ids=positions, logits_to_keep=keep + 1).logits[:, -keep - 1:-1]
+    logits = model(**batch, position_ids=positions, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]
     tokens = batch['input_ids'][:, -keep:].clamp(min=0)
     values = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    return values.masked_fill(torch.arange(keep, device=values.device) < keep - lengths[:, None].to(values.device), 0).sum(1)
+    return values.masked_fill(
+        torch.arange(keep, device=values.device) < keep - lengths[:, None].to(values.device), 0
+    ).sum(1)
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #c0a3a1c9
 class Predictions:
@@ -92,11 +101,17 @@ class Predictions:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().split(b'\n') if self.path.exists() else [b'']
         for number, line in enumerate(lines[:-1], 1):
-            try: row = json.loads(line)
-            except ValueError as error: raise ValueError(f'{self.path} line {number} is no JSON ({error}); delete the file') from None
-            if row['id'] in self.rows: raise ValueError(f'{self.path} line {number}: a second prediction for sample {row["id"]!r}; delete the file')
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f'{self.path} line {number} is no JSON ({error}); delete the file') from None
+            if row['id'] in self.rows:
+                raise ValueError(
+                    f'{self.path} line {number}: a second prediction for sample {row["id"]!r}; delete the file'
+                )
             self.rows[row['id']] = row
-        if lines[-1]: os.truncate(self.path, sum(len(line) + 1 for line in lines[:-1]))
+        if lines[-1]:
+            os.truncate(self.path, sum(len(line) + 1 for line in lines[:-1]))
 
     def append(
         self,
@@ -119,16 +134,26 @@ def _checked(benchmark: Benchmark, samples: Iterable[Mapping[str, Any]]) -> dict
     "The benchmark's samples by id."
     chosen, score = {}, metric(benchmark.metric)
     for sample in samples:
-        if benchmark.tasks and sample['task'] not in benchmark.tasks: continue
+        if benchmark.tasks and sample['task'] not in benchmark.tasks:
+            continue
         key, options = sample['id'], sample.get('options') or []
-        if key in chosen: raise ValueError(f'benchmark {benchmark.name}: two samples have the id {key!r}')
-        if not sample.get('answer'): raise ValueError(f'benchmark {benchmark.name}: sample {key!r} has no answer')
+        if key in chosen:
+            raise ValueError(f'benchmark {benchmark.name}: two samples have the id {key!r}')
+        if not sample.get('answer'):
+            raise ValueError(f'benchmark {benchmark.name}: sample {key!r} has no answer')
         if benchmark.method == 'options' and sample['answer'] not in options:
-            raise ValueError(f'benchmark {benchmark.name}: the answer {sample["answer"]!r} of sample {key!r} is not among its options {options}')
-        try: score(sample['answer'], _references(sample))
-        except ValueError as error: raise ValueError(f'benchmark {benchmark.name}: sample {key!r} does not suit its metric: {error}') from error
+            raise ValueError(
+                f'benchmark {benchmark.name}: the answer {sample["answer"]!r} of sample {key!r} is not among its options {options}'
+            )
+        try:
+            score(sample['answer'], _references(sample))
+        except ValueError as error:
+            raise ValueError(f'benchmark {benchmark.name}: sample {key!r} does not suit its metric: {error}') from error
         chosen[key] = sample
-    if not chosen: raise ValueError(f'benchmark {benchmark.name}: no samples' + (f' of the tasks {benchmark.tasks}' if benchmark.tasks else ''))
+    if not chosen:
+        raise ValueError(
+            f'benchmark {benchmark.name}: no samples' + (f' of the tasks {benchmark.tasks}' if benchmark.tasks else '')
+        )
     return chosen
 
 
@@ -136,17 +161,26 @@ def _unfinished(chosen: Mapping[str, Mapping[str, Any]], predictions: Prediction
     "Ids without a prediction; predictions of other samples are an error."
     for key, row in predictions.rows.items():
         if key not in chosen or chosen[key]['answer'] != row['answer']:
-            raise ValueError(f'{predictions.path} holds a prediction for another sample {key!r} (answer {row["answer"]!r}); delete the file')
+            raise ValueError(
+                f'{predictions.path} holds a prediction for another sample {key!r} (answer {row["answer"]!r}); delete the file'
+            )
     return [key for key in chosen if key not in predictions.rows]
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #39f2da43
 def _with_options(processor: Any, sample: Mapping[str, Any], prompt: Encoded) -> list[Encoded]:
     "The sample encoded once per option."
     *before, last = sample['conversations']
-    encoded = [processor.encode(dict(sample, conversations=[*before, dict(last, value=option)])) for option in sample['options']]
+    encoded = [
+        processor.encode(dict(sample, conversations=[*before, dict(last, value=option)]))
+        for option in sample['options']
+    ]
     for e, option in zip(encoded, sample['options']):
-        if list(e.input_ids[:len(prompt.input_ids)]) != list(prompt.input_ids) or len(e.input_ids) == len(prompt.input_ids):
-            raise ValueError(f'sample {sample["id"]!r}: encoding option {option!r} changes the prompt or adds nothing to it')
+        if list(e.input_ids[: len(prompt.input_ids)]) != list(prompt.input_ids) or len(e.input_ids) == len(
+            prompt.input_ids
+        ):
+            raise ValueError(
+                f'sample {sample["id"]!r}: encoding option {option!r} changes the prompt or adds nothing to it'
+            )
     return encoded
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #4a087918
@@ -157,33 +191,43 @@ class Answerer:
         self,
         model: Any,
         processor: Any,
-        benchmark: Benchmark,                                # method, max_new_tokens, batch_size
-        collate: Callable[[list[Encoded]], Mapping[str, Any]],   # encoded prompts -> a batch, padded on any side
-        mean: bool,                                          # options by their mean instead of summed log-probability
+        benchmark: Benchmark,  # method, max_new_tokens, batch_size
+        collate: Callable[[list[Encoded]], Mapping[str, Any]],  # encoded prompts -> a batch, padded on any side
+        mean: bool,  # options by their mean instead of summed log-probability
     ) -> None:
         self.model, self.processor, self.benchmark, self.collate, self.mean = model, processor, benchmark, collate, mean
 
     def _batch(self, encoded: list[Encoded]) -> dict[str, Any]:
-        return {key: value.to(self.model.device) for key, value in self.collate(encoded).items() if isinstance(value, Tensor)}
+        return {
+            key: value.to(self.model.device)
+            for key, value in self.collate(encoded).items()
+            if isinstance(value, Tensor)
+        }
 
     def generate(
         self,
         prompts: list[Encoded],  # at most batch_size
     ) -> list[str]:
         "The greedy answer to each prompt."
-        return [self.processor.decode(ids).strip() for ids in greedy(self.model, self._batch(prompts), self.benchmark.max_new_tokens)]
+        return [
+            self.processor.decode(ids).strip()
+            for ids in greedy(self.model, self._batch(prompts), self.benchmark.max_new_tokens)
+        ]
 
     def choose(
         self,
         prompts: list[Encoded],
-        samples: list[Mapping[str, Any]],   # with options
+        samples: list[Mapping[str, Any]],  # with options
     ) -> list[str]:
         "The most likely option of each sample, the first among equals."
-        rows = [(i, e, len(e.input_ids) - len(prompts[i].input_ids)) for i, sample in enumerate(samples)
-                for e in _with_options(self.processor, sample, prompts[i])]
+        rows = [
+            (i, e, len(e.input_ids) - len(prompts[i].input_ids))
+            for i, sample in enumerate(samples)
+            for e in _with_options(self.processor, sample, prompts[i])
+        ]
         scores, order = torch.empty(len(rows)), sorted(range(len(rows)), key=lambda r: len(rows[r][1].input_ids))
         for start in range(0, len(rows), self.benchmark.batch_size):
-            part = order[start:start + self.benchmark.batch_size]
+            part = order[start : start + self.benchmark.batch_size]
             lengths = torch.tensor([rows[r][2] for r in part])
             found = log_probabilities(self.model, self._batch([rows[r][1] for r in part]), lengths).cpu()
             scores[part] = found / lengths if self.mean else found
@@ -193,6 +237,7 @@ class Answerer:
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #c08a2113
 class Score(Strict):
     "The mean of a metric over a benchmark's samples, with its 95 % bootstrap interval."
+
     value: float
     n: int
     low: float
@@ -200,33 +245,41 @@ class Score(Strict):
 
 
 def evaluate(
-    model: Any,                                                            # generates text from `collate`'s batches
-    processor: Any,                                                        # `encode`, `decode`, `tokenizer`, `image_tensor`
+    model: Any,  # generates text from `collate`'s batches
+    processor: Any,  # `encode`, `decode`, `tokenizer`, `image_tensor`
     benchmark: Benchmark,
-    samples: Iterable[Mapping[str, Any]],                                  # canonical samples; other tasks are left out
-    out_file: Path,                                                        # predictions; those already there are kept
+    samples: Iterable[Mapping[str, Any]],  # canonical samples; other tasks are left out
+    out_file: Path,  # predictions; those already there are kept
     *,
-    features: Any = None,                                                  # `FeatureCache` of a frozen encoder
-    collate: Callable[[list[Encoded]], Mapping[str, Any]] | None = None,       # instead of `collate_prompts`
-    mean: bool = False,                                                    # options: mean instead of summed log-probability
-    progress: Callable[[int, int], None] | None = None,                    # called with (answered, all)
+    features: Any = None,  # `FeatureCache` of a frozen encoder
+    collate: Callable[[list[Encoded]], Mapping[str, Any]] | None = None,  # instead of `collate_prompts`
+    mean: bool = False,  # options: mean instead of summed log-probability
+    progress: Callable[[int, int], None] | None = None,  # called with (answered, all)
 ) -> Score:
     "Answer what is not answered yet, append it to the file, and score all."
     chosen, score, predictions = _checked(benchmark, samples), metric(benchmark.metric), Predictions(out_file)
     prompts = {key: processor.encode(sample, training=False) for key, sample in chosen.items()}
     todo = sorted(_unfinished(chosen, predictions), key=lambda key: -len(prompts[key].input_ids))
-    answerer = Answerer(model, processor, benchmark, collate or (lambda encoded: collate_prompts(encoded, processor, features)), mean)
+    answerer = Answerer(
+        model, processor, benchmark, collate or (lambda encoded: collate_prompts(encoded, processor, features)), mean
+    )
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(todo), benchmark.batch_size):
-            keys = todo[start:start + benchmark.batch_size]
+            keys = todo[start : start + benchmark.batch_size]
             batch, asked = [prompts[key] for key in keys], [chosen[key] for key in keys]
             texts = answerer.generate(batch) if benchmark.method == 'generate' else answerer.choose(batch, asked)
-            predictions.append([dict(id=key, prediction=text, answer=sample['answer'], correct=score(text, _references(sample)))
-                                for key, text, sample in zip(keys, texts, asked)])
-            if progress: progress(len(predictions.rows), len(chosen))
-    finally: model.train(was_training)
+            predictions.append(
+                [
+                    dict(id=key, prediction=text, answer=sample['answer'], correct=score(text, _references(sample)))
+                    for key, text, sample in zip(keys, texts, asked)
+                ]
+            )
+            if progress:
+                progress(len(predictions.rows), len(chosen))
+    finally:
+        model.train(was_training)
     values = [float(predictions.rows[key]['correct']) for key in chosen]
     low, high = bootstrap(values, clusters=[tuple(prompts[key].image_ids) or key for key in chosen])
     return Score(value=sum(values) / len(values), n=len(values), low=low, high=high)

@@ -12,7 +12,18 @@ from typing import Any, Sequence
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #27a8b7f2
 MME_TASKS = {
-    'Perception': ('existence', 'count', 'position', 'color', 'posters', 'celebrity', 'scene', 'landmark', 'artwork', 'OCR'),
+    'Perception': (
+        'existence',
+        'count',
+        'position',
+        'color',
+        'posters',
+        'celebrity',
+        'scene',
+        'landmark',
+        'artwork',
+        'OCR',
+    ),
     'Cognition': ('commonsense_reasoning', 'numerical_calculation', 'text_translation', 'code_reasoning'),
 }
 
@@ -30,10 +41,15 @@ def mme_task(
 ) -> tuple[float, float, float]:
     "Score, accuracy and accuracy+ of one subtask, in percent."
     rows = [line.split('\t') for line in lines]
-    if len(rows) % 2 or not rows: raise ValueError(f'MME: {len(rows)} lines; every image needs exactly two')
+    if len(rows) % 2 or not rows:
+        raise ValueError(f'MME: {len(rows)} lines; every image needs exactly two')
     for row in rows:
-        if len(row) < 4: raise ValueError(f'MME: {len(row)} tab-separated columns in {row}; expected image, question, answer, prediction')
-        if row[2].lower() not in ('yes', 'no'): raise ValueError(f"MME: the answer of {row[0]} is {row[2]!r}; it must be 'yes' or 'no'")
+        if len(row) < 4:
+            raise ValueError(
+                f'MME: {len(row)} tab-separated columns in {row}; expected image, question, answer, prediction'
+            )
+        if row[2].lower() not in ('yes', 'no'):
+            raise ValueError(f"MME: the answer of {row[0]} is {row[2]!r}; it must be 'yes' or 'no'")
     right = [row[2].lower() == mme_answer(row[3]) for row in rows]
     accuracy = sum(right) / len(right) * 100
     accuracy_plus = sum(a and b for a, b in zip(right[::2], right[1::2])) / (len(right) / 2) * 100
@@ -45,8 +61,11 @@ def mme(
 ) -> dict[str, Any]:
     "MME: per subtask, per half (perception at most 2000, cognition 800) and in total."
     missing = [task for tasks in MME_TASKS.values() for task in tasks if task not in results]
-    if missing: raise ValueError(f'MME: no results for the subtasks {missing}')
-    scores: dict[str, Any] = {half: {task: mme_task(results[task]) for task in tasks} for half, tasks in MME_TASKS.items()}
+    if missing:
+        raise ValueError(f'MME: no results for the subtasks {missing}')
+    scores: dict[str, Any] = {
+        half: {task: mme_task(results[task]) for task in tasks} for half, tasks in MME_TASKS.items()
+    }
     for half in MME_TASKS:
         _, accuracy, plus = (sum(column) for column in zip(*scores[half].values()))
         scores[half]['Total'] = (accuracy + plus, accuracy, plus)
@@ -64,16 +83,26 @@ def pope_answer(
 
 def pope(
     predictions: Sequence[str],  # the model's texts
-    labels: Sequence[str],       # 'yes' or 'no'
+    labels: Sequence[str],  # 'yes' or 'no'
 ) -> dict[str, float]:
     "POPE of one category: accuracy, precision, recall and F1 of yes, ratio of yes, and the four counts."
-    if len(predictions) != len(labels): raise ValueError(f'POPE: {len(predictions)} predictions for {len(labels)} labels')
+    if len(predictions) != len(labels):
+        raise ValueError(f'POPE: {len(predictions)} predictions for {len(labels)} labels')
     pairs = [(pope_answer(p), 'no' if label == 'no' else 'yes') for p, label in zip(predictions, labels)]
     tp, fp, tn, fn = (pairs.count(kind) for kind in (('yes', 'yes'), ('yes', 'no'), ('no', 'no'), ('no', 'yes')))
     eps = 1e-12
     precision, recall = tp / (tp + fp + eps), tp / (tp + fn + eps)
-    return dict(accuracy=(tp + tn) / (len(pairs) + eps), precision=precision, recall=recall, f1=2*precision*recall / (precision + recall + eps),
-                yes_ratio=(tp + fp) / (len(pairs) + eps), TP=tp, FP=fp, TN=tn, FN=fn)
+    return dict(
+        accuracy=(tp + tn) / (len(pairs) + eps),
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall + eps),
+        yes_ratio=(tp + fp) / (len(pairs) + eps),
+        TP=tp,
+        FP=fp,
+        TN=tn,
+        FN=fn,
+    )
 
 
 def pope_average(
@@ -90,17 +119,31 @@ def seed(
     "SEED: total, correct and accuracy in percent per question type, and in total."
     names = {row['question_type_id']: row['question_type'] for row in results}
     right: dict[str, list[bool]] = {names[i]: [] for i in sorted(names)}
-    for row in results: right[row['question_type']].append(row['pred'].strip().lower() == row['answer'].strip().lower())
+    for row in results:
+        right[row['question_type']].append(row['pred'].strip().lower() == row['answer'].strip().lower())
     right['Total'] = [value for values in right.values() for value in values]
     return {name: dict(total=len(v), correct=sum(v), acc=sum(v) / len(v) * 100) for name, v in right.items()}
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #6b54e1f4
-_AFFIXES = (('', ''), ('', '.'), ('', ','), ('', ':'), ('', ')'), ('', ').'), ('(', ')'), ('(', ').'),
-            (':', ''), (':', ','), (':', '.'), (':', ')'), (':', ').'))
+_AFFIXES = (
+    ('', ''),
+    ('', '.'),
+    ('', ','),
+    ('', ':'),
+    ('', ')'),
+    ('', ').'),
+    ('(', ')'),
+    ('(', ').'),
+    (':', ''),
+    (':', ','),
+    (':', '.'),
+    (':', ')'),
+    (':', ').'),
+)
 
 
 def infer(
-    answer: str,              # the model's text
+    answer: str,  # the model's text
     choices: dict[str, str],  # letter -> option text; an empty text is contained in every answer
 ) -> str | None:
     "The letter that the answer means, None if it cannot be told."
@@ -108,7 +151,8 @@ def infer(
     for before, after in _AFFIXES:
         found = [letter for letter in 'ABCDE' if before + letter + after in words]
         article = not before and not after and 'A' in words and len(words) > 3
-        if len(found) == 1 and not article: return found[0]
+        if len(found) == 1 and not article:
+            return found[0]
     found = [letter for letter, text in choices.items() if str(text).lower() in answer.lower()]
     return found[0] if len(found) == 1 else None
 
@@ -118,15 +162,20 @@ _PREFIX = 'The answer is '
 
 def mmbench_hit(
     rotations: Sequence[dict[str, Any]],  # options_dict, answer, pred of each rotation
-    chance: random.Random,                # draws for unreadable answers
+    chance: random.Random,  # draws for unreadable answers
 ) -> bool:
     "Whether all rotations of one question are answered right."
     right, read = [row['answer'] for row in rotations], []
     for row in rotations:
-        text = row['pred'][len(_PREFIX):].replace('.', '') if _PREFIX in row['pred'] else row['pred']
-        choices = {letter: '' if option == 'N/A' else option for letter, option in row['options_dict'].items() if letter in 'ABCD'}
+        text = row['pred'][len(_PREFIX) :].replace('.', '') if _PREFIX in row['pred'] else row['pred']
+        choices = {
+            letter: '' if option == 'N/A' else option
+            for letter, option in row['options_dict'].items()
+            if letter in 'ABCD'
+        }
         read.append(infer(text, choices))
-        if read[-1] and read[-1] != row['answer']: return False
+        if read[-1] and read[-1] != row['answer']:
+            return False
     return all(letter or chance.choice(right) == answer for letter, answer in zip(read, right))
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #5d8feb7c
@@ -135,44 +184,66 @@ def mmbench(
 ) -> dict[str, Any]:
     "MMBench: samples, correct and accuracy per parent and child category, and in total (percentages as texts; official key names)."
     questions: dict[int, list[dict[str, Any]]] = {}
-    for row in results: questions.setdefault(row['index'] % 10**6, []).append(row)
+    for row in results:
+        questions.setdefault(row['index'] % 10**6, []).append(row)
     chance, scores = random.Random(2680), {}
     for rotations in questions.values():
-        child = scores.setdefault(rotations[0]['l2_category'], {}).setdefault(rotations[0]['category'], dict(num_sampes=0, num_correct=0))
+        child = scores.setdefault(rotations[0]['l2_category'], {}).setdefault(
+            rotations[0]['category'], dict(num_sampes=0, num_correct=0)
+        )
         child['num_sampes'] += 1
         child['num_correct'] += mmbench_hit(rotations, chance)
     totals = [0, 0]
     for parent in scores.values():
         samples, correct = (sum(child[key] for child in parent.values()) for key in ('num_sampes', 'num_correct'))
-        for child in parent.values(): child['acc'] = f"{child['num_correct'] / child['num_sampes'] * 100:.2f}"
-        parent.update(parent_task_acc=f'{correct / samples * 100:.2f}', parent_num_samples=samples, parent_num_correct=correct)
+        for child in parent.values():
+            child['acc'] = f'{child["num_correct"] / child["num_sampes"] * 100:.2f}'
+        parent.update(
+            parent_task_acc=f'{correct / samples * 100:.2f}', parent_num_samples=samples, parent_num_correct=correct
+        )
         totals = [totals[0] + samples, totals[1] + correct]
-    return scores | dict(total_samples=totals[0], total_corrects=totals[1], total_acc=f'{totals[1] / totals[0] * 100:.2f}')
+    return scores | dict(
+        total_samples=totals[0], total_corrects=totals[1], total_acc=f'{totals[1] / totals[0] * 100:.2f}'
+    )
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #b73dd20b
 def scienceqa(
-    problems: dict[str, dict[str, Any]],   # question id -> choices, answer (index)
+    problems: dict[str, dict[str, Any]],  # question id -> choices, answer (index)
     predictions: Sequence[dict[str, Any]],  # question_id, pred, image_path (None or 'None' without image)
-    chance_seed: int = 0,                   # for unreadable answers
+    chance_seed: int = 0,  # for unreadable answers
 ) -> dict[str, float]:
     "ScienceQA: accuracy in percent over all questions, those with and those without an image."
     chance = random.Random(chance_seed)
     right: dict[bool, list[bool]] = {True: [], False: []}
     given = {row['question_id']: row for row in predictions}
     for key, problem in problems.items():
-        if key not in given: continue
+        if key not in given:
+            continue
         choices, text = problem['choices'], re.sub(r'[().]', '', given[key]['pred'])
-        read = text if len(text) == 1 else ''.join('ABCDE'[i] for i, choice in enumerate(choices) if choice in text)[-1:]
-        index = 'ABCDE'.index(read) if read and read in 'ABCDE'[:len(choices)] else chance.randrange(len(choices))
+        read = (
+            text if len(text) == 1 else ''.join('ABCDE'[i] for i, choice in enumerate(choices) if choice in text)[-1:]
+        )
+        index = 'ABCDE'.index(read) if read and read in 'ABCDE'[: len(choices)] else chance.randrange(len(choices))
         right[given[key]['image_path'] not in (None, 'None')].append(index == problem['answer'])
     every = right[True] + right[False]
-    if not every: raise ValueError('ScienceQA: no prediction belongs to a problem')
+    if not every:
+        raise ValueError('ScienceQA: no prediction belongs to a problem')
     percent = lambda values: sum(values) / len(values) * 100 if values else 0
-    return {'acc': percent(every), 'correct': sum(every), 'incorrect': len(every) - sum(every), 'count': len(every),
-            'acc-image': percent(right[True]), 'acc-text': percent(right[False])}
+    return {
+        'acc': percent(every),
+        'correct': sum(every),
+        'incorrect': len(every) - sum(every),
+        'count': len(every),
+        'acc-image': percent(right[True]),
+        'acc-text': percent(right[False]),
+    }
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #ec69dfcc
-_NUMBERS = (r'-?\b\d{1,3}(?:,\d{3})+\b', r'-?\d+(?:\.\d+)?[eE][+-]?\d+', r'-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])')
+_NUMBERS = (
+    r'-?\b\d{1,3}(?:,\d{3})+\b',
+    r'-?\d+(?:\.\d+)?[eE][+-]?\d+',
+    r'-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])',
+)
 _INDICATORS = ('could be ', 'so ', 'is ', 'thus ', 'therefore ', 'final ', 'answer ', 'result ')
 
 
@@ -181,8 +252,10 @@ def mmmu_normalise(
 ) -> list[str | float]:
     "A number rounded to two decimals, or the text in lower case (one character: with a blank before and after)."
     text = text.strip()
-    try: return [round(float(text.replace(',', '')), 2)]
-    except ValueError: text = text.lower()
+    try:
+        return [round(float(text.replace(',', '')), 2)]
+    except ValueError:
+        text = text.lower()
     return [' ' + text, text + ' '] if len(text) == 1 else [text]
 
 
@@ -195,32 +268,40 @@ def mmmu_parse(
     for i, line in enumerate(lines):
         marks, shortest = _INDICATORS + (('=',) if i == len(lines) - 1 else ()), ''
         for tail in (line.split(mark)[-1].strip() for mark in marks if mark in line):
-            if not shortest or len(tail) < len(shortest): shortest = tail
-        if shortest and shortest not in list(':,.!?;\''): tails.append(shortest)
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in list(":,.!?;'"):
+            tails.append(shortest)
     tails = tails or [response]
     candidates = tails + [number for tail in tails for pattern in _NUMBERS for number in re.findall(pattern, tail)]
     return list(dict.fromkeys(value for candidate in candidates for value in mmmu_normalise(candidate)))
 
 
 def mmmu_open(
-    gold: str | list[str],        # the right answer or answers
-    parsed: list[str | float],    # the result of `mmmu_parse`
+    gold: str | list[str],  # the right answer or answers
+    parsed: list[str | float],  # the result of `mmmu_parse`
 ) -> bool:
     "Whether any parsed text contains an expected text or any parsed number equals an expected number."
     expected = [value for answer in (gold if isinstance(gold, list) else [gold]) for value in mmmu_normalise(answer)]
     texts = [value for value in expected if isinstance(value, str)]
-    return any(any(text in value for text in texts) if isinstance(value, str) else value in expected for value in parsed)
+    return any(
+        any(text in value for text in texts) if isinstance(value, str) else value in expected for value in parsed
+    )
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #e7e69d6c
 def mmmu(
     results: Sequence[dict[str, Any]],  # question_type, answer, pred; multiple choice: all_choices, num_option_images
-    chance_seed: int = 0,               # for unreadable letters
+    chance_seed: int = 0,  # for unreadable letters
 ) -> float:
     "MMMU: the fraction of right answers, subjects taken together."
-    if not results: raise ValueError('MMMU: no results')
+    if not results:
+        raise ValueError('MMMU: no results')
     chance, right = random.Random(chance_seed), 0
     for row in results:
-        if row['question_type'] != 'multiple-choice': right += mmmu_open(row['answer'], mmmu_parse(row['pred']))
-        elif row['num_option_images'] or row['pred'] not in row['all_choices']: right += chance.choice(row['all_choices']) == row['answer']
-        else: right += row['pred'] == row['answer']
+        if row['question_type'] != 'multiple-choice':
+            right += mmmu_open(row['answer'], mmmu_parse(row['pred']))
+        elif row['num_option_images'] or row['pred'] not in row['all_choices']:
+            right += chance.choice(row['all_choices']) == row['answer']
+        else:
+            right += row['pred'] == row['answer']
     return right / len(results)

@@ -18,14 +18,42 @@ from ..core.settings import Scale
 from .published import Claim, Column, Table, Value, load_table
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #7007894d
-_FUNCTIONS = {'abs': abs, 'round': round, 'exp': math.exp, 'log': math.log, 'min': lambda *x: min(x), 'max': lambda *x: max(x),
-              'sum': lambda *x: sum(x), 'mean': lambda *x: statistics.fmean(x), 'median': lambda *x: statistics.median(x)}
+_FUNCTIONS = {
+    'abs': abs,
+    'round': round,
+    'exp': math.exp,
+    'log': math.log,
+    'min': lambda *x: min(x),
+    'max': lambda *x: max(x),
+    'sum': lambda *x: sum(x),
+    'mean': lambda *x: statistics.fmean(x),
+    'median': lambda *x: statistics.median(x),
+}
 _ARGUMENTS = {'abs': 1, 'round': 2, 'exp': 1, 'log': 1}  # how many; the others take any number
 _TERMS = {'monotone', 'better', 'no_worse', 'better_everywhere'}
 _OPERATORS = {ast.Lt: '<', ast.LtE: '<=', ast.Gt: '>', ast.GtE: '>=', ast.Eq: '=='}
-_ARITHMETIC = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b}
-_ALLOWED = (ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.List, ast.Constant, ast.BinOp, ast.UnaryOp, ast.USub,
-            ast.Call, ast.keyword, ast.Compare, *_OPERATORS, *_ARITHMETIC)
+_ARITHMETIC = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+}
+_ALLOWED = (
+    ast.Name,
+    ast.Load,
+    ast.Attribute,
+    ast.Subscript,
+    ast.List,
+    ast.Constant,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.USub,
+    ast.Call,
+    ast.keyword,
+    ast.Compare,
+    *_OPERATORS,
+    *_ARITHMETIC,
+)
 
 
 class ClaimError(ValueError):
@@ -36,12 +64,17 @@ class Unmeasured(ClaimError):
     "A published column for which nothing is measured at a scale."
 
 
-_NOT_COMPUTABLE = (ArithmeticError, ValueError, TypeError)   # a ratio to nothing, a logarithm of less, rounding to half a place, infinity
+_NOT_COMPUTABLE = (
+    ArithmeticError,
+    ValueError,
+    TypeError,
+)  # a ratio to nothing, a logarithm of less, rounding to half a place, infinity
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #53626602
 @dataclass(frozen=True)
 class Test:
     "A parsed expression: terms joined by `and`."
+
     text: str
     terms: tuple[ast.expr, ...]
 
@@ -50,35 +83,49 @@ def parse(
     text: str,  # an expression of the language
 ) -> Test:
     "Parse and check an expression; knows no table yet."
-    try: body = ast.parse(text, mode='eval').body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error: raise ClaimError(f'{text!r} cannot be parsed: {error}') from error
+    try:
+        body = ast.parse(text, mode='eval').body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ClaimError(f'{text!r} cannot be parsed: {error}') from error
     terms = body.values if isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And) else [body]
     for term in terms:
         if not (isinstance(term, ast.Compare) or isinstance(term, ast.Call) and _name(term.func) in _TERMS):
-            raise ClaimError(f'{ast.unparse(term)!r} in {text!r} is neither true nor false; expected a comparison or one of {sorted(_TERMS)}')
-        for node in ast.walk(term): _check(node, text)
+            raise ClaimError(
+                f'{ast.unparse(term)!r} in {text!r} is neither true nor false; expected a comparison or one of {sorted(_TERMS)}'
+            )
+        for node in ast.walk(term):
+            _check(node, text)
     return Test(text, tuple(terms))
 
 
-def _name(node: ast.AST) -> str | None: return node.id if isinstance(node, ast.Name) else None
+def _name(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _check(node: ast.AST, text: str) -> None:
     wrong = not isinstance(node, _ALLOWED)
-    if isinstance(node, ast.Call): wrong = _name(node.func) not in {*_FUNCTIONS, *_TERMS, 'where'}
-    if isinstance(node, ast.Constant): wrong = type(node.value) not in (int, float, str)
-    if isinstance(node, ast.Subscript): wrong = _name(node.value) != 'values' or _name(node.slice) is None
-    if isinstance(node, ast.Attribute): wrong = node.attr.startswith('_')
-    if wrong: raise ClaimError(f'{ast.unparse(node) or type(node).__name__!r} in {text!r} is not part of the language of claims')
+    if isinstance(node, ast.Call):
+        wrong = _name(node.func) not in {*_FUNCTIONS, *_TERMS, 'where'}
+    if isinstance(node, ast.Constant):
+        wrong = type(node.value) not in (int, float, str)
+    if isinstance(node, ast.Subscript):
+        wrong = _name(node.value) != 'values' or _name(node.slice) is None
+    if isinstance(node, ast.Attribute):
+        wrong = node.attr.startswith('_')
+    if wrong:
+        raise ClaimError(
+            f'{ast.unparse(node) or type(node).__name__!r} in {text!r} is not part of the language of claims'
+        )
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #ecfc2897
 @dataclass(frozen=True)
 class Comparison:
     "An elementary statement: the larger side exceeds the smaller one."
+
     text: str
     larger: ast.expr
     smaller: ast.expr
-    op: str          # '>', '>=' or '=='
+    op: str  # '>', '>=' or '=='
 
     @property
     def cells(self) -> list[tuple[str, ...]]:
@@ -97,11 +144,16 @@ class Comparison:
 
 def _number(node: ast.expr, value: Callable[..., float]) -> float:
     match node:
-        case ast.Constant(): return node.value
-        case ast.Attribute(): return value(*ast.unparse(node).split('.'))
-        case ast.UnaryOp(): return -_number(node.operand, value)
-        case ast.BinOp(): return _ARITHMETIC[type(node.op)](_number(node.left, value), _number(node.right, value))
-        case ast.Call(): return _FUNCTIONS[node.func.id](*(_number(a, value) for a in node.args))
+        case ast.Constant():
+            return node.value
+        case ast.Attribute():
+            return value(*ast.unparse(node).split('.'))
+        case ast.UnaryOp():
+            return -_number(node.operand, value)
+        case ast.BinOp():
+            return _ARITHMETIC[type(node.op)](_number(node.left, value), _number(node.right, value))
+        case ast.Call():
+            return _FUNCTIONS[node.func.id](*(_number(a, value) for a in node.args))
     raise ClaimError(f'{ast.unparse(node)!r} is not a number')
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #9e98ed32
@@ -114,17 +166,21 @@ class _Resolve:
 
     def rows(self, node: ast.expr) -> list[str]:
         "The rows that a list, `rows` or `where(…)` stands for."
-        if _name(node) == 'rows': return [r.key for r in self.table.rows]
-        if isinstance(node, ast.List): return [self.row(n) for n in node.elts]
+        if _name(node) == 'rows':
+            return [r.key for r in self.table.rows]
+        if isinstance(node, ast.List):
+            return [self.row(n) for n in node.elts]
         if not (isinstance(node, ast.Call) and _name(node.func) == 'where' and node.args):
             raise ClaimError(f'{ast.unparse(node)!r} is not a list of rows')
         found = [r for r in self.table.rows if all(self.matches(r, a) for a in node.args)]
-        if not found: raise ClaimError(f'table {self.table.key} has no row with {ast.unparse(node)}')
+        if not found:
+            raise ClaimError(f'table {self.table.key} has no row with {ast.unparse(node)}')
         return [r.key for r in found]
 
     def row(self, node: ast.expr) -> str:
         "One row by its name."
-        if not _name(node): raise ClaimError(f'{ast.unparse(node)!r} is not the name of a row')
+        if not _name(node):
+            raise ClaimError(f'{ast.unparse(node)!r} is not the name of a row')
         return self.table.row(node.id).key
 
     def matches(self, row, condition: ast.expr) -> bool:
@@ -140,30 +196,41 @@ class _Resolve:
     def cell(self, row: str, column: str) -> ast.expr:
         "A checked cell of this table, under the name of what is measured; `column` may be one of our own metrics."
         self.table.row(row)
-        if column not in self.columns: self.table.column(column)
-        if self.names is not None and column not in self.names: raise Unmeasured(f'nothing measured here stands for {column}')
+        if column not in self.columns:
+            self.table.column(column)
+        if self.names is not None and column not in self.names:
+            raise Unmeasured(f'nothing measured here stands for {column}')
         return ast.Attribute(ast.Name(row), self.names[column] if self.names else column)
 
     def cells(self, node: ast.Attribute) -> list[ast.expr]:
         "The cells that `rows.column`, `where(…).column`, `[…].column` or a single cell stand for."
         match node.value:
-            case ast.Subscript(): return [self.cell(node.value.slice.id, node.attr)]
+            case ast.Subscript():
+                return [self.cell(node.value.slice.id, node.attr)]
             case ast.Attribute(value=ast.Name(id=other)) if other.startswith('table_'):
                 load_table(self.table.paper, other.removeprefix('table_')).cell(node.value.attr, node.attr)
                 return [node]
-            case ast.Name(id=key) if key != 'rows': return [self.cell(key, node.attr)]
+            case ast.Name(id=key) if key != 'rows':
+                return [self.cell(key, node.attr)]
         return [self.cell(row, node.attr) for row in self.rows(node.value)]
 
     def number(self, node: ast.expr) -> ast.expr:
         "An expression with every cell resolved."
         match node:
-            case ast.Constant(value=int() | float()): return node
-            case ast.UnaryOp(): return ast.UnaryOp(node.op, self.number(node.operand))
-            case ast.BinOp(): return ast.BinOp(self.number(node.left), node.op, self.number(node.right))
-            case ast.Attribute() if len(cells := self.cells(node)) == 1: return cells[0]
+            case ast.Constant(value=int() | float()):
+                return node
+            case ast.UnaryOp():
+                return ast.UnaryOp(node.op, self.number(node.operand))
+            case ast.BinOp():
+                return ast.BinOp(self.number(node.left), node.op, self.number(node.right))
+            case ast.Attribute() if len(cells := self.cells(node)) == 1:
+                return cells[0]
             case ast.Call(func=ast.Name(id=name), keywords=[]) if name in _FUNCTIONS:
-                args = [x for a in node.args for x in (self.cells(a) if isinstance(a, ast.Attribute) else [self.number(a)])]
-                if len(args) == _ARGUMENTS.get(name, len(args) or 1): return ast.Call(node.func, args, [])
+                args = [
+                    x for a in node.args for x in (self.cells(a) if isinstance(a, ast.Attribute) else [self.number(a)])
+                ]
+                if len(args) == _ARGUMENTS.get(name, len(args) or 1):
+                    return ast.Call(node.func, args, [])
         raise ClaimError(f'{ast.unparse(node)!r} is not a number')
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #212cb26a
@@ -176,12 +243,16 @@ def comparisons(
     resolve, found = _Resolve(table, names), []
     try:
         for term in test.terms:
-            if isinstance(term, ast.Call): found += _named(term, resolve)
+            if isinstance(term, ast.Call):
+                found += _named(term, resolve)
             else:
                 sides = [resolve.number(side) for side in (term.left, *term.comparators)]
-                for left, op, right in zip(sides, term.ops, sides[1:]): found += _split(left, _OPERATORS[type(op)], right)
-    except Unmeasured: raise
-    except (KeyError, ClaimError) as error: raise ClaimError(f'{test.text!r}: {error.args[0]}') from error
+                for left, op, right in zip(sides, term.ops, sides[1:]):
+                    found += _split(left, _OPERATORS[type(op)], right)
+    except Unmeasured:
+        raise
+    except (KeyError, ClaimError) as error:
+        raise ClaimError(f'{test.text!r}: {error.args[0]}') from error
     return found
 
 
@@ -190,34 +261,45 @@ def _split(left: ast.expr, op: str, right: ast.expr) -> Iterator[Comparison]:
     if op != '==' and isinstance(small, ast.Call) and small.func.id in ('abs', 'max'):
         parts = small.args if small.func.id == 'max' else [small.args[0], ast.UnaryOp(ast.USub(), small.args[0])]
         pairs = [(part, large) for part in parts]
-    elif op != '==' and isinstance(large, ast.Call) and large.func.id == 'min': pairs = [(small, part) for part in large.args]
+    elif op != '==' and isinstance(large, ast.Call) and large.func.id == 'min':
+        pairs = [(small, part) for part in large.args]
     else:
         yield Comparison(f'{ast.unparse(left)} {op} {ast.unparse(right)}', large, small, op.replace('<', '>'))
         return
-    for part, whole in pairs: yield from _split(*((part, op, whole) if op in ('<', '<=') else (whole, op, part)))
+    for part, whole in pairs:
+        yield from _split(*((part, op, whole) if op in ('<', '<=') else (whole, op, part)))
 
 
 def _named(term: ast.Call, resolve: _Resolve) -> Iterator[Comparison]:
     args, table = term.args, resolve.table
     known = {'by'} if term.func.id in ('better', 'no_worse') else set()
-    if not {k.arg for k in term.keywords} <= known: raise ClaimError(f'{ast.unparse(term)!r}: {term.func.id} knows {sorted(known) or "no keywords"}')
+    if not {k.arg for k in term.keywords} <= known:
+        raise ClaimError(f'{ast.unparse(term)!r}: {term.func.id} knows {sorted(known) or "no keywords"}')
     by = next((k.value for k in term.keywords), ast.Constant(0))
     match term.func.id, args:
         case 'monotone', [rows, ast.Name(id=column), ast.Constant(value='increasing' | 'decreasing' as way)]:
             cells = [resolve.cell(row, column) for row in resolve.rows(rows)]
-            for a, b in zip(cells, cells[1:]): yield from _split(a, '<' if way == 'increasing' else '>', b)
+            for a, b in zip(cells, cells[1:]):
+                yield from _split(a, '<' if way == 'increasing' else '>', b)
         case ('better' | 'no_worse') as name, [ast.Attribute() as a, ast.Attribute() as b]:
             a, b, by, lower = resolve.number(a), resolve.number(b), resolve.number(by), _lower(table, a.attr)
             sign = ast.Add() if (name == 'better') != lower else ast.Sub()
             strict = '' if name == 'better' else '='
-            yield from _split(a, ('<' if lower else '>') + strict, b if isinstance(by, ast.Constant) and not by.value else ast.BinOp(b, sign, by))
+            yield from _split(
+                a,
+                ('<' if lower else '>') + strict,
+                b if isinstance(by, ast.Constant) and not by.value else ast.BinOp(b, sign, by),
+            )
         case 'better_everywhere', [ast.Name(), ast.Name()] | [ast.Name(), ast.Name(), ast.List()]:
             (a, b), listed = (table.row(n.id) for n in args[:2]), args[2:]
             printed = [c for c in a.values if None not in (a.values[c], b.values[c])]
             names = [_name(n) or ast.unparse(n) for n in listed[0].elts] if listed else printed
-            if not names: raise ClaimError(f'{ast.unparse(term)!r}: the two rows share no printed column')
-            for c in names: yield from _split(resolve.cell(a.key, c), '<' if _lower(table, c) else '>', resolve.cell(b.key, c))
-        case name, _: raise ClaimError(f'{ast.unparse(term)!r} does not fit the form of {name}')
+            if not names:
+                raise ClaimError(f'{ast.unparse(term)!r}: the two rows share no printed column')
+            for c in names:
+                yield from _split(resolve.cell(a.key, c), '<' if _lower(table, c) else '>', resolve.cell(b.key, c))
+        case name, _:
+            raise ClaimError(f'{ast.unparse(term)!r} does not fit the form of {name}')
 
 
 def _lower(table: Table, column: str) -> bool:
@@ -226,23 +308,36 @@ def _lower(table: Table, column: str) -> bool:
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #bdbbad88
 def holds(
-    text: str,       # expression
+    text: str,  # expression
     table: Table,
 ) -> bool | None:
     "Whether a test is true of the printed numbers; None when cells it needs are not printed and the others don't refute it."
+
     def printed(*cell: str) -> float:
         "The number that the paper prints, an error where it prints none."
-        value = load_table(table.paper, cell[0].removeprefix('table_')).cell(*cell[1:]) if len(cell) == 3 else table.cell(*cell)
-        if isinstance(value, (str, bool)): raise ClaimError(f'{text!r}: cell {".".join(cell)} is {value!r}, not a number')
-        if value is None: raise LookupError(f'cell {".".join(cell)} is not printed')
+        value = (
+            load_table(table.paper, cell[0].removeprefix('table_')).cell(*cell[1:])
+            if len(cell) == 3
+            else table.cell(*cell)
+        )
+        if isinstance(value, (str, bool)):
+            raise ClaimError(f'{text!r}: cell {".".join(cell)} is {value!r}, not a number')
+        if value is None:
+            raise LookupError(f'cell {".".join(cell)} is not printed')
         return value
+
     answers = []
     for c in comparisons(parse(text), table):
-        try: difference = c.statistic(printed)
-        except LookupError: answers.append(None)
-        except ClaimError: raise
-        except _NOT_COMPUTABLE as error: raise ClaimError(f'{c.text!r} cannot be computed: {error}') from error
-        else: answers.append(_true(c.op, difference))
+        try:
+            difference = c.statistic(printed)
+        except LookupError:
+            answers.append(None)
+        except ClaimError:
+            raise
+        except _NOT_COMPUTABLE as error:
+            raise ClaimError(f'{c.text!r} cannot be computed: {error}') from error
+        else:
+            answers.append(_true(c.op, difference))
     return False if False in answers else None if None in answers else True
 
 
@@ -257,10 +352,11 @@ VERDICTS = ('supported', 'contradicted', 'inconclusive', 'not run', 'not testabl
 
 class Interval(NamedTuple):
     "Mean over seeds with its 95 % interval."
+
     mean: float
-    low: float | None   # None for a single seed
+    low: float | None  # None for a single seed
     high: float | None
-    n: int              # number of seeds
+    n: int  # number of seeds
 
 
 def interval(
@@ -268,8 +364,10 @@ def interval(
 ) -> Interval:
     "Student's 95 % interval of the mean; a point when there is no spread."
     n, mean = len(values), statistics.fmean(values)
-    if not all(map(math.isfinite, values)): raise ValueError(f'values {values} are not all finite')
-    if n < 2: return Interval(mean, None, None, n)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f'values {values} are not all finite')
+    if n < 2:
+        return Interval(mean, None, None, n)
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if max(values) > min(values) else 0.0
     return Interval(mean, mean - half, mean + half, n)
 
@@ -277,18 +375,20 @@ def interval(
 @dataclass(frozen=True)
 class Evidence:
     "One comparison on our runs."
+
     text: str
-    word: str                   # one of `VERDICTS`
+    word: str  # one of `VERDICTS`
     difference: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
     "What our runs say about a claim."
+
     claim: Claim
     scale: Scale
-    word: str                   # one of `VERDICTS`
-    note: str = ''              # why it was not judged, or what to keep in mind
+    word: str  # one of `VERDICTS`
+    note: str = ''  # why it was not judged, or what to keep in mind
     evidence: tuple[Evidence, ...] = ()
 
 
@@ -298,55 +398,91 @@ def verdict(
     scale: Scale,
     samples: Samples,
     elsewhere: dict[str, Samples] = {},  # samples of other tables that the claim reads
-    reading: str | None = None,          # one of the table's further readings; None: the main one
+    reading: str | None = None,  # one of the table's further readings; None: the main one
 ) -> Verdict:
     "Judge a claim on replicated values, row -> metric -> seed -> value."
     scope, measured = claim.scope(scale), table.measured(scale)
     text = scope.test or claim.test
-    if not scope.testable or text is None: return Verdict(claim, scale, 'not testable at this scale', scope.note)
-    if measured is None: return Verdict(claim, scale, 'not run', scope.note)
-    names = {**{c.key: c.key for c in measured.columns}, **measured.names(reading), **(scope.stands_for if reading is None else {})}
-    try: found = comparisons(parse(text), table, names)
-    except Unmeasured as error: return Verdict(claim, scale, 'not testable at this scale', str(error))
+    if not scope.testable or text is None:
+        return Verdict(claim, scale, 'not testable at this scale', scope.note)
+    if measured is None:
+        return Verdict(claim, scale, 'not run', scope.note)
+    names = {
+        **{c.key: c.key for c in measured.columns},
+        **measured.names(reading),
+        **(scope.stands_for if reading is None else {}),
+    }
+    try:
+        found = comparisons(parse(text), table, names)
+    except Unmeasured as error:
+        return Verdict(claim, scale, 'not testable at this scale', str(error))
+
     def seeds(*cell: str) -> dict[int, float]:
         "What is known of a row and metric, by seed."
         *other, row, metric = cell
         where = elsewhere.get(other[0].removeprefix('table_'), {}) if other else samples
         return where.get(row, {}).get(metric, {})
+
     evidence = tuple(_judge(c, seeds) for c in {c.text: c for c in found}.values())  # two columns may share a stand-in
     words = {e.word for e in evidence}
     word = next((w for w in ('contradicted', 'not run', 'inconclusive') if w in words), 'supported')
-    failing = _failing({cell[0] for c in found for cell in c.cells if len(cell) == 2 and cell[1] != measured.control}, measured.control, samples)
-    if not failing or word not in ('supported', 'contradicted'): return Verdict(claim, scale, word, scope.note, evidence)
+    failing = _failing(
+        {cell[0] for c in found for cell in c.cells if len(cell) == 2 and cell[1] != measured.control},
+        measured.control,
+        samples,
+    )
+    if not failing or word not in ('supported', 'contradicted'):
+        return Verdict(claim, scale, word, scope.note, evidence)
     return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {scope.note}'.strip(), evidence)
 
 
-CONTROL = 0.95   # mean that rows must reach in the table's control before they are compared
+CONTROL = 0.95  # mean that rows must reach in the table's control before they are compared
 
 
 def _failing(rows: set[str], control: str | None, samples: Samples) -> str:
     "Rows that ran without the table's control, if it has one, and those whose mean in it is below `CONTROL`; empty if there are none."
     known = {row: samples[row].get(control, {}).values() for row in sorted(rows) if control and samples.get(row)}
     unknown = ', '.join(row for row, values in known.items() if not values)
-    unsolved = ', '.join(f'{row} ({mean:.2f})' for row, values in known.items() if values and (mean := sum(values) / len(values)) < CONTROL)
-    return '; '.join([f'control not measured: rows {unknown}'] * bool(unknown) + [f'the control is not solved by {unsolved}'] * bool(unsolved))
+    unsolved = ', '.join(
+        f'{row} ({mean:.2f})'
+        for row, values in known.items()
+        if values and (mean := sum(values) / len(values)) < CONTROL
+    )
+    return '; '.join(
+        [f'control not measured: rows {unknown}'] * bool(unknown)
+        + [f'the control is not solved by {unsolved}'] * bool(unsolved)
+    )
 
 
 def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Evidence:
     runs = [seeds(*cell) for cell in comparison.cells]
-    if not runs or not all(runs): return Evidence(comparison.text, 'not run')
+    if not runs or not all(runs):
+        return Evidence(comparison.text, 'not run')
     shared = sorted(set.intersection(*map(set, runs)))
-    if not shared: return Evidence(comparison.text, 'inconclusive')
-    try: found = interval([comparison.statistic(lambda *cell: seeds(*cell)[seed]) for seed in shared])
-    except ClaimError: raise
-    except _NOT_COMPUTABLE: return Evidence(comparison.text, 'inconclusive')
+    if not shared:
+        return Evidence(comparison.text, 'inconclusive')
+    try:
+        found = interval([comparison.statistic(lambda *cell: seeds(*cell)[seed]) for seed in shared])
+    except ClaimError:
+        raise
+    except _NOT_COMPUTABLE:
+        return Evidence(comparison.text, 'inconclusive')
     return Evidence(comparison.text, _decide(comparison.op, found), found)
 
 
 def _decide(op: str, found: Interval) -> str:
-    if found.n < 2: return 'inconclusive'
-    if op == '==': return 'supported' if found.low == found.high == 0 else 'contradicted' if found.low > 0 or found.high < 0 else 'inconclusive'
-    if found.low > 0 or op == '>=' and found.low == 0: return 'supported'
+    if found.n < 2:
+        return 'inconclusive'
+    if op == '==':
+        return (
+            'supported'
+            if found.low == found.high == 0
+            else 'contradicted'
+            if found.low > 0 or found.high < 0
+            else 'inconclusive'
+        )
+    if found.low > 0 or op == '>=' and found.low == 0:
+        return 'supported'
     return 'contradicted' if found.high < 0 else 'inconclusive'
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #423b9b1c
@@ -356,9 +492,10 @@ def cell_verdict(
     found: Interval | None,  # ours at scale `paper`
 ) -> str:
     "`match`, `near`, `differs` or `not run`."
-    if found is None or isinstance(published, (str, bool)) or published is None: return 'not run'
+    if found is None or isinstance(published, (str, bool)) or published is None:
+        return 'not run'
     span = column.max - (column.min or 0) if column.max is not None else abs(published)
     printed = f'{published}'.partition('.')[2]
-    rounding = 0.5 * 10.0**-len(printed) if 'e' not in f'{published}' else 0.0
+    rounding = 0.5 * 10.0 ** -len(printed) if 'e' not in f'{published}' else 0.0
     distance = abs(found.mean - published) - rounding
     return 'match' if distance <= 0.005 * span else 'near' if distance <= 0.02 * span else 'differs'

@@ -18,20 +18,24 @@ from .claims import interval
 from .published import load_table
 from .results import read_results, samples
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/foundations/tables/60_effects.ipynb #85c0ff95
 class Factor(NamedTuple):
     "A setting of a table's rows, or several that change together."
+
     name: str
-    values: dict[str, Any]   # row -> value of the first of them; None where the row has none
+    values: dict[str, Any]  # row -> value of the first of them; None where the row has none
     settings: tuple[str, ...]
 
     @property
     def ordered(self) -> bool:
         "Whether its values have a first and a last: numbers, or only two of them."
         found = [v for v in self.values.values() if v is not None]
-        return all(isinstance(v, (int, float)) for v in found) or len({json.dumps(v) for v in self.values.values()}) == 2
+        return (
+            all(isinstance(v, (int, float)) for v in found) or len({json.dumps(v) for v in self.values.values()}) == 2
+        )
 
     @property
     def levels(self) -> list[str]:
@@ -48,17 +52,25 @@ def factors(
     for setting in dict.fromkeys(k for p in params.values() for k in p if k != 'default'):
         column = [json.dumps(p.get(setting)) for p in params.values()]
         found.setdefault(tuple(map(column.index, column)), []).append(setting)
-    return [Factor(first + f' (with {", ".join(others)})' * bool(others), {row: p.get(first) for row, p in params.items()}, (first, *others))
-            for pattern, (first, *others) in found.items() if len(set(pattern)) > 1]
+    return [
+        Factor(
+            first + f' (with {", ".join(others)})' * bool(others),
+            {row: p.get(first) for row, p in params.items()},
+            (first, *others),
+        )
+        for pattern, (first, *others) in found.items()
+        if len(set(pattern)) > 1
+    ]
 
 # %% ../../nbs/foundations/tables/60_effects.ipynb #efd7a365
 class Pair(NamedTuple):
     "Two rows that differ in one factor."
+
     factor: str
-    change: str   # '36 → 144'
-    where: str    # 'connector average'
-    before: str   # row
-    after: str    # row
+    change: str  # '36 → 144'
+    where: str  # 'connector average'
+    before: str  # row
+    after: str  # row
     together: str  # pairs whose mean has a meaning
 
 
@@ -77,11 +89,13 @@ def pairs(
     for factor in known:
         levels, here = factor.levels, []
         for a, b in combinations(params, 2):
-            if any(f.values[a] != f.values[b] for f in known if f is not factor): continue
+            if any(f.values[a] != f.values[b] for f in known if f is not factor):
+                continue
             (i, a), (j, b) = sorted((levels.index(json.dumps(factor.values[row])), row) for row in (a, b))
             here += [(a, b, i, j)] * (i != j)
         steps = {(a, j) for a, _, _, j in here}
-        if factor.ordered: here = [(a, b, i, j) for a, b, i, j in here if not any((a, k) in steps for k in range(i + 1, j))]
+        if factor.ordered:
+            here = [(a, b, i, j) for a, b, i, j in here if not any((a, k) in steps for k in range(i + 1, j))]
         varies = [f for f in known if len({json.dumps(f.values[a]) for a, *_ in here}) > 1 and f is not factor]
         for a, b, *_ in sorted(here, key=lambda p: p[2:]):
             change = f'{value_text(factor.values[a])} → {value_text(factor.values[b])}'
@@ -95,8 +109,8 @@ COLUMNS = ('factor', 'change', 'where', 'before', 'after', 'metric', 'mean', 'lo
 
 def differences(
     found: list[Pair],
-    metric: str,                             # for the frame
-    values: dict[str, dict[int, float]],     # row -> seed -> value
+    metric: str,  # for the frame
+    values: dict[str, dict[int, float]],  # row -> seed -> value
 ) -> pd.DataFrame:
     "One line per pair, `after` − `before`, and one for the mean of several; pairs without a common seed are left out."
     groups: dict[tuple[str, str], list[tuple[Pair, dict[int, float]]]] = {}
@@ -108,7 +122,8 @@ def differences(
     for (factor, together), members in groups.items():
         lines += [(*pair[:5], metric, *interval(list(by_seed.values()))) for pair, by_seed in members]
         shared = [seed for seed in members[0][1] if all(seed in by_seed for _, by_seed in members)]
-        if len(members) < 2 or not shared: continue
+        if len(members) < 2 or not shared:
+            continue
         change = members[0][0].change if len({pair.change for pair, _ in members}) == 1 else 'each step'
         means = [sum(by_seed[seed] for _, by_seed in members) / len(members) for seed in shared]
         lines.append((factor, change, f'mean of {len(members)}', '', '', metric, *interval(means)))
@@ -120,13 +135,15 @@ def effects(
     table: str,
     scale: Scale,
     metric: str | None = None,  # one of the results; None: all that stand for a published column
-    own: bool = False,          # this clone's own results
+    own: bool = False,  # this clone's own results
 ) -> pd.DataFrame:
     "The differences between all pairs of rows that differ in one factor; empty when there is no such pair."
     t, found = load_table(paper, table), samples(read_results(paper, table, scale, own))
-    if not found: raise ValueError(f'{paper} table {table} has no results at scale {scale}: run it first')
+    if not found:
+        raise ValueError(f'{paper} table {table} has no results at scale {scale}: run it first')
     known, measured = list(dict.fromkeys(m for row in found.values() for m in row)), t.measured(scale)
-    if metric is not None and metric not in known: raise KeyError(f'{paper} table {table} at {scale} has no {metric!r}; it has {", ".join(known)}')
+    if metric is not None and metric not in known:
+        raise KeyError(f'{paper} table {table} at {scale} has no {metric!r}; it has {", ".join(known)}')
     stood = {ours: key for key, ours in reversed((measured.stands_for if measured else {}).items())}
     frames = []
     for name in [metric] if metric else [m for m in known if m in stood]:
@@ -137,7 +154,9 @@ def effects(
         frame['published'] = [b - a if all(isinstance(x, (int, float)) for x in (a, b)) else None for a, b in cells]
         frame['column'] = t.column(stood[name]).name if name in stood else ''
         frames.append(frame)
-    return pd.concat([f for f in frames if len(f)] or [pd.DataFrame(columns=[*COLUMNS, 'published', 'column'])], ignore_index=True)
+    return pd.concat(
+        [f for f in frames if len(f)] or [pd.DataFrame(columns=[*COLUMNS, 'published', 'column'])], ignore_index=True
+    )
 
 # %% ../../nbs/foundations/tables/60_effects.ipynb #d040e3ea
 def effects_table(
@@ -148,7 +167,10 @@ def effects_table(
     spans = lambda line: f' [{number(line["low"])}, {number(line["high"])}]' if line['seeds'] > 1 else ' (one seed)'
     shown = frame[['factor', 'change', 'where', 'metric']].copy()
     shown['difference [95 % interval]'] = [number(line['mean']) + spans(line) for line in frame.to_dict('records')]
-    if 'published' in frame: shown['published'] = ['' if pd.isna(x) else f'{x:+.3g} {name}' for x, name in zip(frame['published'], frame['column'])]
+    if 'published' in frame:
+        shown['published'] = [
+            '' if pd.isna(x) else f'{x:+.3g} {name}' for x, name in zip(frame['published'], frame['column'])
+        ]
     return shown.assign(seeds=frame['seeds'])
 
 # %% ../../nbs/foundations/tables/60_effects.ipynb #1f352d00
@@ -158,26 +180,41 @@ def effects_figure(
 ) -> 'Figure':
     "Differences with their intervals, grouped by factor."
     import matplotlib.pyplot as plt, seaborn as sns
+
     metrics = list(frame['metric'].unique())
-    if len(metrics) != 1: raise ValueError(f'the figure shows the pairs of one metric, the frame has {", ".join(metrics) or "no pair"}')
+    if len(metrics) != 1:
+        raise ValueError(f'the figure shows the pairs of one metric, the frame has {", ".join(metrics) or "no pair"}')
     groups = [(factor, part.to_dict('records')) for factor, part in frame.groupby('factor', sort=False)]
     with sns.axes_style('whitegrid', {'axes.edgecolor': '0.8', 'grid.color': '0.92'}):
-        fig, axes = plt.subplots(len(groups), sharex=True, squeeze=False, height_ratios=[len(lines) + 0.3 for _, lines in groups],
-                                 figsize=(8, 0.7 + 0.35 * len(groups) + 0.24 * len(frame)), layout='constrained', dpi=75)
+        fig, axes = plt.subplots(
+            len(groups),
+            sharex=True,
+            squeeze=False,
+            height_ratios=[len(lines) + 0.3 for _, lines in groups],
+            figsize=(8, 0.7 + 0.35 * len(groups) + 0.24 * len(frame)),
+            layout='constrained',
+            dpi=75,
+        )
     for (factor, lines), ax, colour in zip(groups, axes[:, 0], sns.color_palette('deep', len(groups))):
         for y, line in enumerate(lines):
             marker, size, shade = ('o', 38, colour) if line['before'] else ('D', 46, '0.2')
-            if line['seeds'] > 1: ax.plot([line['low'], line['high']], [y, y], color=shade, lw=2.2, solid_capstyle='round', zorder=3)
-            ax.scatter([line['mean']], [y], color=shade, marker=marker, s=size, zorder=4, edgecolors='white', linewidths=0.8)
+            if line['seeds'] > 1:
+                ax.plot([line['low'], line['high']], [y, y], color=shade, lw=2.2, solid_capstyle='round', zorder=3)
+            ax.scatter(
+                [line['mean']], [y], color=shade, marker=marker, s=size, zorder=4, edgecolors='white', linewidths=0.8
+            )
         ax.axvline(0, color='0.4', lw=1, zorder=2)
         ax.grid(visible=False, axis='y')
-        labels = [f'{line["change"]}  {"(" * bool(line["where"])}{line["where"]}{")" * bool(line["where"])}' for line in lines]
+        labels = [
+            f'{line["change"]}  {"(" * bool(line["where"])}{line["where"]}{")" * bool(line["where"])}' for line in lines
+        ]
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=range(len(lines)), yticklabels=labels)
         ax.set_title(factor, fontsize=9, loc='left', color='0.35')
         ax.tick_params(labelsize=8)
     counts = ' to '.join(map(str, dict.fromkeys([frame['seeds'].min(), frame['seeds'].max()])))
     axes[-1, 0].set_xlabel(f'difference in {metrics[0]}: {counts} seeds, 95 % interval', fontsize=9)
     sns.despine(fig, left=True)
-    if title: fig.suptitle(title, fontsize=10, x=0.01, ha='left')
+    if title:
+        fig.suptitle(title, fontsize=10, x=0.01, ha='left')
     plt.close(fig)
     return fig

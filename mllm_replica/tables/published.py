@@ -24,56 +24,63 @@ Value = float | int | str | bool | None  # a printed cell; None: not printed or 
 
 class Column(Strict):
     "One column: what is measured and how to read it."
+
     key: str
-    name: str                    # as printed
+    name: str  # as printed
     benchmark: str | None = None
     better: str = Field('none', pattern=r'^(higher|lower|none|target:\d+)$')
-    max: float | None = None     # upper end of the range
-    min: float | None = None     # lower end
-    metric: str | None = None    # where it differs within a table, e.g. CIDEr beside accuracy
-    mean_of: list[str] = []      # of our own columns: it is their mean within a unit, not a measurement
+    max: float | None = None  # upper end of the range
+    min: float | None = None  # lower end
+    metric: str | None = None  # where it differs within a table, e.g. CIDEr beside accuracy
+    mean_of: list[str] = []  # of our own columns: it is their mean within a unit, not a measurement
 
 
 class Row(Strict):
     "One row: what was varied, and its cells."
+
     key: str
     label: str
     params: dict[str, Value | list[Value]] = {}
-    values: dict[str, Value]     # column key -> cell
+    values: dict[str, Value]  # column key -> cell
     cells_from: dict[str, str] = {}  # column key -> model, where one row collects several models' cells
 
 
 class Erratum(Strict):
     "A place where the printed number is wrong or another place prints another number."
-    cell: str = ''               # `row.column`, empty when it concerns the text
-    printed: Value = None        # what the table prints, equal to the cell
-    elsewhere: Value = None      # what the other place prints
+
+    cell: str = ''  # `row.column`, empty when it concerns the text
+    printed: Value = None  # what the table prints, equal to the cell
+    elsewhere: Value = None  # what the other place prints
     note: str
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #504a0acf
 class Scope(Strict):
     "Whether, and as what, a claim is testable at one scale."
+
     testable: bool
-    note: str = ''               # the reason why not, or what to keep in mind beside the verdict
-    test: str | None = None      # replaces the claim's test at this scale
+    note: str = ''  # the reason why not, or what to keep in mind beside the verdict
+    test: str | None = None  # replaces the claim's test at this scale
     stands_for: dict[str, str] = {}  # published column -> measured metric, over the table's own map
 
 
 class Claim(Strict):
     "What the paper concludes from a table."
+
     id: str = Field(pattern=r'^[A-Za-z0-9.\-]+$')
     statement: str
-    test: str | None             # expression; None with a `reason`
-    reason: str = ''             # why there is no test
+    test: str | None  # expression; None with a `reason`
+    reason: str = ''  # why there is no test
     scales: dict[Scale, Scope] = {}
     holds_on_published_numbers: bool | None = True  # None: a cell it needs is not printed, or there is no test
 
     @model_validator(mode='after')
     def _consistent(self) -> 'Claim':
-        if (self.test is None) != bool(self.reason): raise ValueError(f'claim {self.id}: give either a test or a reason why there is none')
+        if (self.test is None) != bool(self.reason):
+            raise ValueError(f'claim {self.id}: give either a test or a reason why there is none')
         if self.test is None and self.holds_on_published_numbers is not None:
             raise ValueError(f'claim {self.id}: without a test, holds_on_published_numbers must be null')
-        if self.test and 'tiny' not in self.scales: raise ValueError(f'claim {self.id}: say under scales whether it is testable at tiny')
+        if self.test and 'tiny' not in self.scales:
+            raise ValueError(f'claim {self.id}: say under scales whether it is testable at tiny')
         return self
 
     def scope(
@@ -81,24 +88,28 @@ class Claim(Strict):
         scale: Scale,
     ) -> Scope:
         "The claim at one scale: `smoke` never judges, `paper` always can, `small` is as `tiny` unless it is named."
-        if scale == 'smoke': return Scope(testable=False, note='smoke only shows that the machinery runs')
+        if scale == 'smoke':
+            return Scope(testable=False, note='smoke only shows that the machinery runs')
         found = self.scales.get(scale) or (self.scales.get('tiny') if scale == 'small' else None)
-        if found is not None: return found
+        if found is not None:
+            return found
         return Scope(testable=self.test is not None, note=self.reason)
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #a6e75787
 class Reading(Strict):
     "Other measurements that stand for published columns; claims are judged on them once more."
-    stands_for: dict[str, str]       # published column -> key of one of our columns
+
+    stands_for: dict[str, str]  # published column -> key of one of our columns
     note: str = ''
 
 
 class Replication(Strict):
     "The columns that we measure at one scale."
+
     columns: list[Column]
-    control: str | None = None       # key of the column that every row must solve, else the others say nothing
+    control: str | None = None  # key of the column that every row must solve, else the others say nothing
     stands_for: dict[str, str] = {}  # published column -> key of one of `columns`
-    also: dict[str, Reading] = {}    # name of a further reading, as it is shown
+    also: dict[str, Reading] = {}  # name of a further reading, as it is shown
     note: str = ''
 
     def names(
@@ -106,8 +117,10 @@ class Replication(Strict):
         reading: str | None = None,  # one of `also`; None: the main one
     ) -> dict[str, str]:
         "Published column -> measured metric under a reading."
-        if reading is None: return self.stands_for
-        if reading not in self.also: raise KeyError(f'no reading {reading!r}; there is {", ".join(self.also) or "only the main one"}')
+        if reading is None:
+            return self.stands_for
+        if reading not in self.also:
+            raise KeyError(f'no reading {reading!r}; there is {", ".join(self.also) or "only the main one"}')
         return self.also[reading].stands_for
 
     def means(
@@ -115,28 +128,34 @@ class Replication(Strict):
         values: dict[str, float],  # measured metric -> value
     ) -> dict[str, float]:
         "The columns that are means of others, as far as their parts are given."
-        return {c.key: fmean(values[part] for part in c.mean_of) for c in self.columns if c.mean_of and set(c.mean_of) <= set(values)}
+        return {
+            c.key: fmean(values[part] for part in c.mean_of)
+            for c in self.columns
+            if c.mean_of and set(c.mean_of) <= set(values)
+        }
 
 
 def _unique(
-    what: str,         # for the message
+    what: str,  # for the message
     keys: list[str],
 ) -> None:
     double = sorted({k for k in keys if keys.count(k) > 1})
-    if double: raise ValueError(f'{what} {double} given more than once')
+    if double:
+        raise ValueError(f'{what} {double} given more than once')
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #7b21a2b5
 class Table(Strict):
     "One published table or figure."
-    key: str                     # short name, from the file name: '3', '5a', 'fig9'
+
+    key: str  # short name, from the file name: '3', '5a', 'fig9'
     paper: str
-    table: str                   # number as printed
-    arxiv: str                   # id with version, or where else it was published
+    table: str  # number as printed
+    arxiv: str  # id with version, or where else it was published
     title: str
-    source: str                  # where the numbers were read
+    source: str  # where the numbers were read
     status: str = Field(pattern='^(complete|partial|secondhand)$')
     provenance: str = ''
-    default_setting: str = ''    # what holds unless a row says otherwise
+    default_setting: str = ''  # what holds unless a row says otherwise
     columns: list[Column]
     rows: list[Row]
     claims: list[Claim] = []
@@ -146,16 +165,22 @@ class Table(Strict):
 
     @model_validator(mode='after')
     def _consistent(self) -> 'Table':
-        for what, items in ('columns', self.columns), ('rows', self.rows): _unique(what, [x.key for x in items])
+        for what, items in ('columns', self.columns), ('rows', self.rows):
+            _unique(what, [x.key for x in items])
         _unique('claims', [c.id for c in self.claims])
         columns = {c.key: c for c in self.columns}
         for row in self.rows:
-            if list(row.values) != list(columns): raise ValueError(f'row {row.key}: has cells {list(row.values)}, the columns are {list(columns)}')
-            for key, value in row.values.items(): _in_range(row.key, columns[key], value)
+            if list(row.values) != list(columns):
+                raise ValueError(f'row {row.key}: has cells {list(row.values)}, the columns are {list(columns)}')
+            for key, value in row.values.items():
+                _in_range(row.key, columns[key], value)
         for erratum in self.errata:
             if erratum.cell and self.cell(*erratum.cell.split('.')) != erratum.printed:
-                raise ValueError(f'erratum {erratum.cell}: quotes {erratum.printed!r}, the cell holds {self.cell(*erratum.cell.split("."))!r}')
-        for scale, found in self.replication.items(): _own_names(scale, found, self.columns)
+                raise ValueError(
+                    f'erratum {erratum.cell}: quotes {erratum.printed!r}, the cell holds {self.cell(*erratum.cell.split("."))!r}'
+                )
+        for scale, found in self.replication.items():
+            _own_names(scale, found, self.columns)
         return self
 
     def row(
@@ -185,40 +210,53 @@ class Table(Strict):
         scale: Scale,
     ) -> Replication | None:
         "What is measured at a scale: the paper's own columns at `paper`; `smoke` and `small` measure what `tiny` does unless they are named."
-        if scale == 'paper': return Replication(columns=self.columns, stands_for={c.key: c.key for c in self.columns})
+        if scale == 'paper':
+            return Replication(columns=self.columns, stands_for={c.key: c.key for c in self.columns})
         return self.replication.get(scale) or self.replication.get('tiny')
 
     def _find(self, what: str, items: list, key: str):
         for item in items:
-            if item.key == key: return item
+            if item.key == key:
+                return item
         raise KeyError(f'{self.paper} table {self.key} has no {what} {key!r}; it has {", ".join(x.key for x in items)}')
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #3890dfb3
 def _in_range(row: str, column: Column, value: Value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)): return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
     low = column.min if column.min is not None else (0 if column.max is not None else -float('inf'))
     high = column.max if column.max is not None else float('inf')
-    if not low <= value <= high: raise ValueError(f'cell {row}.{column.key} is {value}, outside {low} to {high}')
+    if not low <= value <= high:
+        raise ValueError(f'cell {row}.{column.key} is {value}, outside {low} to {high}')
 
 
 def _own_names(scale: str, found: Replication, published: list[Column]) -> None:
     _unique(f'{scale} columns', [c.key for c in found.columns])
     measured, printed = {c.key for c in found.columns}, {c.key for c in published}
-    if found.control not in {None, *measured}: raise ValueError(f'{scale} control {found.control!r}: must be one of {sorted(measured)}')
+    if found.control not in {None, *measured}:
+        raise ValueError(f'{scale} control {found.control!r}: must be one of {sorted(measured)}')
     for column in found.columns:
         if wrong := set(column.mean_of) - measured | {column.key} & set(column.mean_of):
-            raise ValueError(f'{scale} column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(measured - {column.key})}')
+            raise ValueError(
+                f'{scale} column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(measured - {column.key})}'
+            )
     for reading, names in {'': found.stands_for, **{f' also {name}': found.names(name) for name in found.also}}.items():
-        if set(names) <= printed and set(names.values()) <= measured and (names or not reading): continue
+        if set(names) <= printed and set(names.values()) <= measured and (names or not reading):
+            continue
         raise ValueError(f'{scale}{reading} stands_for {names}: must lead from {sorted(printed)} to {sorted(measured)}')
-    if scale == 'paper': return
+    if scale == 'paper':
+        return
     real = {word.lower() for c in published for word in (c.key, c.name)}
     taken = sorted(c.key for c in found.columns if c.key.lower() in real or c.name.lower() in real)
-    if taken: raise ValueError(f'{scale} columns {taken} carry the name of a published column; our own measurements need names of their own')
+    if taken:
+        raise ValueError(
+            f'{scale} columns {taken} carry the name of a published column; our own measurements need names of their own'
+        )
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #d5a8a8a7
 class Code(Strict):
     "The official code, as far as there is any."
+
     repository: str | None
     commit: str | None = None
     note: str = ''
@@ -226,12 +264,14 @@ class Code(Strict):
 
 class Checkpoint(Strict):
     "An official checkpoint."
-    id: str                      # hub id or the authors' own name
+
+    id: str  # hub id or the authors' own name
     what: str
 
 
 class Deviation(Strict):
     "A place where paper and official code (or two sources) disagree, and what is done here."
+
     topic: str
     paper: str
     code: str
@@ -240,6 +280,7 @@ class Deviation(Strict):
 
 class Paper(Strict):
     "One paper."
+
     key: str
     title: str
     authors: list[str] = []
@@ -265,16 +306,19 @@ _Loader.add_constructor('tag:yaml.org,2002:map', _mapping)
 
 @cache
 def _read(path: Path, model: type[Strict], changed: int, **known: str) -> Strict:
-    try: return model(**known, **yaml.load(path.read_text(encoding='utf-8'), _Loader))
-    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error: raise ValueError(f'{path}: {error}') from error
+    try:
+        return model(**known, **yaml.load(path.read_text(encoding='utf-8'), _Loader))
+    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f'{path}: {error}') from error
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #432e70a6
 def paper_folder(
     paper: str,  # key of `registry.PAPERS`
 ) -> Path:
     "The folder of a paper's tables and results."
-    if paper not in PAPERS: raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
-    return project_root()/'papers'/paper
+    if paper not in PAPERS:
+        raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
+    return project_root() / 'papers' / paper
 
 
 def _order(key: str) -> tuple:
@@ -286,7 +330,9 @@ def tables_of(
     paper: str,
 ) -> list[str]:
     "Keys of the paper's tables."
-    return sorted((p.stem.removeprefix('table_') for p in (paper_folder(paper)/'tables').glob('table_*.yaml')), key=_order)
+    return sorted(
+        (p.stem.removeprefix('table_') for p in (paper_folder(paper) / 'tables').glob('table_*.yaml')), key=_order
+    )
 
 
 def load_table(
@@ -294,10 +340,12 @@ def load_table(
     table: str,  # one of `tables_of(paper)`
 ) -> Table:
     "Read and check one table."
-    path = paper_folder(paper)/'tables'/f'table_{table}.yaml'
-    if not path.is_file(): raise KeyError(f'{PAPERS[paper]} has no table {table!r}; it has {", ".join(tables_of(paper))}')
+    path = paper_folder(paper) / 'tables' / f'table_{table}.yaml'
+    if not path.is_file():
+        raise KeyError(f'{PAPERS[paper]} has no table {table!r}; it has {", ".join(tables_of(paper))}')
     found = _read(path, Table, path.stat().st_mtime_ns, key=table)
-    if found.paper != paper: raise ValueError(f'{path}: says paper {found.paper!r}')
+    if found.paper != paper:
+        raise ValueError(f'{path}: says paper {found.paper!r}')
     return found
 
 
@@ -305,5 +353,5 @@ def load_paper(
     paper: str,
 ) -> Paper:
     "Read and check `paper.yaml`."
-    path = paper_folder(paper)/'paper.yaml'
+    path = paper_folder(paper) / 'paper.yaml'
     return _read(path, Paper, path.stat().st_mtime_ns, key=paper)

@@ -21,10 +21,12 @@ def executed(
     "The notebook with fresh outputs, without counts and timings."
     from nbclient import NotebookClient
     from nbdev.clean import clean_nb
+
     fresh = copy.deepcopy(notebook)
     NotebookClient(fresh, timeout=600, resources={'metadata': {'path': str(project_root())}}).execute()
     for cell in fresh.cells:
-        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     clean_nb(fresh)
     return fresh
 
@@ -35,14 +37,22 @@ def as_markdown(
     "The page, and its pictures by the path (from the project's root) under which it links to them."
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
-    config = Config({'TemplateExporter': {'exclude_input': True},
-                     'ExtractOutputPreprocessor': {'output_filename_template': path.stem + '_{index}{extension}'}})
+
+    config = Config(
+        {
+            'TemplateExporter': {'exclude_input': True},
+            'ExtractOutputPreprocessor': {'output_filename_template': path.stem + '_{index}{extension}'},
+        }
+    )
     page, resources = MarkdownExporter(config=config).from_filename(str(path))
     pictures = {f'nbs/images/{name}': data for name, data in sorted(resources.get('outputs', {}).items())}
-    for name in pictures: page = page.replace(f']({Path(name).name})', f']({name})')
+    for name in pictures:
+        page = page.replace(f']({Path(name).name})', f']({name})')
     lines = [line.rstrip() for line in page.splitlines()]
     kept = [line for line, before in zip(lines, [''] + lines) if line or before]  # one empty line in a row at most
-    return '<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->\n' + '\n'.join(kept).rstrip() + '\n', pictures
+    return '<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->\n' + '\n'.join(
+        kept
+    ).rstrip() + '\n', pictures
 
 # %% ../../nbs/foundations/tables/61_readme.ipynb #a5342cc2
 def write_readme(
@@ -50,12 +60,15 @@ def write_readme(
 ) -> Path:
     "Run `nbs/index.ipynb`, keep its outputs, write `README.md` and its pictures."
     root = root or project_root()
-    index = root/'nbs'/'index.ipynb'
+    index = root / 'nbs' / 'index.ipynb'
     notebook = executed(nbformat.read(index, 4))
-    index.write_text(json.dumps(json.loads(nbformat.writes(notebook)), sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    index.write_text(
+        json.dumps(json.loads(nbformat.writes(notebook)), sort_keys=True, indent=1, ensure_ascii=False) + '\n',
+        encoding='utf-8',
+    )
     page, pictures = as_markdown(index)
     for name, data in pictures.items():
-        (root/name).parent.mkdir(exist_ok=True)
-        (root/name).write_bytes(data)
-    (root/'README.md').write_text(page, encoding='utf-8')
-    return root/'README.md'
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    (root / 'README.md').write_text(page, encoding='utf-8')
+    return root / 'README.md'

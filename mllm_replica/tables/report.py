@@ -21,7 +21,8 @@ from .published import Column, Replication, Row, Table, Value, load_paper, load_
 from .results import Record, read_results, results_path, samples, summarise, summary, write_results
 from .validity import stale
 
-if TYPE_CHECKING: from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/foundations/tables/59_report.ipynb #cbefcf46
 def row_names(
@@ -35,15 +36,19 @@ def row_names(
 STALE, MISSING = '†', '–'
 
 
-def _short(x: float) -> str: return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.1f}' if abs(x) >= 10 else f'{x:.3f}'
+def _short(x: float) -> str:
+    return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.1f}' if abs(x) >= 10 else f'{x:.3f}'
 
 
-def _printed(value: Value) -> str: return MISSING if value is None else str(value)
+def _printed(value: Value) -> str:
+    return MISSING if value is None else str(value)
 
 
 def _found(found: Interval | None) -> str:
-    if found is None: return MISSING
-    if found.n == 1: return f'{_short(found.mean)} (one seed)'
+    if found is None:
+        return MISSING
+    if found.n == 1:
+        return f'{_short(found.mean)} (one seed)'
     return _short(found.mean) + (f' [{_short(found.low)}, {_short(found.high)}]' if found.low < found.high else '')
 
 
@@ -84,8 +89,11 @@ def markdown(
     "A frame as a Markdown table."
     heads = [': '.join(c) if isinstance(c, tuple) else str(c) for c in frame.columns]
     lines = [[str(x) for x in line] for line in frame.itertuples(index=False)]
-    if index: heads, lines = [frame.index.name or '', *heads], [[str(i), *line] for i, line in zip(frame.index, lines)]
-    return '\n'.join(f'| {" | ".join(map(escape, line))} |' for line in [heads, *lines]).replace(' |\n', f' |\n|{" --- |" * len(heads)}\n', 1)
+    if index:
+        heads, lines = [frame.index.name or '', *heads], [[str(i), *line] for i, line in zip(frame.index, lines)]
+    return '\n'.join(f'| {" | ".join(map(escape, line))} |' for line in [heads, *lines]).replace(
+        ' |\n', f' |\n|{" --- |" * len(heads)}\n', 1
+    )
 
 # %% ../../nbs/foundations/tables/59_report.ipynb #fd5db706
 def verdicts(
@@ -99,7 +107,9 @@ def verdicts(
     return _judged(paper, table, scale, reading, lambda name: read_results(paper, name, scale, own))
 
 
-def _judged(paper: str, table: str, scale: Scale, reading: str | None, records_of: Callable[[str], list[Record]]) -> list[Verdict]:
+def _judged(
+    paper: str, table: str, scale: Scale, reading: str | None, records_of: Callable[[str], list[Record]]
+) -> list[Verdict]:
     t = load_table(paper, table)
     tests = ' '.join(c.scope(scale).test or c.test or '' for c in t.claims)
     elsewhere = {other: samples(records_of(other)) for other in tables_of(paper) if f'table_{other}.' in tests}
@@ -116,9 +126,15 @@ def readings(
 
 
 def _evidence(*found: Verdict) -> str:
-    short = lambda text: re.sub(r'\(([^(),]+),[^()]{25,}, ([^(),]+)\)', r'(\1, …, \2)', text)   # of many cells the first and the last
-    lines = {e.text: f'{short(e.text)}: ' + (f'by {_found(e.difference)}' if e.difference else e.word)
-             for v in found for e in v.evidence if v.word != 'not run' or any(x.difference for x in v.evidence)}
+    short = lambda text: re.sub(
+        r'\(([^(),]+),[^()]{25,}, ([^(),]+)\)', r'(\1, …, \2)', text
+    )  # of many cells the first and the last
+    lines = {
+        e.text: f'{short(e.text)}: ' + (f'by {_found(e.difference)}' if e.difference else e.word)
+        for v in found
+        for e in v.evidence
+        if v.word != 'not run' or any(x.difference for x in v.evidence)
+    }
     return '; '.join(lines.values())
 
 
@@ -138,7 +154,14 @@ def verdict_frame(
         published = _PUBLISHED[v.claim.holds_on_published_numbers] if v.claim.test else 'not a test'
         again = [MISSING if other.evidence == v.evidence else other.word for other in others]
         lines.append((v.claim.statement, published, v.word, *again, _evidence(v, *others), v.note))
-    heads = ['claim', 'published numbers', f'verdict at {scale}', *(f'verdict on {name}' for name in names), 'difference [95 % interval]', 'note']
+    heads = [
+        'claim',
+        'published numbers',
+        f'verdict at {scale}',
+        *(f'verdict on {name}' for name in names),
+        'difference [95 % interval]',
+        'note',
+    ]
     return pd.DataFrame(lines, columns=heads)
 
 # %% ../../nbs/foundations/tables/59_report.ipynb #6d26d52f
@@ -154,11 +177,20 @@ def own_frame(
     lines = {}
     for row, name in zip(t.rows, row_names(t.rows)):
         shared = [key for key in values[1] if key[0] == row.key and key in values[0]]
-        if not any(key[0] == row.key for key in values[1]): continue
-        cells = {(c.name, who): _found(f.get((row.key, c.key))) for c in (measured.columns if measured else []) for who, f in zip(('ours', 'yours'), found)}
+        if not any(key[0] == row.key for key in values[1]):
+            continue
+        cells = {
+            (c.name, who): _found(f.get((row.key, c.key)))
+            for c in (measured.columns if measured else [])
+            for who, f in zip(('ours', 'yours'), found)
+        }
         same = sum(values[0][key] == values[1][key] for key in shared)
         lines[name] = cells | {('same digits', ''): f'{same} of {len(shared)}'}
-    return pd.DataFrame(lines.values(), index=pd.Index(lines, name='row'), columns=pd.MultiIndex.from_tuples(next(iter(lines.values()), ())) if lines else None)
+    return pd.DataFrame(
+        lines.values(),
+        index=pd.Index(lines, name='row'),
+        columns=pd.MultiIndex.from_tuples(next(iter(lines.values()), ())) if lines else None,
+    )
 
 
 def own_verdicts(
@@ -170,7 +202,9 @@ def own_verdicts(
     ours, yours = ({name: read_results(paper, name, scale, own) for name in tables_of(paper)} for own in (False, True))
     run = {name: {(r.row, r.seed) for r in records} for name, records in yours.items()}
     alike = {name: [r for r in records if (r.row, r.seed) in run[name]] for name, records in ours.items()}
-    words = [[v.word for v in _judged(paper, table, scale, None, records.__getitem__)] for records in (ours, alike, yours)]
+    words = [
+        [v.word for v in _judged(paper, table, scale, None, records.__getitem__)] for records in (ours, alike, yours)
+    ]
     agree = ['yes' if a == b else 'no' for a, b in zip(*words[1:])]
     names = [claim.id for claim in load_table(paper, table).claims]
     heads = ('ours', 'ours, your rows and seeds', 'yours', 'agree')
@@ -184,27 +218,35 @@ def _panels(t: Table, scale: Scale) -> list[list[Panel]]:
     "Line by line: published beside ours, then what only we measure."
     numeric = [c for c in t.columns if any(isinstance(r.values[c.key], (int, float)) for r in t.rows)]
     measured = t.measured(scale)
-    if measured is None: return [[[c] for c in numeric[i:min(i + 2, 6)]] for i in range(0, min(len(numeric), 6), 2)] or [[]]
-    if scale == 'paper': return [[[c], c] for c in numeric[:6]]
+    if measured is None:
+        return [[[c] for c in numeric[i : min(i + 2, 6)]] for i in range(0, min(len(numeric), 6), 2)] or [[]]
+    if scale == 'paper':
+        return [[[c], c] for c in numeric[:6]]
     pairs = [([c for c in numeric if measured.stands_for.get(c.key) == ours.key], ours) for ours in measured.columns]
     beside = {c.key for left, ours in pairs if left for c in _beside(t, ours, scale)}
     rest = [ours for left, ours in pairs if not left and ours.key not in beside]
     width = -(-len(rest) // (-(-len(rest) // 5) or 1)) or 1  # at most five, evenly
-    return [list(pair) for pair in pairs if pair[0]] + [rest[i:i + width] for i in range(0, len(rest), width)]
+    return [list(pair) for pair in pairs if pair[0]] + [rest[i : i + width] for i in range(0, len(rest), width)]
 
 
 def _beside(t: Table, column: Column, scale: Scale) -> list[Column]:
     "The control and the further readings of what a column of ours stands for."
     measured = t.measured(scale)
     stood = [c for c, key in measured.stands_for.items() if key == column.key]
-    keys = {measured.control, *(names[c] for name in measured.also if (names := measured.names(name)) for c in stood if c in names)}
+    keys = {
+        measured.control,
+        *(names[c] for name in measured.also if (names := measured.names(name)) for c in stood if c in names),
+    }
     return [c for c in measured.columns if c.key in keys and c != column and c.max == column.max and c.max is not None]
 
 
 def _colours(rows: list[Row]) -> list:
     import seaborn as sns
+
     kinds = [[r.params.get(key) for r in rows] for key in dict.fromkeys(k for r in rows for k in r.params)]
-    hue = next((v for v in kinds if all(isinstance(x, str) for x in v) and 1 < len(set(v)) < min(len(v), 9)), [''] * len(rows))
+    hue = next(
+        (v for v in kinds if all(isinstance(x, str) for x in v) and 1 < len(set(v)) < min(len(v), 9)), [''] * len(rows)
+    )
     palette = dict(zip(dict.fromkeys(hue), sns.color_palette('deep')))
     return [palette[h] for h in hue]
 
@@ -214,9 +256,12 @@ def _axis(ax, column: Column, title: str, values: list[float]) -> None:
     ax.set_xlabel(column.name + arrow, fontsize=9)
     ax.set_title(title, fontsize=9, loc='left', color='0.35')
     ax.tick_params(labelsize=8)
-    if not values: return ax.set_xticks([])
+    if not values:
+        return ax.set_xticks([])
     low, high = min(values), max(values)
-    room = max(0.08 * (high - low), (0.15 * column.max - (high - low)) / 2 if column.max else 0.0, 0.01 * abs(high))  # no zooming in on nothing
+    room = max(
+        0.08 * (high - low), (0.15 * column.max - (high - low)) / 2 if column.max else 0.0, 0.01 * abs(high)
+    )  # no zooming in on nothing
     edge = 1.03 * column.max if column.max else float('inf')
     ax.set_xlim(low - room, max(high, min(high + room, edge)))
 
@@ -228,31 +273,70 @@ def _draw_published(ax, rows: list[Row], columns: list[Column], colours: list) -
         cells = [(r.values[c.key], y, colour) for y, (r, colour) in enumerate(zip(rows, colours))]
         points = [(x / unit, y, colour) for x, y, colour in cells if isinstance(x, (int, float))]
         values += [p[0] for p in points]
-        ax.scatter([p[0] for p in points], [p[1] for p in points], c=[p[2] for p in points], marker=marker, s=38, zorder=3, label=c.name)
-    if shared: ax.legend(fontsize=7, frameon=False, ncols=7, loc='lower right', bbox_to_anchor=(1, 0.98),
-                         borderpad=0, handletextpad=0, columnspacing=0.7)
-    _axis(ax, columns[0] if not shared else Column(key='x', name='percent of the maximum', better=columns[0].better), 'published', values)
+        ax.scatter(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            c=[p[2] for p in points],
+            marker=marker,
+            s=38,
+            zorder=3,
+            label=c.name,
+        )
+    if shared:
+        ax.legend(
+            fontsize=7,
+            frameon=False,
+            ncols=7,
+            loc='lower right',
+            bbox_to_anchor=(1, 0.98),
+            borderpad=0,
+            handletextpad=0,
+            columnspacing=0.7,
+        )
+    _axis(
+        ax,
+        columns[0] if not shared else Column(key='x', name='percent of the maximum', better=columns[0].better),
+        'published',
+        values,
+    )
 
 
 _MARKS = ('D', '◇'), ('^', '△'), ('v', '▽')
 
 
-def _draw_ours(ax, rows: list[Row], column: Column, beside: list[Column], found: dict, seeds: Samples, colours: list, scale: Scale) -> None:
+def _draw_ours(
+    ax, rows: list[Row], column: Column, beside: list[Column], found: dict, seeds: Samples, colours: list, scale: Scale
+) -> None:
     n, values = set(), []
     for (marker, _), c in zip(_MARKS, beside):
         points = [(found[row.key, c.key].mean, y) for y, row in enumerate(rows) if (row.key, c.key) in found]
         values += [x for x, _ in points]
-        ax.scatter(*zip(*points) if points else ([], []), marker=marker, s=20, facecolors='none', edgecolors='0.6', linewidths=0.9, zorder=2)
+        ax.scatter(
+            *zip(*points) if points else ([], []),
+            marker=marker,
+            s=20,
+            facecolors='none',
+            edgecolors='0.6',
+            linewidths=0.9,
+            zorder=2,
+        )
     for y, (row, colour) in enumerate(zip(rows, colours)):
         here = found.get((row.key, column.key))
-        if here is None: continue
+        if here is None:
+            continue
         dots, ends = list(seeds[row.key][column.key].values()), [x for x in (here.low, here.high) if x is not None]
         ax.scatter(dots, [y] * len(dots), color=colour, s=14, alpha=0.4, linewidths=0, zorder=2)
         ax.plot(ends, [y] * len(ends), color=colour, lw=2.2, solid_capstyle='round', zorder=3)
         ax.scatter([here.mean], [y], color=colour, s=38, zorder=4, edgecolors='white', linewidths=0.8)
         n.add(here.n)
         values += dots + ends
-    count = '1 seed, no interval' if n == {1} else f'{" to ".join(map(str, sorted({min(n), max(n)})))} seeds, 95 % interval' if n else 'not run'
+    count = (
+        '1 seed, no interval'
+        if n == {1}
+        else f'{" to ".join(map(str, sorted({min(n), max(n)})))} seeds, 95 % interval'
+        if n
+        else 'not run'
+    )
     legend = '\ngrey: ' + ', '.join(f'{sign} {c.name}' for (_, sign), c in zip(_MARKS, beside)) if beside and n else ''
     _axis(ax, column, f'replicated at scale {scale}: {count}{legend}', values)
 
@@ -265,29 +349,39 @@ def figure(
 ) -> 'Figure':
     "Published values and replicated ones with intervals, side by side."
     import matplotlib.pyplot as plt, seaborn as sns
+
     t, records = load_table(paper, table), read_results(paper, table, scale, own)
     found, seeds, old, panels = summary(records), samples(records), stale(paper, records), _panels(t, scale)
     printed = {c.key for line in panels for panel in line if isinstance(panel, list) for c in panel}
     shown = [r for r in t.rows if r.key in seeds or any(r.values[c] is not None for c in printed)] or t.rows
     colours = _colours(shown)
-    labels = [textwrap.shorten(name, 42, placeholder=' …') + STALE * (r.key in old) for r, name in zip(shown, row_names(shown))]
+    labels = [
+        textwrap.shorten(name, 42, placeholder=' …') + STALE * (r.key in old)
+        for r, name in zip(shown, row_names(shown))
+    ]
     name = f'{PAPERS[paper]}, {t.table if not t.table[0].isdigit() else "Table " + t.table}'
     title = f'{name}: {t.title} (scale {scale})' + f'. {STALE} recipe or code has changed since' * bool(old)
     with sns.axes_style('whitegrid', {'axes.edgecolor': '0.8', 'grid.color': '0.92'}):
         fig = plt.figure(figsize=(9.5, 0.5 + len(panels) * (0.8 + 0.24 * len(shown))), layout='constrained', dpi=75)
         grid = fig.add_gridspec(len(panels), 1)
-        lines = [fig.add_subfigure(grid[i]).subplots(1, max(2, len(line)), squeeze=False)[0] for i, line in enumerate(panels)]
+        lines = [
+            fig.add_subfigure(grid[i]).subplots(1, max(2, len(line)), squeeze=False)[0] for i, line in enumerate(panels)
+        ]
     for line, axes in zip(panels, lines):
         for ax, panel in zip(axes, line):
-            if isinstance(panel, list): _draw_published(ax, shown, panel, colours)
-            elif isinstance(line[0], list): _draw_ours(ax, shown, panel, _beside(t, panel, scale), found, seeds, colours, scale)
+            if isinstance(panel, list):
+                _draw_published(ax, shown, panel, colours)
+            elif isinstance(line[0], list):
+                _draw_ours(ax, shown, panel, _beside(t, panel, scale), found, seeds, colours, scale)
             else:
                 _draw_ours(ax, shown, panel, [], found, seeds, colours, scale)
                 ax.set_xlabel(panel.name, fontsize=8)
-                if ax is not axes[0]: ax.set_title('', loc='left')
+                if ax is not axes[0]:
+                    ax.set_title('', loc='left')
             ax.set(ylim=(len(shown) - 0.5, -0.5), yticks=range(len(shown)), yticklabels=labels if ax is axes[0] else [])
             ax.tick_params(labelsize=8)
-        for ax in axes[len(line):]: ax.set_visible(False)
+        for ax in axes[len(line) :]:
+            ax.set_visible(False)
     sns.despine(fig, left=True)
     fig.suptitle(textwrap.fill(title, 105), fontsize=10, x=0.01, ha='left')
     plt.close(fig)
@@ -300,6 +394,7 @@ def png(
 ) -> bytes:
     "The figure as a small PNG with 64 colours."
     from PIL import Image
+
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format='png', dpi=dpi)
     Image.open(full).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
@@ -331,12 +426,24 @@ def matrix() -> str:
             for scale in [s for s in scales_run(paper, key) if s != 'smoke'] or [None]:
                 records = read_results(paper, key, scale) if scale else []
                 seeds = [len({r.seed for r in records if r.row == row}) for row in {r.row for r in records}]
-                run = f'{len(seeds)} of {len(t.rows)}' + (f', {" to ".join(map(str, sorted({min(seeds), max(seeds)})))} seeds' if seeds else '')
+                run = f'{len(seeds)} of {len(t.rows)}' + (
+                    f', {" to ".join(map(str, sorted({min(seeds), max(seeds)})))} seeds' if seeds else ''
+                )
                 shown = (scale or MISSING) + f' {STALE}' * bool(stale(paper, records))
-                others = {name: _count(verdicts(paper, key, scale, name)) for name in readings(t, scale)} if scale else {}
-                claims = '; '.join([_count(verdicts(paper, key, scale or 'tiny')), *(f'{name}: {count}' for name, count in others.items())])
+                others = (
+                    {name: _count(verdicts(paper, key, scale, name)) for name in readings(t, scale)} if scale else {}
+                )
+                claims = '; '.join(
+                    [
+                        _count(verdicts(paper, key, scale or 'tiny')),
+                        *(f'{name}: {count}' for name, count in others.items()),
+                    ]
+                )
                 lines.append((PAPERS[paper], t.table, t.title, t.status, shown, run, claims))
-    return markdown(pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']), index=False)
+    return markdown(
+        pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']),
+        index=False,
+    )
 
 # %% ../../nbs/foundations/tables/59_report.ipynb #094616a8
 def as_json(
@@ -344,14 +451,18 @@ def as_json(
 ) -> dict:
     "Papers -> tables -> published and replicated cells, claims with verdicts, provenance; plain data for `json.dumps`."
     chosen = [paper] if paper else list(PAPERS)
-    return {p: {'title': load_paper(p).title, 'tables': {key: _table_json(p, key) for key in tables_of(p)}} for p in chosen}
+    return {
+        p: {'title': load_paper(p).title, 'tables': {key: _table_json(p, key) for key in tables_of(p)}} for p in chosen
+    }
 
 
 def _table_json(paper: str, key: str) -> dict:
     t = load_table(paper, key)
     head = t.model_dump(include={'table', 'arxiv', 'title', 'source', 'status', 'notes'})
     runs = {scale: _scale_json(paper, t, scale) for scale in scales_run(paper, key)}
-    claims = [c.model_dump(include={'id', 'statement', 'test', 'reason', 'holds_on_published_numbers'}) for c in t.claims]
+    claims = [
+        c.model_dump(include={'id', 'statement', 'test', 'reason', 'holds_on_published_numbers'}) for c in t.claims
+    ]
     for scale in runs or ['tiny']:
         judged = [verdicts(paper, key, scale, reading) for reading in (None, *readings(t, scale))]
         for claim, first, *others in zip(claims, *judged):
@@ -362,7 +473,10 @@ def _table_json(paper: str, key: str) -> dict:
 
 
 def _verdict_json(found: Verdict) -> dict:
-    parts = [{'comparison': e.text, 'verdict': e.word, 'difference': e.difference and e.difference._asdict()} for e in found.evidence]
+    parts = [
+        {'comparison': e.text, 'verdict': e.word, 'difference': e.difference and e.difference._asdict()}
+        for e in found.evidence
+    ]
     return {'verdict': found.word, 'evidence': parts}
 
 
@@ -371,8 +485,16 @@ def _scale_json(paper: str, t: Table, scale: Scale) -> dict:
     old, units = stale(paper, records), {}
     cells = {}
     for (row, metric), found in summary(records).items():
-        cells.setdefault(row, {})[metric] = {**found._asdict(), 'n_eval': next(r.n_eval for r in records if (r.row, r.metric) == (row, metric))}
-        if scale == 'paper': cells[row][metric]['verdict'] = cell_verdict(t.column(metric), t.cell(row, metric), found)
-    for r in records: units[r.row, r.seed] = {**r.model_dump(exclude={'table', 'metric', 'scale', 'value', 'n_eval'}), 'stale': old.get(r.row)}
+        cells.setdefault(row, {})[metric] = {
+            **found._asdict(),
+            'n_eval': next(r.n_eval for r in records if (r.row, r.metric) == (row, metric)),
+        }
+        if scale == 'paper':
+            cells[row][metric]['verdict'] = cell_verdict(t.column(metric), t.cell(row, metric), found)
+    for r in records:
+        units[r.row, r.seed] = {
+            **r.model_dump(exclude={'table', 'metric', 'scale', 'value', 'n_eval'}),
+            'stale': old.get(r.row),
+        }
     head = (measured or Replication(columns=[])).model_dump()
     return {**head, 'cells': cells, 'provenance': list(units.values())}

@@ -25,22 +25,23 @@ LOST = 'lost'  # in place of what is not known any more
 
 class Record(Strict):
     "One measured value of one unit."
+
     table: str
     row: str
     metric: str
     scale: Scale
     seed: int
     value: float = Field(allow_inf_nan=False)
-    unit: str                # key of the unit in `runs/units`
-    digest: str              # of the recipe
-    code: str                # hash of the meaning of the code that the unit could execute, or `LOST`
-    commit: str              # of this repository, empty outside git, or `LOST`
-    date: str                # ISO, UTC
+    unit: str  # key of the unit in `runs/units`
+    digest: str  # of the recipe
+    code: str  # hash of the meaning of the code that the unit could execute, or `LOST`
+    commit: str  # of this repository, empty outside git, or `LOST`
+    date: str  # ISO, UTC
     seconds: float = Field(ge=0, allow_inf_nan=False)  # the whole unit took
     n_eval: int | None = None  # questions behind the value; None for a count
-    processor: str           # its kind, or `LOST`
-    threads: str             # of the unit, or `LOST`
-    torch: str               # its version, or `LOST`
+    processor: str  # its kind, or `LOST`
+    threads: str  # of the unit, or `LOST`
+    torch: str  # its version, or `LOST`
 
     @field_validator('date')
     @classmethod
@@ -56,9 +57,14 @@ def results_path(
     own: bool = False,  # of this clone's own runs
 ) -> Path:
     "Where the results of a table at a scale are kept: published ones in `papers`, own ones and all of smoke in the run folder."
-    if scale not in SCALES: raise KeyError(f'unknown scale {scale!r}; known: {", ".join(SCALES)}')
+    if scale not in SCALES:
+        raise KeyError(f'unknown scale {scale!r}; known: {", ".join(SCALES)}')
     name = f'{load_table(paper, table).key}.{scale}.csv'
-    return settings().run_folder/'results'/paper/name if own or scale == 'smoke' else paper_folder(paper)/'results'/name
+    return (
+        settings().run_folder / 'results' / paper / name
+        if own or scale == 'smoke'
+        else paper_folder(paper) / 'results' / name
+    )
 
 # %% ../../nbs/foundations/tables/57_results.ipynb #cc9af52d
 def read_results(
@@ -69,7 +75,8 @@ def read_results(
 ) -> list[Record]:
     "The records of a table at a scale; none when it was not run."
     path = results_path(paper, table, scale, own)
-    if not path.is_file(): return []
+    if not path.is_file():
+        return []
     rows, records = {r.key for r in load_table(paper, table).rows}, {}
     with open(path, encoding='utf-8', newline='') as file:
         reader = csv.DictReader(file, strict=True)
@@ -77,12 +84,19 @@ def read_results(
             raise ValueError(f'{path}: has the columns {reader.fieldnames}, expected {list(Record.model_fields)}')
         for line in reader:
             here = f'{path} line {reader.line_num}'
-            try: record = Record.model_validate_strings({k: v for k, v in line.items() if not (k == 'n_eval' and v == '')})
-            except (ValidationError, TypeError) as error: raise ValueError(f'{here}: {error}') from error
-            if (record.table, record.scale) != (table, scale): raise ValueError(f'{here}: belongs to table {record.table} at {record.scale}')
-            if record.row not in rows: raise ValueError(f'{here}: table {table} has no row {record.row!r}')
+            try:
+                record = Record.model_validate_strings(
+                    {k: v for k, v in line.items() if not (k == 'n_eval' and v == '')}
+                )
+            except (ValidationError, TypeError) as error:
+                raise ValueError(f'{here}: {error}') from error
+            if (record.table, record.scale) != (table, scale):
+                raise ValueError(f'{here}: belongs to table {record.table} at {record.scale}')
+            if record.row not in rows:
+                raise ValueError(f'{here}: table {table} has no row {record.row!r}')
             key = record.row, record.metric, record.seed
-            if key in records: raise ValueError(f'{here}: {key} is already given above')
+            if key in records:
+                raise ValueError(f'{here}: {key} is already given above')
             records[key] = record
     return list(records.values())
 
@@ -92,13 +106,14 @@ def write_results(
     table: str,
     scale: Scale,
     records: list[Record],  # all metrics of one or more units
-    dropped: Collection[tuple[str, int]] = (),   # row and seed of further units that go
-    own: bool = False,      # of this clone's own runs
+    dropped: Collection[tuple[str, int]] = (),  # row and seed of further units that go
+    own: bool = False,  # of this clone's own runs
 ) -> Path:
     "Merge records into the table's result file: units that are given replace their older values."
     path, order = results_path(paper, table, scale, own), [r.key for r in load_table(paper, table).rows]
     wrong = [r for r in records if (r.table, r.scale) != (table, scale) or r.row not in order]
-    if wrong: raise ValueError(f'record {wrong[0].table}/{wrong[0].row} at {wrong[0].scale} does not belong into {path.name}')
+    if wrong:
+        raise ValueError(f'record {wrong[0].table}/{wrong[0].row} at {wrong[0].scale} does not belong into {path.name}')
     given = {(r.row, r.seed) for r in records} | set(dropped)
     merged = [r for r in read_results(paper, table, scale, own) if (r.row, r.seed) not in given] + list(records)
     merged.sort(key=lambda r: (order.index(r.row), r.seed))
@@ -110,7 +125,8 @@ def write_results(
             writer.writeheader()
             writer.writerows(r.model_dump() for r in merged)
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/foundations/tables/57_results.ipynb #d96134cb
@@ -119,7 +135,8 @@ def samples(
 ) -> Samples:
     "Row -> metric -> seed -> value."
     found = {}
-    for r in records: found.setdefault(r.row, {}).setdefault(r.metric, {})[r.seed] = r.value
+    for r in records:
+        found.setdefault(r.row, {}).setdefault(r.metric, {})[r.seed] = r.value
     return found
 
 
@@ -127,11 +144,18 @@ def summary(
     records: list[Record],
 ) -> dict[tuple[str, str], Interval]:
     "(row, metric) -> mean and interval over seeds."
-    return {(row, metric): interval(list(seeds.values())) for row, metrics in samples(records).items() for metric, seeds in metrics.items()}
+    return {
+        (row, metric): interval(list(seeds.values()))
+        for row, metrics in samples(records).items()
+        for metric, seeds in metrics.items()
+    }
 
 
 def summarise(
     records: list[Record],
 ) -> pd.DataFrame:
     "One line per row and metric: mean, low, high, number of seeds."
-    return pd.DataFrame([(*key, *found) for key, found in summary(records).items()], columns=['row', 'metric', 'mean', 'low', 'high', 'n'])
+    return pd.DataFrame(
+        [(*key, *found) for key, found in summary(records).items()],
+        columns=['row', 'metric', 'mean', 'low', 'high', 'n'],
+    )

@@ -89,7 +89,9 @@ def chain(
     ways: dict[str, list[Verification]] = {code: []}
     fresh = [code]
     while fresh and today not in ways:
-        steps = [line for here in fresh for line in ledger if line.counts and line.before == here and line.after not in ways]
+        steps = [
+            line for here in fresh for line in ledger if line.counts and line.before == here and line.after not in ways
+        ]
         for line in steps:
             ways.setdefault(line.after, ways[line.before] + [line])
         fresh = list(dict.fromkeys(line.after for line in steps))
@@ -126,7 +128,11 @@ def _doubt(paper: str, record: Record, ledger: list[Verification], codes: dict[t
     if chain(ledger, record.code, codes[row]) is not None:
         return ''
     partly = [line.uncovered for line in ledger if (line.before, line.after) == (record.code, codes[row])]
-    return f'the code has changed, and no verification ran {partly[-1]}' if partly else 'the code has changed and is not verified'
+    return (
+        f'the code has changed, and no verification ran {partly[-1]}'
+        if partly
+        else 'the code has changed and is not verified'
+    )
 
 
 def stale(

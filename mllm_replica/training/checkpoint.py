@@ -20,17 +20,22 @@ from torch import Tensor, nn
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #3b3b5ada
 def pack_state(
-    model: nn.Module,                                # the bare model, not its distributed wrapper
-    trained: Iterable[str],                          # names of the parameters that training has changed
+    model: nn.Module,  # the bare model, not its distributed wrapper
+    trained: Iterable[str],  # names of the parameters that training has changed
     optimizer: torch.optim.Optimizer | None = None,  # None: between two stages, where no optimiser is alive
 ) -> dict[str, Tensor]:
     "Everything that training changes, by name; the tensors are not copied."
     parameters = dict(model.named_parameters())
     state = {f'model.{name}': parameters[name] for name in trained}
-    state |= {f'model.{name}': tensor for name, tensor in model.state_dict().items() if name not in parameters and _is_buffer(model, name)}
+    state |= {
+        f'model.{name}': tensor
+        for name, tensor in model.state_dict().items()
+        if name not in parameters and _is_buffer(model, name)
+    }
     moments = optimizer.state if optimizer else {}
     for name, parameter in parameters.items():
-        for key, tensor in moments.get(parameter, {}).items(): state[f'optimizer.{key}.{name}'] = tensor
+        for key, tensor in moments.get(parameter, {}).items():
+            state[f'optimizer.{key}.{name}'] = tensor
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
@@ -41,8 +46,8 @@ def _is_buffer(model: nn.Module, name: str) -> bool:
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #422b2017
 @torch.no_grad()
 def unpack_state(
-    tensors: Mapping[str, Tensor],                   # from `pack_state`
-    model: nn.Module,                                # the bare model
+    tensors: Mapping[str, Tensor],  # from `pack_state`
+    model: nn.Module,  # the bare model
     optimizer: torch.optim.Optimizer | None = None,  # None: leave the optimiser's part alone
 ) -> None:
     "Put a packed state back into the model and its optimiser."
@@ -54,8 +59,10 @@ def unpack_state(
             place = places.get(rest)
             if place is None or place.shape != tensor.shape:
                 expected = 'no such tensor' if place is None else f'shape {list(place.shape)}'
-                raise CheckpointError(f'the checkpoint has {rest} with shape {list(tensor.shape)}; the model has {expected}: '
-                                      'build it from the same recipe')
+                raise CheckpointError(
+                    f'the checkpoint has {rest} with shape {list(tensor.shape)}; the model has {expected}: '
+                    'build it from the same recipe'
+                )
             place.copy_(tensor)
         elif optimizer:
             key, _, owner = rest.partition('.')
@@ -69,7 +76,8 @@ class CheckpointError(ValueError):
 
 
 def _sha256(path: Path) -> str:
-    with path.open('rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _body_digest(body: Mapping[str, Any]) -> str:
@@ -78,45 +86,59 @@ def _body_digest(body: Mapping[str, Any]) -> str:
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try: os.fsync(descriptor)
-    finally: os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(partial: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    file = partial/'tensors.safetensors'
+    file = partial / 'tensors.safetensors'
     save_file(dict(tensors), file)
     body = {'step': step, 'record': dict(record), 'sha256': {file.name: _sha256(file)}}
-    (partial/'state.json').write_text(json.dumps({'body': body, 'sha256': _body_digest(body)}, indent=1), encoding='utf-8')
-    for path in (*partial.iterdir(), partial): _flush(path)
+    (partial / 'state.json').write_text(
+        json.dumps({'body': body, 'sha256': _body_digest(body)}, indent=1), encoding='utf-8'
+    )
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #8c24c19e
 def save_checkpoint(
-    folder: Path,                  # where this run's checkpoints lie
-    step: int,                     # optimiser steps done
-    tensors: Mapping[str, Tensor], # from `pack_state`
-    record: Mapping[str, Any],     # whatever else must come back; JSON values
-    keep: int = 2,                 # newest checkpoints that stay
+    folder: Path,  # where this run's checkpoints lie
+    step: int,  # optimiser steps done
+    tensors: Mapping[str, Tensor],  # from `pack_state`
+    record: Mapping[str, Any],  # whatever else must come back; JSON values
+    keep: int = 2,  # newest checkpoints that stay
 ) -> Path:
     "Write `step-NNNNNNNN` atomically, delete the oldest beyond `keep`, return the new folder."
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob('.step-*'): shutil.rmtree(left_over)
-    target = folder/f'step-{step:08d}'
-    partial = folder/f'.{target.name}.partial'
-    needed = sum(t.numel()*t.element_size() for t in tensors.values()) + 2**20
+    for left_over in folder.glob('.step-*'):
+        shutil.rmtree(left_over)
+    target = folder / f'step-{step:08d}'
+    partial = folder / f'.{target.name}.partial'
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
     try:
-        if shutil.disk_usage(folder).free < needed: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
         _write(partial, step, tensors, record)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if getattr(error, 'errno', None) != errno.ENOSPC and 'No space left' not in str(error): raise
-        raise OSError(errno.ENOSPC, f'no room for the checkpoint of step {step}: {needed:,} bytes are needed, '
-                      f'{shutil.disk_usage(folder).free:,} are free; older checkpoints are untouched; '
-                      'free some space and run again', str(folder)) from error
-    if target.exists(): target.rename(folder/f'.{target.name}.replaced')
+        if getattr(error, 'errno', None) != errno.ENOSPC and 'No space left' not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f'no room for the checkpoint of step {step}: {needed:,} bytes are needed, '
+            f'{shutil.disk_usage(folder).free:,} are free; older checkpoints are untouched; '
+            'free some space and run again',
+            str(folder),
+        ) from error
+    if target.exists():
+        target.rename(folder / f'.{target.name}.replaced')
     partial.rename(target)
     _flush(folder)
-    for old in [*folder.glob('.step-*.replaced'), *_complete(folder)[:-keep]]: shutil.rmtree(old)
+    for old in [*folder.glob('.step-*.replaced'), *_complete(folder)[:-keep]]:
+        shutil.rmtree(old)
     return target
 
 
@@ -127,23 +149,26 @@ def _complete(folder: Path) -> list[Path]:
 @dataclass(frozen=True)
 class Checkpoint:
     "One checkpoint as read from disk."
-    step: int                    # optimiser steps done
-    tensors: dict[str, Tensor]   # see `pack_state`
-    record: dict[str, Any]       # as given to `save_checkpoint`
-    path: Path                   # its folder
+
+    step: int  # optimiser steps done
+    tensors: dict[str, Tensor]  # see `pack_state`
+    record: dict[str, Any]  # as given to `save_checkpoint`
+    path: Path  # its folder
 
 
 def load_checkpoint(
     path: Path,  # a folder `step-NNNNNNNN`
 ) -> Checkpoint:
     "Read one checkpoint; a missing, cut or altered file is an error that names it."
-    state, file = path/'state.json', path/'tensors.safetensors'
+    state, file = path / 'state.json', path / 'tensors.safetensors'
     try:
         content = json.loads(state.read_text(encoding='utf-8'))
         body = content['body']
         intact = _body_digest(body) == content['sha256']
-    except (OSError, ValueError, KeyError, TypeError) as error: raise CheckpointError(f'{state} cannot be read: {error!r}') from error
-    if not intact: raise CheckpointError(f'{state} was altered or cut: its checksum is wrong')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{state} cannot be read: {error!r}') from error
+    if not intact:
+        raise CheckpointError(f'{state} was altered or cut: its checksum is wrong')
     if not file.exists() or _sha256(file) != body['sha256'][file.name]:
         raise CheckpointError(f'{file} is missing, altered or cut: its checksum is wrong')
     return Checkpoint(body['step'], load_file(file), body['record'], path)
@@ -153,22 +178,29 @@ def load_latest(
     folder: Path,  # where a run's checkpoints lie; may not exist
 ) -> Checkpoint | None:
     "The newest intact checkpoint, or None; partial and damaged ones are passed over with a warning."
-    for partial in sorted(folder.glob('.step-*')): warnings.warn(f'{partial} was never finished (the run died while writing it); ignored')
+    for partial in sorted(folder.glob('.step-*')):
+        warnings.warn(f'{partial} was never finished (the run died while writing it); ignored')
     for path in reversed(_complete(folder)):
-        try: return load_checkpoint(path)
-        except CheckpointError as error: warnings.warn(f'{error}; falling back to the checkpoint before it')
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f'{error}; falling back to the checkpoint before it')
     return None
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #dde916af
 def differences(
-    saved: Any,        # JSON values
-    given: Any,        # JSON values
-    where: str = '',   # path of the field, for the message
+    saved: Any,  # JSON values
+    given: Any,  # JSON values
+    where: str = '',  # path of the field, for the message
 ) -> list[str]:
     "The fields in which two configurations differ, each as `name: saved → given`."
     if isinstance(saved, dict) and isinstance(given, dict):
         keys = sorted({*saved, *given})
-        return [d for k in keys for d in differences(saved.get(k, 'absent'), given.get(k, 'absent'), f'{where}.{k}'.lstrip('.'))]
+        return [
+            d
+            for k in keys
+            for d in differences(saved.get(k, 'absent'), given.get(k, 'absent'), f'{where}.{k}'.lstrip('.'))
+        ]
     if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
         return [d for i, (s, g) in enumerate(zip(saved, given)) for d in differences(s, g, f'{where}[{i}]')]
     return [] if saved == given else [f'{where}: {saved!r} → {given!r}']
@@ -176,22 +208,27 @@ def differences(
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #d273da0b
 class Point(NamedTuple):
     "One optimiser step."
-    step: int         # counted from 1 over all stages
+
+    step: int  # counted from 1 over all stages
     stage: str
-    loss: float       # mean over the step's supervised tokens
-    lr: float         # before the groups' factors
+    loss: float  # mean over the step's supervised tokens
+    lr: float  # before the groups' factors
     grad_norm: float  # of the whole gradient, before clipping
-    tokens: int       # supervised tokens
+    tokens: int  # supervised tokens
 
 
 def read_curve(
     path: Path,  # a curve.csv; may not exist
 ) -> list[Point]:
     "All complete lines of a curve."
-    if not path.exists(): return []
+    if not path.exists():
+        return []
     whole = path.read_text(encoding='utf-8').rpartition('\n')[0]
     types = Point.__annotations__.values()
-    return [Point(*(kind(text) for kind, text in zip(types, row, strict=True))) for row in list(csv.reader(io.StringIO(whole)))[1:]]
+    return [
+        Point(*(kind(text) for kind, text in zip(types, row, strict=True)))
+        for row in list(csv.reader(io.StringIO(whole)))[1:]
+    ]
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #1b26382e
 class Curve:
@@ -199,31 +236,35 @@ class Curve:
 
     def __init__(
         self,
-        path: Path,          # the file; complete lines in it are kept …
-        steps: int,          # … up to this step
+        path: Path,  # the file; complete lines in it are kept …
+        steps: int,  # … up to this step
         write: bool = True,  # False: only read (all processes but the first)
     ):
         self.path, self.write = path, write
         self.points = [point for point in read_curve(path) if point.step <= steps]
         self.waiting = [Point._fields, *self.points]
-        if write: self.flush('w')
+        if write:
+            self.flush('w')
 
     def append(self, point: Point) -> None:
         "Add a step; every hundredth writes."
         self.points.append(point)
         self.waiting.append(point)
-        if self.write and len(self.waiting) >= 100: self.flush()
+        if self.write and len(self.waiting) >= 100:
+            self.flush()
 
     def flush(
         self,
         mode: str = 'a',  # 'w': write the file anew
     ) -> None:
         "Bring all points to disk."
-        if not self.write: return
+        if not self.write:
+            return
         target = self.path.with_suffix('.partial') if mode == 'w' else self.path
         with target.open(mode, encoding='utf-8', newline='') as file:
             csv.writer(file, lineterminator='\n').writerows(self.waiting)
             file.flush()
             os.fsync(file.fileno())
-        if mode == 'w': target.replace(self.path)
+        if mode == 'w':
+            target.replace(self.path)
         self.waiting = []

@@ -22,17 +22,27 @@ from torch import Tensor, nn
 from ..core.recipe import Stage
 from ..data.encoded import IGNORED, Encoded
 from ..data.mixture import Mixture
-from .checkpoint import (Checkpoint, CheckpointError, Curve, Point, differences, load_latest, pack_state,
-                                              save_checkpoint, unpack_state)
+from mllm_replica.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Curve,
+    Point,
+    differences,
+    load_latest,
+    pack_state,
+    save_checkpoint,
+    unpack_state,
+)
 from .optimiser import freeze_all_but, lr_at, lr_factors, make_optimizer, trainable_names
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #ad0bebc9
 @dataclass(frozen=True)
 class History:
     "What `train` returns."
-    points: list[Point]           # the whole curve, earlier runs included
-    seconds: float                # spent training, earlier runs included
-    notes: tuple[str, ...] = ()   # why the run may differ from an uninterrupted one in the last bits
+
+    points: list[Point]  # the whole curve, earlier runs included
+    seconds: float  # spent training, earlier runs included
+    notes: tuple[str, ...] = ()  # why the run may differ from an uninterrupted one in the last bits
 
     @property
     def steps(self) -> int:
@@ -69,7 +79,7 @@ def data_digest(
 ) -> str:
     "Hash of the number of samples and of at most 4,096 of them, evenly spaced."
     digest = hashlib.sha256(str(len(samples)).encode())
-    for index in range(0, len(samples), max(1, -(-len(samples)//4096))):
+    for index in range(0, len(samples), max(1, -(-len(samples) // 4096))):
         sample = samples[index]
         digest.update(sample.id.encode() + array('q', sample.input_ids).tobytes() + array('q', sample.labels).tobytes())
     return digest.hexdigest()[:16]
@@ -77,9 +87,11 @@ def data_digest(
 # %% ../../nbs/foundations/training/47_loop.ipynb #dfad2907
 class _Interrupt:
     asked = False
+
     def __enter__(self) -> '_Interrupt':
         self.held = threading.current_thread() is threading.main_thread()
-        if self.held: self.previous = signal.signal(signal.SIGINT, self._note)
+        if self.held:
+            self.previous = signal.signal(signal.SIGINT, self._note)
         return self
 
     def _note(self, *_: Any) -> None:
@@ -87,59 +99,103 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self.previous)
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self.held: signal.signal(signal.SIGINT, self.previous)
-        if self.asked and kind is None: raise KeyboardInterrupt('training had just ended; its last checkpoint is complete')
+        if self.held:
+            signal.signal(signal.SIGINT, self.previous)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt('training had just ended; its last checkpoint is complete')
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #7878e80d
-def _check(model: nn.Module, stages: Sequence[Stage], datasets: Mapping[str, Sequence[Encoded]], processes: int) -> None:
+def _check(
+    model: nn.Module, stages: Sequence[Stage], datasets: Mapping[str, Sequence[Encoded]], processes: int
+) -> None:
     for stage in stages:
         lr_factors(model, trainable_names(model, stage.trainable), stage)
         missing = sorted(set(stage.mixture) - set(datasets))
-        if missing: raise ValueError(f'stage {stage.name!r} mixes {missing}; the data sets given are {sorted(datasets)}')
+        if missing:
+            raise ValueError(f'stage {stage.name!r} mixes {missing}; the data sets given are {sorted(datasets)}')
         empty = [name for name in stage.mixture if not len(datasets[name])]
-        if empty: raise ValueError(f'stage {stage.name!r}: the data sets {empty} have no samples')
-        if stage.accumulate < 1 or stage.batch_size < processes*stage.accumulate:
-            raise ValueError(f'stage {stage.name!r}: batch_size {stage.batch_size} cannot be cut into '
-                             f'{processes} processes × {stage.accumulate} micro-batches')
+        if empty:
+            raise ValueError(f'stage {stage.name!r}: the data sets {empty} have no samples')
+        if stage.accumulate < 1 or stage.batch_size < processes * stage.accumulate:
+            raise ValueError(
+                f'stage {stage.name!r}: batch_size {stage.batch_size} cannot be cut into '
+                f'{processes} processes × {stage.accumulate} micro-batches'
+            )
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #69f55be1
-def _config(model: nn.Module, stages: Sequence[Stage], datasets: Mapping[str, Sequence[Encoded]], seed: int) -> dict[str, Any]:
+def _config(
+    model: nn.Module, stages: Sequence[Stage], datasets: Mapping[str, Sequence[Encoded]], seed: int
+) -> dict[str, Any]:
     "What must not change between a checkpoint and its resume, as JSON values."
-    return json.loads(json.dumps({'seed': seed, 'stages': [stage.model_dump(exclude={'checkpoint_every'}) for stage in stages],
-                                  'data': {name: data_digest(samples) for name, samples in datasets.items()},
-                                  'parameters': {name: list(parameter.shape) for name, parameter in model.named_parameters()}}))
+    return json.loads(
+        json.dumps(
+            {
+                'seed': seed,
+                'stages': [stage.model_dump(exclude={'checkpoint_every'}) for stage in stages],
+                'data': {name: data_digest(samples) for name, samples in datasets.items()},
+                'parameters': {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+            }
+        )
+    )
 
 
 def _environment(accelerator: Accelerator) -> dict[str, Any]:
     "What may change, at the price of the last bits."
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
-    return {'threads': torch.get_num_threads(), 'processes': accelerator.num_processes, 'device': name, 'torch': torch.__version__}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
+    )
+    return {
+        'threads': torch.get_num_threads(),
+        'processes': accelerator.num_processes,
+        'device': name,
+        'torch': torch.__version__,
+    }
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #17a76f5f
 class _Run:
     def __init__(self, model, stages, datasets, collate, out_dir, seed, progress, draw):
-        self.accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        self.model, self.stages, self.datasets, self.collate = model.to(self.accelerator.device), stages, datasets, collate
-        self.folder, self.seed, self.progress, self.draw, self.interrupt = out_dir/'checkpoints', seed, progress, draw, _Interrupt()
+        self.accelerator = Accelerator(
+            mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+        )
+        self.model, self.stages, self.datasets, self.collate = (
+            model.to(self.accelerator.device),
+            stages,
+            datasets,
+            collate,
+        )
+        self.folder, self.seed, self.progress, self.draw, self.interrupt = (
+            out_dir / 'checkpoints',
+            seed,
+            progress,
+            draw,
+            _Interrupt(),
+        )
         _check(model, stages, datasets, self.accelerator.num_processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
         self.latest = load_latest(self.folder)
-        if self.latest: self._resume(self.latest)
+        if self.latest:
+            self._resume(self.latest)
         self.saved = self.done
-        self.curve = Curve(out_dir/'curve.csv', self.done, self.accelerator.is_main_process)
+        self.curve = Curve(out_dir / 'curve.csv', self.done, self.accelerator.is_main_process)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
         changed = differences(record['config'], self.config)
-        if changed: raise CheckpointError(f'{checkpoint.path} belongs to another run; changed: {"; ".join(changed[:8])}. '
-                                          'Restore the settings, or choose an empty folder to start anew')
+        if changed:
+            raise CheckpointError(
+                f'{checkpoint.path} belongs to another run; changed: {"; ".join(changed[:8])}. '
+                'Restore the settings, or choose an empty folder to start anew'
+            )
         unpack_state(checkpoint.tensors, self.model)
         self.done, self.seconds, self.notes = checkpoint.step, record['seconds'], list(record['notes'])
         moved = differences(record['environment'], self.environment)
-        if moved: self.notes.append(f'resumed at step {self.done} with {", ".join(moved)}: not bit-exact')
+        if moved:
+            self.notes.append(f'resumed at step {self.done} with {", ".join(moved)}: not bit-exact')
 
     def spent(self) -> float:
         "Seconds of training, earlier runs included."
@@ -147,26 +203,39 @@ class _Run:
 
     def save(self, number: int, optimizer: torch.optim.Optimizer | None) -> None:
         "Write a checkpoint, unless this step has one."
-        if self.saved == self.done: return
+        if self.saved == self.done:
+            return
         if self.accelerator.is_main_process:
             self.curve.flush()
-            names = dict.fromkeys(name for stage in self.trained[:number + 1] for name in stage)
-            record = {'config': self.config, 'environment': self.environment, 'seconds': self.spent(), 'notes': self.notes}
+            names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
+            record = {
+                'config': self.config,
+                'environment': self.environment,
+                'seconds': self.spent(),
+                'notes': self.notes,
+            }
             save_checkpoint(self.folder, self.done, pack_state(self.model, names, optimizer), record)
         self.accelerator.wait_for_everyone()
         self.saved = self.done
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #39122cba
-def _step(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, samples: list[Encoded]) -> tuple[float, float, int, bool]:
+def _step(
+    run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, samples: list[Encoded]
+) -> tuple[float, float, int, bool]:
     "One optimiser step; returns loss, gradient norm, supervised tokens, and whether any process was asked to stop."
     accelerator, world = run.accelerator, run.accelerator.num_processes
-    first, parts = accelerator.process_index*stage.accumulate, world*stage.accumulate
-    shares = [samples[len(samples)*n//parts:len(samples)*(n + 1)//parts] for n in range(first, first + stage.accumulate)]
+    first, parts = accelerator.process_index * stage.accumulate, world * stage.accumulate
+    shares = [
+        samples[len(samples) * n // parts : len(samples) * (n + 1) // parts]
+        for n in range(first, first + stage.accumulate)
+    ]
     batches = [run.collate(share) for share in shares]
-    for batch in batches: batch.pop('ids', None)
+    for batch in batches:
+        batch.pop('ids', None)
     counts = [supervised(batch['labels']) for batch in batches]
     total = sum(counts)
-    if world > 1: total = int(accelerator.reduce(torch.tensor(total, device=accelerator.device), 'sum'))
+    if world > 1:
+        total = int(accelerator.reduce(torch.tensor(total, device=accelerator.device), 'sum'))
     losses = []
     for n, (batch, count) in enumerate(zip(batches, counts)):
         with nullcontext() if n == len(batches) - 1 else accelerator.no_sync(model):
@@ -176,10 +245,13 @@ def _step(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: 
         losses.append(loss.detach())
     norm = accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], stage.clip)
     summary = torch.stack([sum(losses), norm.float(), norm.new_tensor(float(run.interrupt.asked))])
-    if world > 1: summary = accelerator.reduce(summary, 'mean')
+    if world > 1:
+        summary = accelerator.reduce(summary, 'mean')
     value, norm_value, stop = summary.tolist()
     if not math.isfinite(value + norm_value):
-        bad = [sample.id for share, loss in zip(shares, losses) if not loss.isfinite() for sample in share] or [sample.id for sample in samples]
+        bad = [sample.id for share, loss in zip(shares, losses) if not loss.isfinite() for sample in share] or [
+            sample.id for sample in samples
+        ]
         raise FloatingPointError(f'loss {value}, gradient norm {norm_value}, with the samples {", ".join(bad[:64])}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -189,15 +261,19 @@ def _step(run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: 
 def _seed_random(seed: int, device: torch.device) -> None:
     "What `torch.manual_seed` does for the one device in use, at a tenth of its cost."
     torch.default_generator.manual_seed(seed)
-    if device.type != 'cpu': torch.get_device_module(device).manual_seed(seed)
+    if device.type != 'cpu':
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     "The stage's order of samples. A record of its first steps is kept; on resume it must come out again."
-    stage, path = run.stages[number], run.folder.parent/f'order-{number}.json'
-    order = run.draw({name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number))
-    order.indices(stage.steps - 1, stage.batch_size)   # one that does not last is refused now
-    if run.accelerator.is_main_process and resumed and path.exists(): run.draw.load(path)
+    stage, path = run.stages[number], run.folder.parent / f'order-{number}.json'
+    order = run.draw(
+        {name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number)
+    )
+    order.indices(stage.steps - 1, stage.batch_size)  # one that does not last is refused now
+    if run.accelerator.is_main_process and resumed and path.exists():
+        run.draw.load(path)
     elif run.accelerator.is_main_process:
         order.save(path.with_suffix('.partial'), min(stage.steps, 1000), stage.batch_size)
         path.with_suffix('.partial').replace(path)
@@ -208,7 +284,8 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     stage = run.stages[number]
     freeze_all_but(run.model, run.trained[number])
     optimizer = make_optimizer(run.model, run.trained[number], stage)
-    if run.done > first: unpack_state(run.latest.tensors, run.model, optimizer)
+    if run.done > first:
+        unpack_state(run.latest.tensors, run.model, optimizer)
     run.latest = None
     model = run.accelerator.prepare(run.model)
     order = _order(run, number, resumed=run.done > first)
@@ -216,30 +293,41 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     for step in range(run.done - first, stage.steps):
         _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
         lr = lr_at(step, stage.lr, stage.min_lr, stage.warmup_steps, stage.steps)
-        for group in optimizer.param_groups: group['lr'] = lr * group['factor']
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['factor']
         samples = [run.datasets[name][index] for name, index in order.indices(step, stage.batch_size)]
-        try: loss, norm, tokens, stop = _step(run, model, optimizer, stage, samples)
+        try:
+            loss, norm, tokens, stop = _step(run, model, optimizer, stage, samples)
         except FloatingPointError as failure:
             run.save(number, optimizer)
-            raise FloatingPointError(f'stage {stage.name!r}, step {run.done + 1}: {failure}; the state before it is in {run.folder}') from failure
+            raise FloatingPointError(
+                f'stage {stage.name!r}, step {run.done + 1}: {failure}; the state before it is in {run.folder}'
+            ) from failure
         run.done += 1
         run.curve.append(Point(run.done, stage.name, loss, lr, norm, tokens))
-        if run.progress: run.progress(run.done, total, loss)
+        if run.progress:
+            run.progress(run.done, total, loss)
         last = step + 1 == stage.steps
-        if last or stop or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0): run.save(number, None if last else optimizer)
-        if stop: raise KeyboardInterrupt(f'stopped after step {run.done} of {total}; run again to continue from {run.folder}')
+        if last or stop or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
+            run.save(number, None if last else optimizer)
+        if stop:
+            raise KeyboardInterrupt(
+                f'stopped after step {run.done} of {total}; run again to continue from {run.folder}'
+            )
     run.accelerator.free_memory()
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #d4efd810
 def train(
-    model: nn.Module,                                   # called as model(**batch), returns .loss: mean over the batch's supervised tokens
-    stages: Sequence[Stage],                            # in order
-    datasets: Mapping[str, Sequence[Encoded]],          # source name → encoded samples
-    collate: Callable[[list[Encoded]], dict[str, Any]], # samples → the model's arguments with 'labels' [B,T], and 'ids'
-    out_dir: Path,                                      # gets curve.csv, order-N.json and checkpoints/; a run found there is continued
-    seed: int,                                          # order of samples, dropout
+    model: nn.Module,  # called as model(**batch), returns .loss: mean over the batch's supervised tokens
+    stages: Sequence[Stage],  # in order
+    datasets: Mapping[str, Sequence[Encoded]],  # source name → encoded samples
+    collate: Callable[
+        [list[Encoded]], dict[str, Any]
+    ],  # samples → the model's arguments with 'labels' [B,T], and 'ids'
+    out_dir: Path,  # gets curve.csv, order-N.json and checkpoints/; a run found there is continued
+    seed: int,  # order of samples, dropout
     progress: Callable[[int, int, float], None] | None = None,  # called with (steps done, steps in all, loss)
-    draw: type[Mixture] = Mixture,                      # which samples each step sees
+    draw: type[Mixture] = Mixture,  # which samples each step sees
 ) -> History:
     "Train all stages, or what is left of them; leaves the model in evaluation mode."
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -248,8 +336,10 @@ def train(
     with torch.random.fork_rng(), run.interrupt:
         try:
             for number, stage in enumerate(stages):
-                if run.done < first + stage.steps: _train_stage(run, number, first)
+                if run.done < first + stage.steps:
+                    _train_stage(run, number, first)
                 first += stage.steps
-        finally: run.curve.flush()
+        finally:
+            run.curve.flush()
     model.eval()
     return History(run.curve.points, run.spent(), tuple(run.notes))

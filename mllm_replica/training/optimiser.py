@@ -16,22 +16,25 @@ from ..core.recipe import Stage
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #88faea15
 def lr_at(
-    step: int,          # optimiser steps already done in this stage
-    lr: float,          # highest rate
-    min_lr: float,      # first and last rate
+    step: int,  # optimiser steps already done in this stage
+    lr: float,  # highest rate
+    min_lr: float,  # first and last rate
     warmup_steps: int,  # steps to reach `lr`
-    total_steps: int,   # steps of the stage
+    total_steps: int,  # steps of the stage
 ) -> float:
     "Learning rate of the step after `step` others: linear warm-up, then a cosine."
-    if step < warmup_steps: height = step / warmup_steps
-    else: height = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    if step < warmup_steps:
+        height = step / warmup_steps
+    else:
+        height = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     span = (lr - min_lr) / lr if lr else 0.0
-    return lr * (1 - span + span*height)
+    return lr * (1 - span + span * height)
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #81e9b838
 def _names(model: nn.Module) -> dict[str, list[str]]:
     aliases: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False): aliases.setdefault(parameter, []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
     return {names[0]: names for names in aliases.values()}
 
 
@@ -40,11 +43,14 @@ def matching(
     pattern: str,  # regular expression, `re.search`ed in parameter names
 ) -> list[str]:
     "Names of the parameters that the pattern matches; none is an error that shows similar names."
-    try: search = re.compile(pattern).search
-    except re.error as error: raise ValueError(f'{pattern!r} is not a regular expression: {error}') from error
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise ValueError(f'{pattern!r} is not a regular expression: {error}') from error
     names = _names(model)
     found = [name for name, aliases in names.items() if any(map(search, aliases))]
-    if found: return found
+    if found:
+        return found
     parts = {'.'.join(name.split('.')[:n]) for name in names for n in range(1, name.count('.') + 2)}
     near = difflib.get_close_matches(re.sub(r'[\\^$*+?()|\[\]]', '', pattern), sorted(parts), n=4, cutoff=0.3)
     raise ValueError(f'{pattern!r} matches no parameter; similar names: {", ".join(near or sorted(parts)[:4])}')
@@ -56,7 +62,10 @@ def trainable_names(
 ) -> list[str]:
     "Names of all parameters that the stage trains, in the model's order."
     found = {name for pattern in patterns for name in matching(model, pattern)}
-    if not found: raise ValueError(f'nothing is trainable: the stage has no patterns ({list(patterns)}); name at least one, such as ".*"')
+    if not found:
+        raise ValueError(
+            f'nothing is trainable: the stage has no patterns ({list(patterns)}); name at least one, such as ".*"'
+        )
     return [name for name in _names(model) if name in found]
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #8010a91c
@@ -66,31 +75,40 @@ def freeze_all_but(
 ) -> None:
     "Set gradients and modes: the named parameters train, modules without any of them are put in evaluation mode."
     chosen = set(names)
-    for name, parameter in model.named_parameters(): parameter.requires_grad_(name in chosen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
     model.train()
     for module in model.modules():
         own = [parameter.requires_grad for parameter in module.parameters()]
-        if own and not any(own): module.eval()
+        if own and not any(own):
+            module.eval()
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #6ec1265a
 def lr_factors(
     model: nn.Module,
     names: Sequence[str],  # parameters that train
-    stage: Stage,          # `lr_scale`, `layer_decay`, `decayed_layers`
+    stage: Stage,  # `lr_scale`, `layer_decay`, `decayed_layers`
 ) -> dict[str, float]:
     "Each trainable parameter's factor on the learning rate."
     factors = dict.fromkeys(names, 1.0)
     for pattern, factor in stage.lr_scale.items():
-        for name in set(matching(model, pattern)) & set(names): factors[name] *= factor
+        for name in set(matching(model, pattern)) & set(names):
+            factors[name] *= factor
     if (stage.layer_decay is None) != (stage.decayed_layers is None):
-        raise ValueError(f'stage {stage.name!r} sets only one of layer_decay ({stage.layer_decay}) '
-                         f'and decayed_layers ({stage.decayed_layers!r}); set both')
-    if stage.layer_decay is None: return factors
+        raise ValueError(
+            f'stage {stage.name!r} sets only one of layer_decay ({stage.layer_decay}) '
+            f'and decayed_layers ({stage.decayed_layers!r}); set both'
+        )
+    if stage.layer_decay is None:
+        return factors
     pattern = re.compile(stage.decayed_layers)
-    if pattern.groups != 1: raise ValueError(f'decayed_layers {stage.decayed_layers!r} has {pattern.groups} groups; expected one, the layer number')
+    if pattern.groups != 1:
+        raise ValueError(
+            f'decayed_layers {stage.decayed_layers!r} has {pattern.groups} groups; expected one, the layer number'
+        )
     layers = {name: int(pattern.search(name)[1]) for name in matching(model, stage.decayed_layers)}
     top = max(layers.values())
-    return {name: factor * stage.layer_decay**(top - layers.get(name, top)) for name, factor in factors.items()}
+    return {name: factor * stage.layer_decay ** (top - layers.get(name, top)) for name, factor in factors.items()}
 
 
 def make_optimizer(
@@ -102,7 +120,9 @@ def make_optimizer(
     parameters, groups = dict(model.named_parameters()), {}
     for name, factor in lr_factors(model, names, stage).items():
         decay = stage.weight_decay if parameters[name].dim() > 1 else 0.0
-        group = groups.setdefault((factor, decay), dict(params=[], names=[], factor=factor, weight_decay=decay, lr=stage.lr*factor))
+        group = groups.setdefault(
+            (factor, decay), dict(params=[], names=[], factor=factor, weight_decay=decay, lr=stage.lr * factor)
+        )
         group['params'].append(parameters[name])
         group['names'].append(name)
     fused = all(parameters[name].device.type in ('cpu', 'cuda') for name in names)

@@ -25,32 +25,41 @@ from .loop import train
 
 # %% ../../nbs/foundations/training/48_starts.ipynb #d2d50ca4
 def pretrained(
-    recipe: Recipe,             # of the unit that needs the model; its seed, paper and sources count
-    model: nn.Module,           # freshly initialised
-    stages: Sequence[Stage],    # their mixtures name sources of the recipe
-    processor: Any,             # encodes samples, knows the padding
-    **settings_of: Any,         # whatever else decides the result, e.g. the processor's image size
+    recipe: Recipe,  # of the unit that needs the model; its seed, paper and sources count
+    model: nn.Module,  # freshly initialised
+    stages: Sequence[Stage],  # their mixtures name sources of the recipe
+    processor: Any,  # encodes samples, knows the padding
+    **settings_of: Any,  # whatever else decides the result, e.g. the processor's image size
 ) -> nn.Module:
     "The model after its stages, trained on first use; one interrupted is gone on with."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise NotImplementedError(f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher')
+        raise NotImplementedError(
+            f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher'
+        )
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
     chapter, sources = recipes_of(recipe.paper), {name: recipe.sources[name].model_dump() for name in names}
     read, order = getattr(chapter, 'load_source', data.load_source), getattr(chapter, 'arrange', arrange)
     code = code_of_functions(type(model), type(processor), read, order, train, content=sources)
     decides = [recipe.seed, [stage.model_dump() for stage in stages], sources, code, library_versions(), settings_of]
     key = hashlib.sha256(json.dumps([encoder_key(model), decides], sort_keys=True).encode()).hexdigest()[:16]
-    folder = settings().run_folder/'pretrained'/key
+    folder = settings().run_folder / 'pretrained' / key
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder/'weights.safetensors').exists():
-            found = {name: read(recipe.sources[name], recipe.seed, project_root()/'data') for name in names}
+        if not (folder / 'weights.safetensors').exists():
+            found = {name: read(recipe.sources[name], recipe.seed, project_root() / 'data') for name in names}
             encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in found.items()}
             arranged = order(
-                stages, encoded, pad_token_id=processor.tokenizer.pad_token_id, image_tensor=getattr(processor, 'image_tensor', None))
+                stages,
+                encoded,
+                pad_token_id=processor.tokenizer.pad_token_id,
+                image_tensor=getattr(processor, 'image_tensor', None),
+            )
             train(model, stages, **arranged, out_dir=folder, seed=recipe.seed)
-            save_file({name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}, folder/'weights.partial')
-            (folder/'weights.partial').replace(folder/'weights.safetensors')
-        model.load_state_dict(load_file(folder/'weights.safetensors'))
+            save_file(
+                {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
+                folder / 'weights.partial',
+            )
+            (folder / 'weights.partial').replace(folder / 'weights.safetensors')
+        model.load_state_dict(load_file(folder / 'weights.safetensors'))
     return model.cpu().eval()

@@ -20,21 +20,26 @@ from .world import COLORS, SPLITS, TONES, Scene, World, pick, split_of, texture
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #25bb7d77
 def draw_picture(
     rng: np.random.Generator,
-    options: dict[str, Any],   # grid, colors, shapes, fill
-    color: str,                # of the first shape
-    split: str,                # key of `SPLITS`
+    options: dict[str, Any],  # grid, colors, shapes, fill
+    color: str,  # of the first shape
+    split: str,  # key of `SPLITS`
 ) -> Scene:
     "A ground with shapes of different kinds in different cells, or with a tile in every cell."
-    size, palette = options['grid'], list(COLORS)[:options['colors']]
+    size, palette = options['grid'], list(COLORS)[: options['colors']]
     count = size * size if options['fill'] else options['shapes']
     while True:
         colors = [color] + [palette[i] for i in rng.integers(len(palette), size=count - 1).tolist()]
         kinds = ['tile'] * count if options['fill'] else [SHAPES[i] for i in rng.permutation(len(SHAPES)).tolist()]
         cells, shifts = rng.permutation(size * size).tolist(), rng.integers(2, size=(count, 2)).tolist()
-        shapes = [dict(kind=kind, color=paint, row=cell // size, column=cell % size, shift=[0, 0] if options['fill'] else shift)
-                  for kind, paint, cell, shift in zip(kinds, colors, cells, shifts)]
+        shapes = [
+            dict(
+                kind=kind, color=paint, row=cell // size, column=cell % size, shift=[0, 0] if options['fill'] else shift
+            )
+            for kind, paint, cell, shift in zip(kinds, colors, cells, shifts)
+        ]
         picture = {'shapes': shapes, 'tint': pick(rng, list(TONES))}
-        if split_of(picture) == split: return picture
+        if split_of(picture) == split:
+            return picture
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #627fa53c
 def _colors(rng: np.random.Generator, count: int, palette: list[str], asked: str) -> list[str]:
@@ -52,37 +57,56 @@ def _colors(rng: np.random.Generator, count: int, palette: list[str], asked: str
 
 def draw_album(
     rng: np.random.Generator,
-    options: dict[str, Any],   # images [low, high], grid, colors, shapes, fill, tasks
+    options: dict[str, Any],  # images [low, high], grid, colors, shapes, fill, tasks
 ) -> Scene:
     "Pictures of one split and the palette."
     images, asked = options['images'], ' '.join(options['tasks'])
     if len(images) != 2 or not 1 + ('same' in asked) <= images[0] <= images[1] <= 100:
         raise ValueError(f"images is {images}; expected [low, high], 1 to 100 pictures (from 2 if 'same' is asked)")
-    if not 2 <= options['colors'] <= len(COLORS): raise ValueError(f"colors is {options['colors']}; there are 2 to {len(COLORS)}")
-    if not 1 <= options['shapes'] <= len(SHAPES): raise ValueError(f"shapes is {options['shapes']}; a picture has 1 to {len(SHAPES)}")
-    if not 2 <= options['grid'] <= 8: raise ValueError(f"grid is {options['grid']}; a picture has 2 to 8 rows of cells")
-    split, count, palette = pick(rng, list(SPLITS)), int(rng.integers(images[0], images[1] + 1)), list(COLORS)[:options['colors']]
-    return {'pictures': [draw_picture(rng, options, color, split) for color in _colors(rng, count, palette, asked)], 'palette': palette}
+    if not 2 <= options['colors'] <= len(COLORS):
+        raise ValueError(f'colors is {options["colors"]}; there are 2 to {len(COLORS)}')
+    if not 1 <= options['shapes'] <= len(SHAPES):
+        raise ValueError(f'shapes is {options["shapes"]}; a picture has 1 to {len(SHAPES)}')
+    if not 2 <= options['grid'] <= 8:
+        raise ValueError(f'grid is {options["grid"]}; a picture has 2 to 8 rows of cells')
+    split, count, palette = (
+        pick(rng, list(SPLITS)),
+        int(rng.integers(images[0], images[1] + 1)),
+        list(COLORS)[: options['colors']],
+    )
+    return {
+        'pictures': [draw_picture(rng, options, color, split) for color in _colors(rng, count, palette, asked)],
+        'palette': palette,
+    }
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #3bff3f5f
 def render_album(
     scene: Scene,
-    options: dict[str, Any],   # pixels (side of a picture), grid, style
+    options: dict[str, Any],  # pixels (side of a picture), grid, style
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One image per picture; a shape or tile never leaves its cell."
     side, cell, images = options['pixels'], options['pixels'] // options['grid'], []
-    if side % options['grid'] or cell < 8: raise ValueError(f"{side} pixels cannot hold {options['grid']} cells of 8 or more; choose a multiple")
+    if side % options['grid'] or cell < 8:
+        raise ValueError(f'{side} pixels cannot hold {options["grid"]} cells of 8 or more; choose a multiple')
     for picture in scene['pictures']:
         image = Image.new('RGB', (side, side), TONES[picture['tint']])
         for shape in picture['shapes']:
-            center = tuple((shape[axis] + (3 + step) / 8) * cell for axis, step in zip(('column', 'row'), shape['shift']))
-            paint_shape(ImageDraw.Draw(image), 'square' if shape['kind'] == 'tile' else shape['kind'], shape['color'], center, cell * 3 / 8)
+            center = tuple(
+                (shape[axis] + (3 + step) / 8) * cell for axis, step in zip(('column', 'row'), shape['shift'])
+            )
+            paint_shape(
+                ImageDraw.Draw(image),
+                'square' if shape['kind'] == 'tile' else shape['kind'],
+                shape['color'],
+                center,
+                cell * 3 / 8,
+            )
         images.append(texture(image, rng) if options['style'] == 'textured' else image)
     return images
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #a2a52a26
-Asked = tuple[str, str, list[str]]   # question, answer, candidates
+Asked = tuple[str, str, list[str]]  # question, answer, candidates
 
 
 def _picture(scene: Scene, rng: np.random.Generator) -> tuple[int, list[Scene]]:
@@ -96,7 +120,10 @@ def picture_colors(
 ) -> list[str]:
     "The colour of each picture, which is that of its one shape."
     counts = [len(picture['shapes']) for picture in scene['pictures']]
-    if max(counts) > 1: raise ValueError(f"a picture with {max(counts)} shapes has no one color; set shapes=1, fill=False, or ask 'shape' or 'cell'")
+    if max(counts) > 1:
+        raise ValueError(
+            f"a picture with {max(counts)} shapes has no one color; set shapes=1, fill=False, or ask 'shape' or 'cell'"
+        )
     return [picture['shapes'][0]['color'] for picture in scene['pictures']]
 
 
@@ -112,7 +139,7 @@ def ask_choice(scene: Scene, rng: np.random.Generator) -> Asked:
     color = picture_colors(scene)[number - 1]
     others = rng.permutation([other for other in scene['palette'] if other != color]).tolist()
     listed = rng.permutation([color, *others[:3]]).tolist()
-    return f"of {' '.join(listed)} what color is picture {number}", color, listed
+    return f'of {" ".join(listed)} what color is picture {number}', color, listed
 
 
 def ask_kind(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -126,16 +153,23 @@ def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
     "The colour of one shape of a picture; about a lone picture asked as in the world `clips`."
     number, shapes = _picture(scene, rng)
     shape = pick(rng, shapes)
-    if shape['kind'] == 'tile': raise ValueError("task 'shape' needs shapes, these pictures are filled with tiles; use fill=False or ask 'cell'")
+    if shape['kind'] == 'tile':
+        raise ValueError(
+            "task 'shape' needs shapes, these pictures are filled with tiles; use fill=False or ask 'cell'"
+        )
     where = f' in picture {number}' * (len(scene['pictures']) > 1)
-    return f"what color is the {shape['kind']}{where}", shape['color'], scene['palette']
+    return f'what color is the {shape["kind"]}{where}', shape['color'], scene['palette']
 
 
 def ask_cell(scene: Scene, rng: np.random.Generator) -> Asked:
     "The colour at a place of a picture that is not empty."
     number, shapes = _picture(scene, rng)
     shape = pick(rng, shapes)
-    return f"in picture {number} what color is row {shape['row'] + 1} column {shape['column'] + 1}", shape['color'], scene['palette']
+    return (
+        f'in picture {number} what color is row {shape["row"] + 1} column {shape["column"] + 1}',
+        shape['color'],
+        scene['palette'],
+    )
 
 
 def ask_which(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -150,13 +184,29 @@ def ask_same(scene: Scene, rng: np.random.Generator) -> Asked:
     colors, yes = picture_colors(scene), rng.random() < 0.5
     pairs = [(i, j) for j in range(len(colors)) for i in range(j)]
     i, j = pick(rng, [(i, j) for i, j in pairs if (colors[i] == colors[j]) == yes] or pairs)
-    return f'does picture {i + 1} have the same color as picture {j + 1}', 'yes' if colors[i] == colors[j] else 'no', ['yes', 'no']
+    return (
+        f'does picture {i + 1} have the same color as picture {j + 1}',
+        'yes' if colors[i] == colors[j] else 'no',
+        ['yes', 'no'],
+    )
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #17aaf5f2
-ALBUMS = World(draw_album, render_album,
-               dict(color=ask_color, choice=ask_choice, kind=ask_kind, shape=ask_shape, cell=ask_cell, which=ask_which, same=ask_same),
-               dict(pixels=32, images=[1, 4], grid=4, colors=8, shapes=1, fill=False, style='flat'),
-               prefix='picture {} <image>', parts=lambda scene: scene['pictures'])
+ALBUMS = World(
+    draw_album,
+    render_album,
+    dict(
+        color=ask_color,
+        choice=ask_choice,
+        kind=ask_kind,
+        shape=ask_shape,
+        cell=ask_cell,
+        which=ask_which,
+        same=ask_same,
+    ),
+    dict(pixels=32, images=[1, 4], grid=4, colors=8, shapes=1, fill=False, style='flat'),
+    prefix='picture {} <image>',
+    parts=lambda scene: scene['pictures'],
+)
 
 
 def ask_frames(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -165,5 +215,7 @@ def ask_frames(scene: Scene, rng: np.random.Generator) -> Asked:
     return question.removesuffix(' ?'), *rest
 
 
-FRAMES = replace(CLIPS, tasks=dict(color=ask_frames), options=CLIPS.options | dict(pixels=32), prefix=ALBUMS.prefix)   # a clip told as an album
+FRAMES = replace(
+    CLIPS, tasks=dict(color=ask_frames), options=CLIPS.options | dict(pixels=32), prefix=ALBUMS.prefix
+)  # a clip told as an album
 WORLDS |= {'albums': ALBUMS, 'frames': FRAMES}

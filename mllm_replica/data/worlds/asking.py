@@ -22,22 +22,27 @@ def multiple_choice(
     ask: Ask,  # must return candidate answers
 ) -> Ask:
     "The same question with lettered candidates; the answer is a letter."
+
     def asked(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
         "Question, answer and candidates."
         question, answer, candidates = ask(scene, rng)
         others = [c for c in candidates if c != answer]
-        if not others: raise ValueError(f'{question!r} has no other candidates than {answer!r}, so it cannot become multiple choice')
-        listed = [answer] + [others[i] for i in rng.permutation(len(others))[:len(LETTERS) - 1]]
+        if not others:
+            raise ValueError(
+                f'{question!r} has no other candidates than {answer!r}, so it cannot become multiple choice'
+            )
+        listed = [answer] + [others[i] for i in rng.permutation(len(others))[: len(LETTERS) - 1]]
         listed = [listed[i] for i in rng.permutation(len(listed))]
-        letters = list(LETTERS[:len(listed)])
+        letters = list(LETTERS[: len(listed)])
         lines = ' '.join(f'{letter} : {text}' for letter, text in zip(letters, listed))
         return f'{question} there are several options : {lines} .', letters[listed.index(answer)], letters
+
     return asked
 
 
 def find_task(
     world: World,
-    task: str,     # a key of `world.tasks`, or 'choice:' and such a key
+    task: str,  # a key of `world.tasks`, or 'choice:' and such a key
 ) -> Ask:
     "The function that asks this kind of question."
     kind, _, name = task.rpartition(':')
@@ -49,21 +54,25 @@ def find_task(
 def draw_scene(
     world: World,
     options: dict[str, Any],
-    split: str,                # key of `SPLITS`
+    split: str,  # key of `SPLITS`
     rng: np.random.Generator,
 ) -> Scene:
     "A random scene that belongs to the split."
-    if split not in SPLITS: raise ValueError(f'unknown split {split!r}; known: {sorted(SPLITS)}')
+    if split not in SPLITS:
+        raise ValueError(f'unknown split {split!r}; known: {sorted(SPLITS)}')
     for _ in range(1000):
         scene = world.draw(rng, options)
-        if all(split_of(part) == split for part in world.parts(scene)): return scene
-    raise ValueError(f'1000 scenes were drawn and none belongs to {split!r}: these options allow too few different scenes ({options})')
+        if all(split_of(part) == split for part in world.parts(scene)):
+            return scene
+    raise ValueError(
+        f'1000 scenes were drawn and none belongs to {split!r}: these options allow too few different scenes ({options})'
+    )
 
 # %% ../../../nbs/foundations/data/worlds/28_asking.ipynb #140ae411
 def ask_all(
     world: World,
     scene: Scene,
-    options: dict[str, Any],   # tasks, questions, dedup
+    options: dict[str, Any],  # tasks, questions, dedup
     rng: np.random.Generator,
 ) -> list[tuple[str, str, str, list[str]]]:
     "Different questions about one scene: (task, question, answer, candidates)."
@@ -73,24 +82,32 @@ def ask_all(
         task = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         question, *rest = find_task(world, task)(scene, rng)
         asked.setdefault(question, (task, question, *rest))
-        if len(asked) == options['questions']: break
-    else: raise ValueError(f"a scene has only {len(asked)} different questions of {names}; {options['questions']} were asked for")
-    if not options['dedup']: return list(asked.values())
+        if len(asked) == options['questions']:
+            break
+    else:
+        raise ValueError(
+            f'a scene has only {len(asked)} different questions of {names}; {options["questions"]} were asked for'
+        )
+    if not options['dedup']:
+        return list(asked.values())
     first = {}
-    for turn in asked.values(): first.setdefault(turn[2], turn)
+    for turn in asked.values():
+        first.setdefault(turn[2], turn)
     return list(first.values())
 
 # %% ../../../nbs/foundations/data/worlds/28_asking.ipynb #2c2e66e6
 def conversation(
     id: str,
-    images: list[dict],                              # undecoded
-    asked: list[tuple[str, str, str, list[str]]],    # from `ask_all`
-    prefix: str,                                     # before each image if there are several; {} becomes its number
+    images: list[dict],  # undecoded
+    asked: list[tuple[str, str, str, list[str]]],  # from `ask_all`
+    prefix: str,  # before each image if there are several; {} becomes its number
     meta: dict[str, Any],
 ) -> dict[str, Any]:
     "A sample with one turn per question; the images come before the first."
-    if len(images) == 1: head = IMAGE + '\n'
-    else: head = ' '.join(prefix.format(i + 1) for i in range(len(images))) + '\n' * bool(images)
+    if len(images) == 1:
+        head = IMAGE + '\n'
+    else:
+        head = ' '.join(prefix.format(i + 1) for i in range(len(images))) + '\n' * bool(images)
     turns = []
     for number, (_, question, answer, _) in enumerate(asked):
         turns += [{'from': 'human', 'value': head * (not number) + question}, {'from': 'gpt', 'value': answer}]

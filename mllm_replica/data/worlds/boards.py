@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 from .world import COLORS, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/23_boards.ipynb #5fbec103
-GROUNDS = dict(bright=1.0, dark=0.55)   # factor on all colours of a picture
+GROUNDS = dict(bright=1.0, dark=0.55)  # factor on all colours of a picture
 WAYS = ('by', 'in', 'with', 'from', 'as')  # with two nouns each: the ten wordings of a naming question
 FILES, MARKS = 'abcdefgh', ('white', 'black')
 
 
 def place(
-    row: int,     # from the top, 0-based
+    row: int,  # from the top, 0-based
     column: int,  # from the left, 0-based
 ) -> str:
     "The name of a tile: a letter for the column, a number from 1 for the row."
@@ -32,28 +32,39 @@ def place(
 
 def draw_board(
     rng: np.random.Generator,
-    options: dict[str, Any],   # grid, colors
+    options: dict[str, Any],  # grid, colors
 ) -> Scene:
     "Tile and dot colours, the two marked tiles (never in one row or column), and the ground."
-    size, palette = options['grid'], list(COLORS)[:options['colors']]
-    if not 2 <= size <= len(FILES): raise ValueError(f'grid is {size}; a board has 2 to {len(FILES)} rows')
+    size, palette = options['grid'], list(COLORS)[: options['colors']]
+    if not 2 <= size <= len(FILES):
+        raise ValueError(f'grid is {size}; a board has 2 to {len(FILES)} rows')
     names = lambda: [[palette[i] for i in row] for row in rng.integers(len(palette), size=(size, size)).tolist()]
     tiles, dots = names(), names()
     marks = {}
     for mark, row, column in zip(MARKS, rng.permutation(size)[:2].tolist(), rng.permutation(size)[:2].tolist()):
         tiles[row][column], marks[mark] = mark, [row, column]
     corners = rng.integers(4, size=(size, size)).tolist()
-    return {'tiles': tiles, 'dots': dots, 'corners': corners, 'marks': marks, 'palette': palette, 'tint': pick(rng, list(GROUNDS))}
+    return {
+        'tiles': tiles,
+        'dots': dots,
+        'corners': corners,
+        'marks': marks,
+        'palette': palette,
+        'tint': pick(rng, list(GROUNDS)),
+    }
 
 # %% ../../../nbs/foundations/data/worlds/23_boards.ipynb #6d0080c9
 def render_board(
     scene: Scene,
-    options: dict[str, Any],   # pixels: side of the picture
+    options: dict[str, Any],  # pixels: side of the picture
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture with light and noise."
     side, size = options['pixels'], len(scene['tiles'])
-    if side % (2 * size): raise ValueError(f'{side} pixels cannot hold {size} tiles with dots of half their side; choose a multiple of {2 * size}')
+    if side % (2 * size):
+        raise ValueError(
+            f'{side} pixels cannot hold {size} tiles with dots of half their side; choose a multiple of {2 * size}'
+        )
     half, image = side // size // 2, Image.new('RGB', (side, side))
     draw, light = ImageDraw.Draw(image), GROUNDS[scene['tint']]
     paint = lambda name: tuple(int(light * channel) for channel in COLORS[name])
@@ -114,36 +125,68 @@ def ask_letter(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[s
     "The colour at a place as an option's letter; options keep the palette's order."
     row, column = _any_tile(scene, rng)
     letters = [FILES[i] for i in range(len(scene['palette']))]
-    return f'the letter for the color of {place(row, column)}', letters[scene['palette'].index(scene['tiles'][row][column])], letters
+    return (
+        f'the letter for the color of {place(row, column)}',
+        letters[scene['palette'].index(scene['tiles'][row][column])],
+        letters,
+    )
 
 
 def ask_sentence(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "Everything about one tile, as a sentence."
     row, column = _any_tile(scene, rng)
-    return f'tell me about {place(row, column)}', f"a {scene['tiles'][row][column]} tile with a {scene['dots'][row][column]} dot", []
+    return (
+        f'tell me about {place(row, column)}',
+        f'a {scene["tiles"][row][column]} tile with a {scene["dots"][row][column]} dot',
+        [],
+    )
 
 
 def ask_description(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The top row, tile by tile, and the ground."
-    return 'describe the picture', f"{scene['tint']} with {' '.join(scene['tiles'][0])} on top", []
+    return 'describe the picture', f'{scene["tint"]} with {" ".join(scene["tiles"][0])} on top', []
 
 
 def _name(style: str, words: str) -> Any:
     "A question for the name of a tile, by color or by color and row."
+
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
         "A tile, asked for its name."
         row, column = _any_tile(scene, rng)
         color = scene['tiles'][row][column]
         return f'{words}name {place(row, column)}', {'color': color, 'row': f'row {row + 1} {color}'}[style], []
+
     return ask
 
 # %% ../../../nbs/foundations/data/worlds/23_boards.ipynb #635fd958
-BOARD = World(draw_board, render_board,
-              dict(cell=ask_cell, dot=ask_dot, locate=ask_locate, relation=ask_relation, tint=ask_tint, yesno=ask_yesno, letter=ask_letter,
-                   sentence=ask_sentence, describe=ask_description, coarse_name=_name('color', ''), coarse_name_row=_name('row', ''),
-                   **{f'name{i}': _name('color', f'{way} {word} ') for i, (way, word) in enumerate(product(WAYS, ('color', 'paint')))},
-                   **{f'name_row{i}': _name('row', f'{way} {word} ') for i, (way, word) in enumerate(product(WAYS, ('row', 'line')))}),
-              dict(pixels=64, grid=4, colors=4))
-BOARD_WORDS = ('the color of dot in place black and white leftmost topmost picture is yes or no : at letter for '
-               'tell me about a tile with describe on top by row name in with from as paint line').split()
+BOARD = World(
+    draw_board,
+    render_board,
+    dict(
+        cell=ask_cell,
+        dot=ask_dot,
+        locate=ask_locate,
+        relation=ask_relation,
+        tint=ask_tint,
+        yesno=ask_yesno,
+        letter=ask_letter,
+        sentence=ask_sentence,
+        describe=ask_description,
+        coarse_name=_name('color', ''),
+        coarse_name_row=_name('row', ''),
+        **{
+            f'name{i}': _name('color', f'{way} {word} ')
+            for i, (way, word) in enumerate(product(WAYS, ('color', 'paint')))
+        },
+        **{
+            f'name_row{i}': _name('row', f'{way} {word} ')
+            for i, (way, word) in enumerate(product(WAYS, ('row', 'line')))
+        },
+    ),
+    dict(pixels=64, grid=4, colors=4),
+)
+BOARD_WORDS = (
+    'the color of dot in place black and white leftmost topmost picture is yes or no : at letter for '
+    'tell me about a tile with describe on top by row name in with from as paint line'
+).split()
 BOARD_PLACES = [place(row, column) for row in range(len(FILES)) for column in range(len(FILES))]

@@ -19,13 +19,13 @@ from .table import WORLDS
 from .world import COLORS, HEIGHTS, SPLITS, Scene, World, pick, split_of, texture
 
 # %% ../../../nbs/foundations/data/worlds/27_documents.ipynb #2fb55b44
-Asked = tuple[str, str, list[str]]   # question, answer, candidates
+Asked = tuple[str, str, list[str]]  # question, answer, candidates
 TENS = [str(digit) for digit in range(10)]
 
 
 def number_of(
     *parts: str,
-    below: int,   # of how many numbers
+    below: int,  # of how many numbers
 ) -> str:
     "The number that belongs to these words, the same in every run, without a rule to be found."
     return str(hashlib.sha256(' '.join(parts).encode()).digest()[0] % below)
@@ -40,7 +40,7 @@ def say_fact(rng: np.random.Generator) -> Asked:
 def say_copy(rng: np.random.Generator) -> Asked:
     "The last of three letters that are told again."
     signs = [LETTERS[i] for i in rng.integers(len(LETTERS), size=3).tolist()]
-    return f"copy {' '.join(signs)} : {' '.join(signs[:2])}", signs[2], LETTERS
+    return f'copy {" ".join(signs)} : {" ".join(signs[:2])}', signs[2], LETTERS
 
 
 SKILLS = dict(fact=say_fact, copy=say_copy)
@@ -58,27 +58,37 @@ WORDS = [word for words in TOPICS.values() for word in words]
 
 def draw_picture(
     rng: np.random.Generator,
-    split: str,                # key of `SPLITS`
+    split: str,  # key of `SPLITS`
 ) -> Scene:
     "A poster of one split."
     while True:
         height, column = int(rng.integers(len(HEIGHTS))), int(rng.integers(5))
-        picture = {'ground': pick(rng, list(COLORS)), 'sign': pick(rng, LETTERS), 'height': HEIGHTS[height], 'place': [column, 2 * height]}
-        if split_of(picture) == split: return picture
+        picture = {
+            'ground': pick(rng, list(COLORS)),
+            'sign': pick(rng, LETTERS),
+            'height': HEIGHTS[height],
+            'place': [column, 2 * height],
+        }
+        if split_of(picture) == split:
+            return picture
 
 
 def draw_page(
     rng: np.random.Generator,
-    options: dict[str, Any],   # kind, images [low, high], noise, prose
+    options: dict[str, Any],  # kind, images [low, high], noise, prose
 ) -> Scene:
     "Pictures of one split, the topic, and the text as a document."
-    if options['kind'] not in ('caption', 'interleaved', 'text'): raise ValueError(f"kind is {options['kind']!r}; known: caption, interleaved, text")
+    if options['kind'] not in ('caption', 'interleaved', 'text'):
+        raise ValueError(f'kind is {options["kind"]!r}; known: caption, interleaved, text')
     low, high = options['images']
-    if not 1 <= low <= high <= 16: raise ValueError(f"images is {options['images']}; expected [low, high] of 1 to 16 pictures")
+    if not 1 <= low <= high <= 16:
+        raise ValueError(f'images is {options["images"]}; expected [low, high] of 1 to 16 pictures')
     split, topic, count = pick(rng, list(SPLITS)), pick(rng, list(TOPICS)), int(rng.integers(low, high + 1))
-    if options['kind'] == 'text': return {'pictures': [], 'topic': topic, 'text': ' '.join(say_any(rng) for _ in range(count))}
+    if options['kind'] == 'text':
+        return {'pictures': [], 'topic': topic, 'text': ' '.join(say_any(rng) for _ in range(count))}
     pictures = [draw_picture(rng, split) for _ in range(1 if options['kind'] == 'caption' else count)]
-    if options['kind'] == 'caption': return {'pictures': pictures, 'topic': topic, 'text': '<image> ' + caption(pictures[0])}
+    if options['kind'] == 'caption':
+        return {'pictures': pictures, 'topic': topic, 'text': '<image> ' + caption(pictures[0])}
     told = [pick(rng, WORDS) if rng.random() < options['noise'] else picture[topic] for picture in pictures]
     parts = [(say_any(rng) + ' ') * bool(rng.random() < options['prose']) + f'<image> {word} .' for word in told]
     return {'pictures': pictures, 'topic': topic, 'told': told, 'text': ' '.join(parts)}
@@ -88,7 +98,7 @@ def caption(
     picture: Scene,
 ) -> str:
     "All of a picture in words."
-    return f"the {picture['ground']} picture has letter {picture['sign']} in the {picture['height']} ."
+    return f'the {picture["ground"]} picture has letter {picture["sign"]} in the {picture["height"]} .'
 
 
 def render_page(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
@@ -103,50 +113,63 @@ def ask_document(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _ask_caption(topic: str) -> Any:
     "A caption's word of one topic."
+
     def ask(scene: Scene, rng: np.random.Generator) -> Asked:
         "The caption up to the word, and the word."
-        picture, = scene['pictures']
+        (picture,) = scene['pictures']
         words = caption(picture).split()
-        return ' '.join(words[:dict(ground=1, sign=5, height=8)[topic]]), picture[topic], TOPICS[topic]
+        return ' '.join(words[: dict(ground=1, sign=5, height=8)[topic]]), picture[topic], TOPICS[topic]
+
     return ask
 
 
 def ask_shots(scene: Scene, rng: np.random.Generator) -> Asked:
     "The last picture's word, after the other pictures with what is told of them."
     shown = scene['told'][:-1]
-    marks = '<image>' if shown else ''                       # a lone picture is put before the question anyway
+    marks = '<image>' if shown else ''  # a lone picture is put before the question anyway
     return ''.join(f'<image> {word} . ' for word in shown) + marks, scene['pictures'][-1][scene['topic']], WORDS
 
 
 def _ask_skill(name: str) -> Any:
     "The last word of a sentence."
+
     def ask(scene: Scene, rng: np.random.Generator) -> Asked:
         "A new sentence, whatever the scene."
         return SKILLS[name](rng)
+
     return ask
 
 
-PAGES = World(draw_page, render_page,
-              {'document': ask_document, 'shots': ask_shots} | {topic: _ask_caption(topic) for topic in TOPICS}
-              | {name: _ask_skill(name) for name in SKILLS},
-              dict(kind='caption', images=[1, 1], noise=0.3, prose=0.25), prefix='', parts=lambda scene: scene['pictures'])
+PAGES = World(
+    draw_page,
+    render_page,
+    {'document': ask_document, 'shots': ask_shots}
+    | {topic: _ask_caption(topic) for topic in TOPICS}
+    | {name: _ask_skill(name) for name in SKILLS},
+    dict(kind='caption', images=[1, 1], noise=0.3, prose=0.25),
+    prefix='',
+    parts=lambda scene: scene['pictures'],
+)
 WORLDS['pages'] = PAGES
 
 # %% ../../../nbs/foundations/data/worlds/27_documents.ipynb #9dc5fb64
 def draw_sheet(
     rng: np.random.Generator,
-    options: dict[str, Any],   # grid, colors
+    options: dict[str, Any],  # grid, colors
 ) -> Scene:
     "Ground and sign of every cell, in reading order."
-    if not 2 <= options['colors'] <= 6: raise ValueError(f"colors is {options['colors']}; black and white are for the signs, so 2 to 6")
-    count, palette = options['grid'] ** 2, list(COLORS)[:options['colors']]
-    return {'grounds': [palette[i] for i in rng.integers(len(palette), size=count).tolist()],
-            'signs': [LETTERS[i] for i in rng.integers(len(LETTERS), size=count).tolist()]}
+    if not 2 <= options['colors'] <= 6:
+        raise ValueError(f'colors is {options["colors"]}; black and white are for the signs, so 2 to 6')
+    count, palette = options['grid'] ** 2, list(COLORS)[: options['colors']]
+    return {
+        'grounds': [palette[i] for i in rng.integers(len(palette), size=count).tolist()],
+        'signs': [LETTERS[i] for i in rng.integers(len(LETTERS), size=count).tolist()],
+    }
 
 
 def render_sheet(
     scene: Scene,
-    options: dict[str, Any],   # grid
+    options: dict[str, Any],  # grid
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture with light and noise."
@@ -157,7 +180,11 @@ def render_sheet(
         bits = np.array([[bits >> (4 - x) & 1 for x in range(5)] for bits in SIGNS[sign]], bool)
         cell[2:9, 3:8][bits] = COLORS['white']
     side = options['grid']
-    return [texture(Image.fromarray(cells.reshape(side, side, 12, 12, 3).swapaxes(1, 2).reshape(12 * side, 12 * side, 3)), rng)]
+    return [
+        texture(
+            Image.fromarray(cells.reshape(side, side, 12, 12, 3).swapaxes(1, 2).reshape(12 * side, 12 * side, 3)), rng
+        )
+    ]
 
 
 def ask_grounds(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -175,12 +202,14 @@ def ask_tags(scene: Scene, rng: np.random.Generator) -> Asked:
     return 'name', ' '.join(scene['grounds'] + scene['signs']), []
 
 
-WORLDS['sheets'] = World(draw_sheet, render_sheet, dict(grounds=ask_grounds, signs=ask_signs, tags=ask_tags), dict(grid=4, colors=6))
+WORLDS['sheets'] = World(
+    draw_sheet, render_sheet, dict(grounds=ask_grounds, signs=ask_signs, tags=ask_tags), dict(grid=4, colors=6)
+)
 
 # %% ../../../nbs/foundations/data/worlds/27_documents.ipynb #00c8a871
 def draw_facts(
     rng: np.random.Generator,
-    options: dict[str, Any],   # limit
+    options: dict[str, Any],  # limit
 ) -> Scene:
     "Two numbers."
     first, second = rng.integers(options['limit'], size=2).tolist()

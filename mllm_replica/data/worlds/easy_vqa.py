@@ -17,32 +17,42 @@ from .world import SPLITS
 def _easy_vqa_folder() -> Path:
     "Where the package keeps its files."
     spec = importlib.util.find_spec('easy_vqa')
-    folder = Path(spec.submodule_search_locations[0])/'data' if spec and spec.submodule_search_locations else None
-    if folder is None or not (folder/'answers.txt').is_file():
+    folder = Path(spec.submodule_search_locations[0]) / 'data' if spec and spec.submodule_search_locations else None
+    if folder is None or not (folder / 'answers.txt').is_file():
         raise ModuleNotFoundError('the pictures of easy-VQA are not installed; run: pip install easy-vqa')
     return folder
 
 
 def easy_vqa(
-    split: str,               # 'train' (4,000 pictures) or 'test' (1,000)
+    split: str,  # 'train' (4,000 pictures) or 'test' (1,000)
     size: int | None = None,  # number of samples, None for all
-    turns: int = 1,           # questions per sample
-    dedup: bool = False,      # keep one question per answer and picture
-    seed: int = 0,            # decides which samples `size` keeps
+    turns: int = 1,  # questions per sample
+    dedup: bool = False,  # keep one question per answer and picture
+    seed: int = 0,  # decides which samples `size` keeps
 ) -> 'datasets.Dataset':
     "Questions about real picture files; images are paths."
     from datasets import Dataset
-    if split not in SPLITS: raise ValueError(f'unknown split {split!r}; known: {sorted(SPLITS)}')
-    if turns < 1: raise ValueError(f'turns is {turns}; a sample needs at least one question')
+
+    if split not in SPLITS:
+        raise ValueError(f'unknown split {split!r}; known: {sorted(SPLITS)}')
+    if turns < 1:
+        raise ValueError(f'turns is {turns}; a sample needs at least one question')
     folder, grouped = _easy_vqa_folder(), {}
-    answers = (folder/'answers.txt').read_text().split()
-    for question, answer, picture in json.loads((folder/split/'questions.json').read_text()):
+    answers = (folder / 'answers.txt').read_text().split()
+    for question, answer, picture in json.loads((folder / split / 'questions.json').read_text()):
         kind = ['yes', 'no'] if answer in ('yes', 'no') else [a for a in answers if a not in ('yes', 'no')]
         asked = grouped.setdefault(picture, {})
-        asked[answer if dedup else question] = asked.get(answer if dedup else question) or ('easy_vqa', question, answer, kind)
+        asked[answer if dedup else question] = asked.get(answer if dedup else question) or (
+            'easy_vqa',
+            question,
+            answer,
+            kind,
+        )
     rows = []
     for picture, asked in grouped.items():
-        image, asked = dict(bytes=None, path=str(folder/split/'images'/f'{picture}.png')), list(asked.values())
-        rows += [conversation(f'easy_vqa-{split}-{picture}-{i}', [image], asked[i:i + turns], IMAGE, {'picture': picture})
-                 for i in range(0, len(asked), turns)]
+        image, asked = dict(bytes=None, path=str(folder / split / 'images' / f'{picture}.png')), list(asked.values())
+        rows += [
+            conversation(f'easy_vqa-{split}-{picture}-{i}', [image], asked[i : i + turns], IMAGE, {'picture': picture})
+            for i in range(0, len(asked), turns)
+        ]
     return choose(Dataset.from_list(rows, features=features()), size, seed)

@@ -24,11 +24,11 @@ from .world import World
 
 # %% ../../../nbs/foundations/data/worlds/31_making.ipynb #aba1842e
 def samples(
-    name: str,         # key of `WORLDS`
-    split: str,        # 'train' or 'test'
+    name: str,  # key of `WORLDS`
+    split: str,  # 'train' or 'test'
     seed: int,
-    size: int,         # number of samples
-    **options: Any,    # see `world_options`
+    size: int,  # number of samples
+    **options: Any,  # see `world_options`
 ) -> Iterator[dict[str, Any]]:
     "Conversations about random scenes, images as PNG bytes."
     world, options = world_options(name, options)
@@ -39,12 +39,18 @@ def samples(
         place, talk, paint = (np.random.default_rng([*stream, index, use]) for use in range(3))
         scene = draw_scene(world, options, split, place)
         base = f'{name}-{split}-{seed}-{index}'
-        images = [dict(bytes=encode_png(image), path=f'{base}.{i}.png') for i, image in enumerate(world.render(scene, options, paint))]
+        images = [
+            dict(bytes=encode_png(image), path=f'{base}.{i}.png')
+            for i, image in enumerate(world.render(scene, options, paint))
+        ]
         asked = ask_all(world, scene, options, talk)
         for start in range(0, min(len(asked), (size - made) * options['turns']), options['turns']):
-            sample = conversation(f'{base}-{start}', images, asked[start:start + options['turns']], world.prefix, scene)
+            sample = conversation(
+                f'{base}-{start}', images, asked[start : start + options['turns']], world.prefix, scene
+            )
             strange = {word for turn in sample['conversations'] for word in words_of(turn['value'])} - known
-            if strange: raise ValueError(f"sample {sample['id']!r} says {sorted(strange)}; add these words to the vocabulary")
+            if strange:
+                raise ValueError(f'sample {sample["id"]!r} says {sorted(strange)}; add these words to the vocabulary')
             made += 1
             yield sample
 
@@ -55,27 +61,31 @@ def _code(world: World) -> str:
 
 
 def build_world(
-    name: str,         # key of `WORLDS`
-    split: str,        # 'train' or 'test'
+    name: str,  # key of `WORLDS`
+    split: str,  # 'train' or 'test'
     seed: int,
-    size: int,         # number of samples
-    **options: Any,    # see `world_options`
+    size: int,  # number of samples
+    **options: Any,  # see `world_options`
 ) -> Path:
     "The parquet file of a procedural data set, made on first use."
     import pyarrow.parquet as pq
     from datasets import Dataset
-    if not isinstance(size, int) or size < 1: raise ValueError(f'world {name!r}: size is {size!r}; a procedural world needs the number of samples')
+
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f'world {name!r}: size is {size!r}; a procedural world needs the number of samples')
     world, full = world_options(name, options)
     key = hashlib.sha256(json.dumps([_code(world), full], sort_keys=True).encode()).hexdigest()[:12]
-    path = settings().run_folder/'data'/f'{name}-{split}-{seed}-{size}-v{world.version}-{key}.parquet'
-    if path.exists(): return path
+    path = settings().run_folder / 'data' / f'{name}-{split}-{seed}-{size}-v{world.version}-{key}.parquet'
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f'.{os.getpid()}.tmp')
     try:
         made = Dataset.from_list(list(samples(name, split, seed, size, **options)), features=features())
         pq.write_table(made.data.table, temporary)
         temporary.replace(path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -86,4 +96,5 @@ def read_world(
     import pyarrow.parquet as pq
     from datasets import Dataset, DatasetInfo
     from datasets.table import InMemoryTable
+
     return Dataset(InMemoryTable(pq.read_table(path)), info=DatasetInfo(features=features()))

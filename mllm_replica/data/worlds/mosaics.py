@@ -20,16 +20,18 @@ from .world import COLORS, TONES, Scene, World, pick, texture
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #14095af4
 def draw_mosaic(
     rng: np.random.Generator,
-    options: dict[str, Any],   # rows, columns, colors, tasks
+    options: dict[str, Any],  # rows, columns, colors, tasks
 ) -> Scene:
     "The colour of every cell, in reading order."
-    palette, count = list(COLORS)[:options['colors']], options['rows'] * options['columns']
-    if not 2 <= options['colors'] <= len(COLORS): raise ValueError(f"colors is {options['colors']}; there are 2 to {len(COLORS)}")
+    palette, count = list(COLORS)[: options['colors']], options['rows'] * options['columns']
+    if not 2 <= options['colors'] <= len(COLORS):
+        raise ValueError(f'colors is {options["colors"]}; there are 2 to {len(COLORS)}')
     if options['rows'] not in (1, options['columns']):
-        raise ValueError(f"{options['rows']} rows of {options['columns']}: a picture is square or one row of stripes")
+        raise ValueError(f'{options["rows"]} rows of {options["columns"]}: a picture is square or one row of stripes')
     while True:
         cells = [palette[i] for i in rng.integers(len(palette), size=count).tolist()]
-        if askable(cells, options['tasks']): return {'cells': cells, 'palette': palette}
+        if askable(cells, options['tasks']):
+            return {'cells': cells, 'palette': palette}
 
 
 def leader(
@@ -42,16 +44,18 @@ def leader(
 
 def render_mosaic(
     scene: Scene,
-    options: dict[str, Any],   # rows, columns, cell (pixels)
+    options: dict[str, Any],  # rows, columns, cell (pixels)
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture with light and noise."
-    colors = np.array([COLORS[name] for name in scene['cells']], np.uint8).reshape(options['rows'], options['columns'], 3)
+    colors = np.array([COLORS[name] for name in scene['cells']], np.uint8).reshape(
+        options['rows'], options['columns'], 3
+    )
     tall = options['cell'] * (options['columns'] if options['rows'] == 1 else 1)
     return [texture(Image.fromarray(colors.repeat(tall, 0).repeat(options['cell'], 1)), rng)]
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #0fe08959
-Asked = tuple[str, str, list[str]]   # question, answer, candidates
+Asked = tuple[str, str, list[str]]  # question, answer, candidates
 
 
 def ask_all(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -79,33 +83,54 @@ def ask_next(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def askable(
     cells: list[str],
-    tasks: dict[str, float],   # that may be asked
+    tasks: dict[str, float],  # that may be asked
 ) -> bool:
     "Whether every question has an answer: someone leads, someone is alone and has a right neighbour."
-    return ('most' not in tasks or leader(cells) is not None) and ('next' not in tasks or any(cells.count(value) == 1 for value in cells[:-1]))
+    return ('most' not in tasks or leader(cells) is not None) and (
+        'next' not in tasks or any(cells.count(value) == 1 for value in cells[:-1])
+    )
 
 
-MOSAICS = World(draw_mosaic, render_mosaic, dict(all=ask_all, item=ask_item, most=ask_most, next=ask_next), dict(rows=4, columns=4, colors=6, cell=4),
-                parts=lambda scene: [scene['cells']])
+MOSAICS = World(
+    draw_mosaic,
+    render_mosaic,
+    dict(all=ask_all, item=ask_item, most=ask_most, next=ask_next),
+    dict(rows=4, columns=4, colors=6, cell=4),
+    parts=lambda scene: [scene['cells']],
+)
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #38f04ca9
-SIGNS = {   # 5 × 7 bitmaps, rows from the top, most significant bit left
-    'a': (0x0E, 0x11, 0x11, 0x1F, 0x11, 0x11, 0x11), 'c': (0x0E, 0x11, 0x10, 0x10, 0x10, 0x11, 0x0E), 'e': (0x1F, 0x10, 0x10, 0x1E, 0x10, 0x10, 0x1F),
-    'h': (0x11, 0x11, 0x11, 0x1F, 0x11, 0x11, 0x11), 'k': (0x11, 0x12, 0x14, 0x18, 0x14, 0x12, 0x11), 't': (0x1F, 0x04, 0x04, 0x04, 0x04, 0x04, 0x04),
-    'x': (0x11, 0x11, 0x0A, 0x04, 0x0A, 0x11, 0x11), 'z': (0x1F, 0x01, 0x02, 0x04, 0x08, 0x10, 0x1F),
-    '1': (0x04, 0x0C, 0x04, 0x04, 0x04, 0x04, 0x0E), '2': (0x0E, 0x11, 0x01, 0x06, 0x08, 0x10, 0x1F), '3': (0x1F, 0x02, 0x04, 0x02, 0x01, 0x11, 0x0E),
-    '4': (0x02, 0x06, 0x0A, 0x12, 0x1F, 0x02, 0x02), '5': (0x1F, 0x10, 0x1E, 0x01, 0x01, 0x11, 0x0E), '6': (0x06, 0x08, 0x10, 0x1E, 0x11, 0x11, 0x0E),
-    '8': (0x0E, 0x11, 0x11, 0x0E, 0x11, 0x11, 0x0E), '9': (0x0E, 0x11, 0x11, 0x0F, 0x01, 0x02, 0x0C),
+SIGNS = {  # 5 × 7 bitmaps, rows from the top, most significant bit left
+    'a': (0x0E, 0x11, 0x11, 0x1F, 0x11, 0x11, 0x11),
+    'c': (0x0E, 0x11, 0x10, 0x10, 0x10, 0x11, 0x0E),
+    'e': (0x1F, 0x10, 0x10, 0x1E, 0x10, 0x10, 0x1F),
+    'h': (0x11, 0x11, 0x11, 0x1F, 0x11, 0x11, 0x11),
+    'k': (0x11, 0x12, 0x14, 0x18, 0x14, 0x12, 0x11),
+    't': (0x1F, 0x04, 0x04, 0x04, 0x04, 0x04, 0x04),
+    'x': (0x11, 0x11, 0x0A, 0x04, 0x0A, 0x11, 0x11),
+    'z': (0x1F, 0x01, 0x02, 0x04, 0x08, 0x10, 0x1F),
+    '1': (0x04, 0x0C, 0x04, 0x04, 0x04, 0x04, 0x0E),
+    '2': (0x0E, 0x11, 0x01, 0x06, 0x08, 0x10, 0x1F),
+    '3': (0x1F, 0x02, 0x04, 0x02, 0x01, 0x11, 0x0E),
+    '4': (0x02, 0x06, 0x0A, 0x12, 0x1F, 0x02, 0x02),
+    '5': (0x1F, 0x10, 0x1E, 0x01, 0x01, 0x11, 0x0E),
+    '6': (0x06, 0x08, 0x10, 0x1E, 0x11, 0x11, 0x0E),
+    '8': (0x0E, 0x11, 0x11, 0x0E, 0x11, 0x11, 0x0E),
+    '9': (0x0E, 0x11, 0x11, 0x0F, 0x01, 0x02, 0x0C),
 }
 LETTERS, DIGITS = [sign for sign in SIGNS if sign.isalpha()], [sign for sign in SIGNS if sign.isdigit()]
 
 
 def draw_poster(
     rng: np.random.Generator,
-    options: dict[str, Any],   # digits: instead of letters
+    options: dict[str, Any],  # digits: instead of letters
 ) -> Scene:
     "Ground, sign and its place."
-    return {'ground': pick(rng, list(COLORS)), 'sign': pick(rng, DIGITS if options['digits'] else LETTERS), 'place': rng.integers(5, size=2).tolist()}
+    return {
+        'ground': pick(rng, list(COLORS)),
+        'sign': pick(rng, DIGITS if options['digits'] else LETTERS),
+        'place': rng.integers(5, size=2).tolist(),
+    }
 
 
 def render_poster(
@@ -115,7 +140,11 @@ def render_poster(
 ) -> list[Image.Image]:
     "One picture of 32 × 32 pixels."
     image, (column, row) = Image.new('RGB', (32, 32), COLORS[scene['ground']]), scene['place']
-    bits = np.array([[bits >> (4 - x) & 1 for x in range(5)] for bits in SIGNS[scene['sign']]], bool).repeat(2, 0).repeat(2, 1)
+    bits = (
+        np.array([[bits >> (4 - x) & 1 for x in range(5)] for bits in SIGNS[scene['sign']]], bool)
+        .repeat(2, 0)
+        .repeat(2, 1)
+    )
     mark = Image.fromarray(np.where(bits, 255, 0).astype(np.uint8))
     left, top = 1 + 5 * column, 1 + 4 * row
     ImageDraw.Draw(image).rectangle((left - 1, top - 1, left + 10, top + 14), fill=(0, 0, 0))
@@ -138,26 +167,29 @@ POSTERS = World(draw_poster, render_poster, dict(ground=ask_ground, sign=ask_sig
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #ca27ef7d
 def draw_list(
     rng: np.random.Generator,
-    options: dict[str, Any],   # length, kinds, picture, tasks
+    options: dict[str, Any],  # length, kinds, picture, tasks
 ) -> Scene:
     "Digits or colours and, perhaps, the stripes of an unrelated picture."
     palettes = {'digits': [str(digit) for digit in range(10)], 'colors': list(COLORS)}
     if not options['kinds'] or set(options['kinds']) - set(palettes):
-        raise ValueError(f"kinds are {options['kinds']}; expected some of {list(palettes)}")
+        raise ValueError(f'kinds are {options["kinds"]}; expected some of {list(palettes)}')
     palette = palettes[pick(rng, options['kinds'])]
     while True:
         words = [palette[i] for i in rng.integers(len(palette), size=options['length']).tolist()]
-        if askable(words, options['tasks']): break
+        if askable(words, options['tasks']):
+            break
     stripes = draw_mosaic(rng, dict(rows=1, columns=5, colors=8, tasks={}))['cells'] if options['picture'] else []
     return {'cells': words, 'palette': palette, 'stripes': stripes}
 
 
 def _of_words(ask: Any) -> Any:
     "The question after the words."
+
     def asked(scene: Scene, rng: np.random.Generator) -> Asked:
         "The words, then the question."
         question, *rest = ask(scene, rng)
-        return f"{' '.join(scene['cells'])} {question}", *rest
+        return f'{" ".join(scene["cells"])} {question}', *rest
+
     return asked
 
 
@@ -166,20 +198,24 @@ def render_list(scene: Scene, options: dict[str, Any], rng: np.random.Generator)
     return render_mosaic({'cells': scene['stripes']}, dict(rows=1, columns=5, cell=4), rng) if scene['stripes'] else []
 
 
-LISTS = World(draw_list, render_list, dict(all=_of_words(ask_all), item=_of_words(ask_item), most=_of_words(ask_most),
-                                      next=_of_words(ask_next)),
-              dict(length=5, kinds=['digits'], picture=False),
-              parts=lambda scene: [scene['cells']])
+LISTS = World(
+    draw_list,
+    render_list,
+    dict(all=_of_words(ask_all), item=_of_words(ask_item), most=_of_words(ask_most), next=_of_words(ask_next)),
+    dict(length=5, kinds=['digits'], picture=False),
+    parts=lambda scene: [scene['cells']],
+)
 WORLDS |= {'mosaics': MOSAICS, 'posters': POSTERS, 'lists': LISTS}
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #fe4ec8af
 def word_accuracy(
     prediction: str,  # the model's text
-    answer: str,      # the right answer
+    answer: str,  # the right answer
 ) -> float:
     "The share of the answer's words that the prediction has at the same place."
     words, expected = normalise(prediction).split(), normalise(answer).split()
-    if not expected: raise ValueError('word_accuracy: the answer has no words')
+    if not expected:
+        raise ValueError('word_accuracy: the answer has no words')
     return sum(word == right for word, right in zip(words, expected)) / len(expected)
 
 

@@ -26,34 +26,44 @@ PAINTS = ('red', 'blue', 'green', 'yellow', 'purple', 'orange')
 
 def paint_shape(
     draw: ImageDraw.ImageDraw,
-    kind: str,                      # one of `SHAPES`
-    color: str,                     # key of `COLORS`
-    center: tuple[float, float],    # pixels
-    radius: float,                  # pixels
+    kind: str,  # one of `SHAPES`
+    color: str,  # key of `COLORS`
+    center: tuple[float, float],  # pixels
+    radius: float,  # pixels
 ) -> None:
     "One filled shape."
     x, y, fill = *center, COLORS[color]
     box = (x - radius, y - radius, x + radius, y + radius)
-    if kind == 'circle': draw.ellipse(box, fill=fill)
-    elif kind == 'square': draw.rectangle(box, fill=fill)
-    else: draw.polygon(((x, y - radius), (x - radius, y + radius), (x + radius, y + radius)), fill=fill)
+    if kind == 'circle':
+        draw.ellipse(box, fill=fill)
+    elif kind == 'square':
+        draw.rectangle(box, fill=fill)
+    else:
+        draw.polygon(((x, y - radius), (x - radius, y + radius), (x + radius, y + radius)), fill=fill)
 
 
 def draw_shapes(
     rng: np.random.Generator,
-    options: dict[str, Any],   # objects
+    options: dict[str, Any],  # objects
 ) -> Scene:
     "Different shapes on different places of a 3 x 3 board, a little off the middle of their cell."
-    if not 2 <= options['objects'] <= 9: raise ValueError(f"objects is {options['objects']}; a 3 x 3 board holds 2 to 9")
-    kinds = rng.permutation(len(SHAPES) * len(PAINTS))[:options['objects']].tolist()
-    cells, shifts = rng.permutation(9)[:options['objects']].tolist(), rng.integers(-8, 9, size=(options['objects'], 2)).tolist()
-    shapes = [dict(kind=SHAPES[k % 3], color=PAINTS[k // 3], row=c // 3, column=c % 3, shift=s) for k, c, s in zip(kinds, cells, shifts)]
+    if not 2 <= options['objects'] <= 9:
+        raise ValueError(f'objects is {options["objects"]}; a 3 x 3 board holds 2 to 9')
+    kinds = rng.permutation(len(SHAPES) * len(PAINTS))[: options['objects']].tolist()
+    cells, shifts = (
+        rng.permutation(9)[: options['objects']].tolist(),
+        rng.integers(-8, 9, size=(options['objects'], 2)).tolist(),
+    )
+    shapes = [
+        dict(kind=SHAPES[k % 3], color=PAINTS[k // 3], row=c // 3, column=c % 3, shift=s)
+        for k, c, s in zip(kinds, cells, shifts)
+    ]
     return {'shapes': shapes, 'tint': pick(rng, list(TONES))}
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #f6ec5689
 def render_shapes(
     scene: Scene,
-    options: dict[str, Any],   # pixels
+    options: dict[str, Any],  # pixels
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture; a shift of 100 is one cell."
@@ -66,17 +76,22 @@ def render_shapes(
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #eceed56e
 def _where(shape: Scene) -> str:
-    return f"{HEIGHTS[shape['row']]} {WIDTHS[shape['column']]}"
+    return f'{HEIGHTS[shape["row"]]} {WIDTHS[shape["column"]]}'
 
 
 def _called(shape: Scene) -> str:
-    return f"{shape['color']} {shape['kind']}"
+    return f'{shape["color"]} {shape["kind"]}'
 
 
 def ask_side(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "Whether one shape is on a certain side of another."
-    pairs = [(a, b, side) for a in scene['shapes'] for b in scene['shapes'] for side, (down, across) in SIDES.items()
-             if (a['row'] - b['row']) * down > 0 or (a['column'] - b['column']) * across > 0]
+    pairs = [
+        (a, b, side)
+        for a in scene['shapes']
+        for b in scene['shapes']
+        for side, (down, across) in SIDES.items()
+        if (a['row'] - b['row']) * down > 0 or (a['column'] - b['column']) * across > 0
+    ]
     a, b, side = pick(rng, pairs)
     true = rng.random() < 0.5
     a, b = (a, b) if true else (b, a)
@@ -87,13 +102,21 @@ def ask_shape_existence(scene: Scene, rng: np.random.Generator) -> tuple[str, st
     "Whether a shape of this kind and colour occurs."
     there, present = {_called(s) for s in scene['shapes']}, rng.random() < 0.5
     every = [f'{color} {kind}' for color in PAINTS for kind in SHAPES]
-    return f'is there a {pick(rng, [n for n in every if (n in there) == present])} ?', 'yes' if present else 'no', ['yes', 'no']
+    return (
+        f'is there a {pick(rng, [n for n in every if (n in there) == present])} ?',
+        'yes' if present else 'no',
+        ['yes', 'no'],
+    )
 
 
 def ask_shape_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "How many shapes of a kind there are."
     kind = pick(rng, list(SHAPES))
-    return f'how many {kind}s ?', str(sum(s['kind'] == kind for s in scene['shapes'])), [str(n) for n in range(len(scene['shapes']) + 1)]
+    return (
+        f'how many {kind}s ?',
+        str(sum(s['kind'] == kind for s in scene['shapes'])),
+        [str(n) for n in range(len(scene['shapes']) + 1)],
+    )
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #fcb1e3b1
 def ask_shape_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
@@ -114,10 +137,19 @@ def ask_shape_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str, l
     return f'where is the {_called(shape)} ?', _where(shape), [f'{h} {w}' for h in HEIGHTS for w in WIDTHS]
 
 
-SHAPE_BOARD = World(draw_shapes, render_shapes,
-                    dict(side=ask_side, existence=ask_shape_existence, count=ask_shape_count,
-                         color=ask_shape_color, shape=ask_shape_kind, place=ask_shape_place),
-                    dict(pixels=64, objects=4, style='flat'))
+SHAPE_BOARD = World(
+    draw_shapes,
+    render_shapes,
+    dict(
+        side=ask_side,
+        existence=ask_shape_existence,
+        count=ask_shape_count,
+        color=ask_shape_color,
+        shape=ask_shape_kind,
+        place=ask_shape_place,
+    ),
+    dict(pixels=64, objects=4, style='flat'),
+)
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #6c598ffe
 GLYPHS = 'abcdefghjklmnpqrstuvwxyz23456789'
@@ -131,16 +163,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def draw_glyphs(
     rng: np.random.Generator,
-    options: dict[str, Any],   # length
+    options: dict[str, Any],  # length
 ) -> Scene:
     "A row of 1 to `length` signs, their ink, their place (per cent of the free room) and the ground."
     signs = [GLYPHS[i] for i in rng.integers(len(GLYPHS), size=int(rng.integers(1, options['length'] + 1)))]
-    return {'signs': signs, 'ink': pick(rng, ['red', 'blue', 'black', 'purple']), 'place': rng.integers(0, 101, size=2).tolist(), 'tint': 'bright'}
+    return {
+        'signs': signs,
+        'ink': pick(rng, ['red', 'blue', 'black', 'purple']),
+        'place': rng.integers(0, 101, size=2).tolist(),
+        'tint': 'bright',
+    }
 
 
 def render_glyphs(
     scene: Scene,
-    options: dict[str, Any],   # pixels
+    options: dict[str, Any],  # pixels
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture with capital letters, as large as the picture allows, at most half its height."
@@ -149,7 +186,9 @@ def render_glyphs(
     draw, wide = ImageDraw.Draw(image), _font(100).getlength(text)
     font = _font(int(min(0.5 * side, 0.9 * side * 100 / wide)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    x, y = (2 + int((side - 4 - size) * place / 100) for size, place in zip((right - left, bottom - top), scene['place']))
+    x, y = (
+        2 + int((side - 4 - size) * place / 100) for size, place in zip((right - left, bottom - top), scene['place'])
+    )
     draw.text((x - left, y - top), text, fill=COLORS[scene['ink']], font=font)
     return [texture(image, rng) if options['style'] == 'textured' else image]
 
@@ -175,30 +214,38 @@ def ask_length(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[s
     return 'how many letters ?', str(len(scene['signs'])), ['1', '2', '3', '4']
 
 
-PAGE = World(draw_glyphs, render_glyphs, dict(read=ask_reading, letter=ask_letter, ink=ask_ink, length=ask_length),
-             dict(pixels=64, length=3, style='flat'))
+PAGE = World(
+    draw_glyphs,
+    render_glyphs,
+    dict(read=ask_reading, letter=ask_letter, ink=ask_ink, length=ask_length),
+    dict(pixels=64, length=3, style='flat'),
+)
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #61bae785
 def draw_pairs(
     rng: np.random.Generator,
-    options: dict[str, Any],   # images
+    options: dict[str, Any],  # images
 ) -> Scene:
     "Pictures with different numbers of shapes; two colours in all, no kind and colour twice."
-    if not 2 <= options['images'] <= 4: raise ValueError(f"images is {options['images']}; this world compares 2 to 4")
-    counts = (rng.permutation(6)[:options['images']] + 1).tolist()
+    if not 2 <= options['images'] <= 4:
+        raise ValueError(f'images is {options["images"]}; this world compares 2 to 4')
+    counts = (rng.permutation(6)[: options['images']] + 1).tolist()
     palette = [PAINTS[i] for i in rng.permutation(len(PAINTS))[:2]]
-    kinds = rng.permutation(6)[:options['images']].tolist()
+    kinds = rng.permutation(6)[: options['images']].tolist()
     cells = [sorted(rng.permutation(9)[:n].tolist()) for n in counts]
     return {'pictures': [dict(kind=SHAPES[k % 3], color=palette[k // 3], cells=c) for k, c in zip(kinds, cells)]}
 
 
 def render_pairs(
     scene: Scene,
-    options: dict[str, Any],   # pixels
+    options: dict[str, Any],  # pixels
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture each."
-    boards = [[dict(kind=p['kind'], color=p['color'], row=c // 3, column=c % 3, shift=[0, 0]) for c in p['cells']] for p in scene['pictures']]
+    boards = [
+        [dict(kind=p['kind'], color=p['color'], row=c // 3, column=c % 3, shift=[0, 0]) for c in p['cells']]
+        for p in scene['pictures']
+    ]
     return [image for shapes in boards for image in render_shapes({'shapes': shapes, 'tint': 'bright'}, options, rng)]
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #e16d1a9c
@@ -214,7 +261,7 @@ def _numbers(scene: Scene) -> list[str]:
 def ask_which(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The picture that shows a certain shape."
     i = int(rng.integers(len(scene['pictures'])))
-    return f"which picture shows a {_called(scene['pictures'][i])} ?", str(i + 1), _numbers(scene)
+    return f'which picture shows a {_called(scene["pictures"][i])} ?', str(i + 1), _numbers(scene)
 
 
 def ask_most(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
@@ -237,33 +284,46 @@ def ask_more(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str
     return f'does picture {i + 1} have more shapes than picture {j + 1} ?', 'yes' if more else 'no', ['yes', 'no']
 
 
-PAIRS = World(draw_pairs, render_pairs, dict(which=ask_which, most=ask_most, same=ask_same, more=ask_more),
-              dict(pixels=64, images=2, style='flat'), prefix='picture {} : <image>')
+PAIRS = World(
+    draw_pairs,
+    render_pairs,
+    dict(which=ask_which, most=ask_most, same=ask_same, more=ask_more),
+    dict(pixels=64, images=2, style='flat'),
+    prefix='picture {} : <image>',
+)
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #3e78171c
-MOVES = dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))   # x and y step
+MOVES = dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))  # x and y step
 
 
 def draw_clip(
     rng: np.random.Generator,
-    options: dict[str, Any],   # frames
+    options: dict[str, Any],  # frames
 ) -> Scene:
     "A moving shape: where it is in the middle of the clip and how far it gets, per cent of the picture."
-    if not 4 <= options['frames'] <= 8: raise ValueError(f"frames is {options['frames']}; a clip has 4 to 8")
-    return dict(kind=pick(rng, list(SHAPES)), color=pick(rng, list(PAINTS)), direction=pick(rng, list(MOVES)), speed=pick(rng, ['slow', 'fast']),
-                middle=rng.integers(45, 56, size=2).tolist())
+    if not 4 <= options['frames'] <= 8:
+        raise ValueError(f'frames is {options["frames"]}; a clip has 4 to 8')
+    return dict(
+        kind=pick(rng, list(SHAPES)),
+        color=pick(rng, list(PAINTS)),
+        direction=pick(rng, list(MOVES)),
+        speed=pick(rng, ['slow', 'fast']),
+        middle=rng.integers(45, 56, size=2).tolist(),
+    )
 
 
 def render_clip(
     scene: Scene,
-    options: dict[str, Any],   # pixels, frames
+    options: dict[str, Any],  # pixels, frames
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture per frame; a fast shape crosses 60 % of the picture, a slow one 25 %."
     side, way, frames = options['pixels'], {'slow': 0.25, 'fast': 0.6}[scene['speed']], []
     for part in np.linspace(-0.5, 0.5, options['frames']) * way:
         image = Image.new('RGB', (side, side), TONES['bright'])
-        center = tuple(side * (start / 100 + part * step) for start, step in zip(scene['middle'], MOVES[scene['direction']]))
+        center = tuple(
+            side * (start / 100 + part * step) for start, step in zip(scene['middle'], MOVES[scene['direction']])
+        )
         paint_shape(ImageDraw.Draw(image), scene['kind'], scene['color'], center, side * 0.12)
         frames.append(texture(image, rng) if options['style'] == 'textured' else image)
     return frames
@@ -271,44 +331,59 @@ def render_clip(
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #b3648905
 def ask_direction(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "Where the shape moves."
-    return f"in what direction does the {scene['kind']} move ?", scene['direction'], list(MOVES)
+    return f'in what direction does the {scene["kind"]} move ?', scene['direction'], list(MOVES)
 
 
 def ask_speed(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "Whether it moves fast."
-    return f"does the {scene['kind']} move slow or fast ?", scene['speed'], ['slow', 'fast']
+    return f'does the {scene["kind"]} move slow or fast ?', scene['speed'], ['slow', 'fast']
 
 
 def ask_mover(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The colour of what moves; one frame is enough."
-    return f"what color is the {scene['kind']} ?", scene['color'], list(PAINTS)
+    return f'what color is the {scene["kind"]} ?', scene['color'], list(PAINTS)
 
 
-CLIPS = World(draw_clip, render_clip, dict(direction=ask_direction, speed=ask_speed, color=ask_mover), dict(pixels=64, frames=4, style='flat'),
-              prefix='frame {} : <image>')
+CLIPS = World(
+    draw_clip,
+    render_clip,
+    dict(direction=ask_direction, speed=ask_speed, color=ask_mover),
+    dict(pixels=64, frames=4, style='flat'),
+    prefix='frame {} : <image>',
+)
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #c17aadb6
 def draw_text(
     rng: np.random.Generator,
-    options: dict[str, Any],   # length, numbers
+    options: dict[str, Any],  # length, numbers
 ) -> Scene:
     "A row of 2 to `length` signs and two numbers up to `numbers`, the larger first."
     signs = [GLYPHS[i] for i in rng.integers(len(GLYPHS), size=int(rng.integers(2, options['length'] + 1)))]
-    if not 1 <= options['numbers'] <= 50: raise ValueError(f"numbers is {options['numbers']}; sums up to 100 can be said, so at most 50")
+    if not 1 <= options['numbers'] <= 50:
+        raise ValueError(f'numbers is {options["numbers"]}; sums up to 100 can be said, so at most 50')
     return {'signs': signs, 'numbers': sorted(rng.integers(options['numbers'] + 1, size=2).tolist(), reverse=True)}
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #ab5d1dd1
 def _text_task(verb: str) -> Ask:
     "A question about the text scene."
+
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
         "Question, answer and candidates."
         signs, (a, b) = scene['signs'], scene['numbers']
-        if verb == 'copy': return f'copy : {" ".join(signs)}', ' '.join(signs), []
-        if verb == 'reverse': return f'reverse : {" ".join(signs)}', ' '.join(signs[::-1]), []
+        if verb == 'copy':
+            return f'copy : {" ".join(signs)}', ' '.join(signs), []
+        if verb == 'reverse':
+            return f'reverse : {" ".join(signs)}', ' '.join(signs[::-1]), []
         return f'what is {a} {verb} {b} ?', str(a + b if verb == 'plus' else a - b), []
+
     return ask
 
 
-TEXT = World(draw_text, lambda scene, options, rng: [], {verb: _text_task(verb) for verb in ('copy', 'reverse', 'plus', 'minus')},
-             dict(length=5, numbers=20), parts=lambda scene: [scene['signs'], scene['numbers']])
+TEXT = World(
+    draw_text,
+    lambda scene, options, rng: [],
+    {verb: _text_task(verb) for verb in ('copy', 'reverse', 'plus', 'minus')},
+    dict(length=5, numbers=20),
+    parts=lambda scene: [scene['signs'], scene['numbers']],
+)
 SCENE_WORLDS = dict(tiles=TILES, shapes=SHAPE_BOARD, glyphs=PAGE, pairs=PAIRS, clips=CLIPS, text=TEXT)

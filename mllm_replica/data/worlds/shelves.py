@@ -17,34 +17,45 @@ from .table import WORLDS
 from .world import COLORS, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/25_shelves.ipynb #ad0eefac
-GROUNDS, SHAPES, QUARTERS = ('red', 'blue', 'green', 'yellow', 'purple', 'orange'), ('circle', 'square', 'triangle', 'rectangle'), ('1', '3', '4')
-TOPICS = ('color', 'shape', 'letter', 'place')   # words of a cell, in this order
+GROUNDS, SHAPES, QUARTERS = (
+    ('red', 'blue', 'green', 'yellow', 'purple', 'orange'),
+    ('circle', 'square', 'triangle', 'rectangle'),
+    ('1', '3', '4'),
+)
+TOPICS = ('color', 'shape', 'letter', 'place')  # words of a cell, in this order
 
 
 def draw_shelf(
     rng: np.random.Generator,
-    options: dict[str, Any],   # side
+    options: dict[str, Any],  # side
 ) -> Scene:
     "The words of every cell in reading order, and how far its shape and its letter are moved."
-    if not 1 <= options['side'] <= 4: raise ValueError(f"side is {options['side']}; a shelf has 1 to 4 rows and columns")
+    if not 1 <= options['side'] <= 4:
+        raise ValueError(f'side is {options["side"]}; a shelf has 1 to 4 rows and columns')
     words = dict(color=GROUNDS, shape=SHAPES, letter=LETTERS, place=QUARTERS)
-    return {'cells': [{topic: pick(rng, list(known)) for topic, known in words.items()} | {'shift': rng.integers(2, size=4).tolist()}
-                      for _ in range(options['side'] ** 2)]}
+    return {
+        'cells': [
+            {topic: pick(rng, list(known)) for topic, known in words.items()}
+            | {'shift': rng.integers(2, size=4).tolist()}
+            for _ in range(options['side'] ** 2)
+        ]
+    }
 
 # %% ../../../nbs/foundations/data/worlds/25_shelves.ipynb #6fa17d05
-CELL, QUARTER = 16, 8   # pixels
+CELL, QUARTER = 16, 8  # pixels
 
 
 def _box(kind: str, x: int, y: int) -> list[tuple[int, int]]:
     "Corners of a shape's polygon, or of the box around a circle."
-    if kind == 'triangle': return [(x, y + 5), (x + 5, y + 5), (x + 2, y)]
+    if kind == 'triangle':
+        return [(x, y + 5), (x + 5, y + 5), (x + 2, y)]
     right, bottom = x + 5, y + (2 if kind == 'rectangle' else 5)
     return [(x, y), (right, bottom)] if kind == 'circle' else [(x, y), (right, y), (right, bottom), (x, bottom)]
 
 
 def render_shelf(
     scene: Scene,
-    options: dict[str, Any],   # side
+    options: dict[str, Any],  # side
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture with light and noise."
@@ -59,11 +70,15 @@ def render_shelf(
         paint(_box(cell['shape'], left + QUARTER * right + 1 + x, top + QUARTER * down + 1 + y), fill=COLORS['black'])
         draw.rectangle((left + QUARTER, top, left + CELL - 1, top + QUARTER - 1), fill=COLORS['black'])
         bits = np.array([[bits >> (4 - i) & 1 for i in range(5)] for bits in SIGNS[cell['letter']]], bool)
-        image.paste(COLORS['white'], (left + QUARTER + 1 + shift[0], top + shift[1]), Image.fromarray(np.where(bits, 255, 0).astype(np.uint8)))
+        image.paste(
+            COLORS['white'],
+            (left + QUARTER + 1 + shift[0], top + shift[1]),
+            Image.fromarray(np.where(bits, 255, 0).astype(np.uint8)),
+        )
     return [texture(image, rng)]
 
 # %% ../../../nbs/foundations/data/worlds/25_shelves.ipynb #9e4b2c6f
-Asked = tuple[str, str, list[str]]   # question, answer, candidates
+Asked = tuple[str, str, list[str]]  # question, answer, candidates
 
 
 def ask_names(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -73,9 +88,11 @@ def ask_names(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _ask(topic: str) -> Any:
     "One topic of every cell."
+
     def ask(scene: Scene, rng: np.random.Generator) -> Asked:
         "The words of all cells, in reading order."
         return topic, ' '.join(cell[topic] for cell in scene['cells']), []
+
     return ask
 
 

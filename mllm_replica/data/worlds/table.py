@@ -18,23 +18,29 @@ WORLDS = {**SCENE_WORLDS, 'boards': BOARD}
 
 # %% ../../../nbs/foundations/data/worlds/29_table.ipynb #e2955346
 def world_options(
-    name: str,              # key of `WORLDS`
+    name: str,  # key of `WORLDS`
     given: dict[str, Any],  # from the recipe
 ) -> tuple[World, dict[str, Any]]:
     "The world and its complete options; unknown or wrong-typed ones are errors."
-    if name not in WORLDS: raise ValueError(f'unknown world {name!r}; known: {sorted(WORLDS)}')
+    if name not in WORLDS:
+        raise ValueError(f'unknown world {name!r}; known: {sorted(WORLDS)}')
     world = WORLDS[name]
     defaults = world.options | dict(tasks=list(world.tasks)[:1], turns=1, questions=None, dedup=False)
     unknown = sorted(set(given) - set(defaults))
-    if unknown: raise ValueError(f'world {name!r}: unknown options {unknown}; known: {sorted(defaults)}')
+    if unknown:
+        raise ValueError(f'world {name!r}: unknown options {unknown}; known: {sorted(defaults)}')
     options = defaults | {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-    if not isinstance(options['tasks'], dict): options['tasks'] = dict.fromkeys(options['tasks'], 1.0)
+    if not isinstance(options['tasks'], dict):
+        options['tasks'] = dict.fromkeys(options['tasks'], 1.0)
     for key, value in options.items():
         default = defaults[key]
         if key != 'tasks' and default is not None and type(value) is not type(default):
-            raise ValueError(f'world {name!r}: option {key} is {value!r}; expected {type(default).__name__} like {default!r}')
+            raise ValueError(
+                f'world {name!r}: option {key} is {value!r}; expected {type(default).__name__} like {default!r}'
+            )
     if not options['tasks'] or min(options['tasks'].values()) <= 0:
-        raise ValueError(f"world {name!r}: tasks {options['tasks']} need positive weights")
-    for task in options['tasks']: find_task(world, task)
+        raise ValueError(f'world {name!r}: tasks {options["tasks"]} need positive weights')
+    for task in options['tasks']:
+        find_task(world, task)
     options['questions'] = options['questions'] or options['turns']
     return world, options

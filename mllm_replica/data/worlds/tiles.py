@@ -17,42 +17,52 @@ from .world import COLORS, HEIGHTS, SIDES, TONES, WIDTHS, Ask, Scene, World, pic
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #af348d95
 def draw_tiles(
     rng: np.random.Generator,
-    options: dict[str, Any],   # grid, colors, missing, mark, tasks
+    options: dict[str, Any],  # grid, colors, missing, mark, tasks
 ) -> Scene:
     "A grid of colour names, its palette and the tone of the ground."
     asked = ' '.join(options['tasks'])
     missing = options['missing'] if options['missing'] is not None else 0.5 * ('existence' in asked)
     mark = options['mark'] if options['mark'] is not None else 'locate' in asked
-    palette = list(COLORS)[:options['colors']]
+    palette = list(COLORS)[: options['colors']]
     used = list(palette)
-    if rng.random() < missing: used.pop(int(rng.integers(len(used))))
+    if rng.random() < missing:
+        used.pop(int(rng.integers(len(used))))
     grid = [[used[i] for i in row] for row in rng.integers(len(used), size=(options['grid'], options['grid'])).tolist()]
-    if mark: grid[int(rng.integers(options['grid']))][int(rng.integers(options['grid']))] = 'black'
+    if mark:
+        grid[int(rng.integers(options['grid']))][int(rng.integers(options['grid']))] = 'black'
     return {'grid': grid, 'palette': palette, 'tint': pick(rng, list(TONES))}
 
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #514aae99
 def render_tiles(
     scene: Scene,
-    options: dict[str, Any],   # pixels (side of the picture), style
+    options: dict[str, Any],  # pixels (side of the picture), style
     rng: np.random.Generator,
 ) -> list[Image.Image]:
     "One picture: tiles with a margin of one pixel on each side, textured by noise and uneven light if wanted."
     side, count = options['pixels'], len(scene['grid'])
     if side % count or side < 4 * count:
-        raise ValueError(f'{side} pixels cannot hold {count} equal tiles of at least 4 pixels a side; choose a multiple')
+        raise ValueError(
+            f'{side} pixels cannot hold {count} equal tiles of at least 4 pixels a side; choose a multiple'
+        )
     tile, image = side // count, Image.new('RGB', (side, side), TONES[scene['tint']])
     draw = ImageDraw.Draw(image)
     for row, names in enumerate(scene['grid']):
         for column, name in enumerate(names):
-            draw.rectangle((column * tile + 1, row * tile + 1, (column + 1) * tile - 2, (row + 1) * tile - 2), fill=COLORS[name])
+            draw.rectangle(
+                (column * tile + 1, row * tile + 1, (column + 1) * tile - 2, (row + 1) * tile - 2), fill=COLORS[name]
+            )
     return [texture(image, rng) if options['style'] == 'textured' else image]
 
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #181762cc
 def _cell(scene: Scene, rng: np.random.Generator, inside: tuple[int, int] = (0, 0)) -> tuple[int, int]:
     "A random colour tile (row, column) that has a neighbour at `-inside` and is not black."
     size = len(scene['grid'])
-    fits = [(row, column) for row in range(size) for column in range(size)
-            if scene['grid'][row][column] != 'black' and 0 <= row - inside[0] < size and 0 <= column - inside[1] < size]
+    fits = [
+        (row, column)
+        for row in range(size)
+        for column in range(size)
+        if scene['grid'][row][column] != 'black' and 0 <= row - inside[0] < size and 0 <= column - inside[1] < size
+    ]
     return pick(rng, fits)
 
 
@@ -95,19 +105,25 @@ def ask_tint(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #10f4f67b
 def ask_description(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The whole grid, row by row."
-    return 'describe the picture .', ' '.join(f'row {i + 1} : {" ".join(row)} .' for i, row in enumerate(scene['grid'])), []
+    return (
+        'describe the picture .',
+        ' '.join(f'row {i + 1} : {" ".join(row)} .' for i, row in enumerate(scene['grid'])),
+        [],
+    )
 
 
 def ask_location(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
     "The place of the one black tile."
     places = [(r, c) for r, row in enumerate(scene['grid']) for c, name in enumerate(row) if name == 'black']
-    if len(places) != 1: raise ValueError(f"task 'locate' needs exactly one black tile, this scene has {len(places)}; set mark=True")
+    if len(places) != 1:
+        raise ValueError(f"task 'locate' needs exactly one black tile, this scene has {len(places)}; set mark=True")
     size = range(len(scene['grid']))
     return 'where is the black tile ?', _at(*places[0]), [_at(r, c) for r in size for c in size]
 
 
 def _name(style: str, words: str) -> Ask:
     "A question for the name of a tile, by `color` or by color and place."
+
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
         "Question, answer and candidates."
         row, column = _cell(scene, rng)
@@ -115,11 +131,25 @@ def _name(style: str, words: str) -> Ask:
         place = ' '.join(words[(2 * at >= last) + (2 * at > last)] for words, at in ((HEIGHTS, row), (WIDTHS, column)))
         answer = {'color': color, 'place': f'{color} tile in the {place}'}[style]
         return f'name {_at(row, column)}{words} .', answer, []
+
     return ask
 
 
-TILES = World(draw_tiles, render_tiles,
-              dict(cell=ask_cell, relation=ask_relation, existence=ask_tile_existence, count=ask_tile_count, tint=ask_tint,
-                   describe=ask_description, locate=ask_location, name=_name('color', ' by color'), name_place=_name('place', ' by color and place'),
-                   coarse_name=_name('color', ''), coarse_name_place=_name('place', '')),
-              dict(pixels=64, grid=4, colors=4, style='flat', missing=None, mark=None))
+TILES = World(
+    draw_tiles,
+    render_tiles,
+    dict(
+        cell=ask_cell,
+        relation=ask_relation,
+        existence=ask_tile_existence,
+        count=ask_tile_count,
+        tint=ask_tint,
+        describe=ask_description,
+        locate=ask_location,
+        name=_name('color', ' by color'),
+        name_place=_name('place', ' by color and place'),
+        coarse_name=_name('color', ''),
+        coarse_name_place=_name('place', ''),
+    ),
+    dict(pixels=64, grid=4, colors=4, style='flat', missing=None, mark=None),
+)

@@ -15,23 +15,34 @@ import numpy as np
 from PIL import Image
 
 # %% ../../../nbs/foundations/data/worlds/20_world.ipynb #13f71abc
-COLORS = dict(red=(222, 49, 44), blue=(44, 84, 217), green=(38, 162, 70), yellow=(245, 211, 33), purple=(146, 62, 186), orange=(243, 135, 29),
-              black=(12, 12, 12), white=(250, 250, 250))
-TONES = dict(bright=(205, 205, 205), dark=(60, 60, 60))   # background of a picture
+COLORS = dict(
+    red=(222, 49, 44),
+    blue=(44, 84, 217),
+    green=(38, 162, 70),
+    yellow=(245, 211, 33),
+    purple=(146, 62, 186),
+    orange=(243, 135, 29),
+    black=(12, 12, 12),
+    white=(250, 250, 250),
+)
+TONES = dict(bright=(205, 205, 205), dark=(60, 60, 60))  # background of a picture
 Scene = dict[str, Any]
-Ask = Callable[[Scene, np.random.Generator], tuple[str, str, list[str]]]   # question, answer, candidate answers ([] if open)
+Ask = Callable[
+    [Scene, np.random.Generator], tuple[str, str, list[str]]
+]  # question, answer, candidate answers ([] if open)
 
 
 @dataclass(frozen=True)
 class World:
     "How scenes are drawn at random, rendered and asked about."
-    draw: Callable[[np.random.Generator, dict[str, Any]], Scene]                              # options -> scene
-    render: Callable[[Scene, dict[str, Any], np.random.Generator], list[Image.Image]]        # generator: texture only
+
+    draw: Callable[[np.random.Generator, dict[str, Any]], Scene]  # options -> scene
+    render: Callable[[Scene, dict[str, Any], np.random.Generator], list[Image.Image]]  # generator: texture only
     tasks: dict[str, Ask]
-    options: dict[str, Any] = field(default_factory=dict)                                     # name -> default; the type binds
-    prefix: str = '<image>'                                                                   # before each image but a lone one
-    parts: Callable[[Scene], list[Any]] = lambda scene: [scene]                               # what train and test must not share
-    version: int = 1                                                                          # raise it when pictures or questions change
+    options: dict[str, Any] = field(default_factory=dict)  # name -> default; the type binds
+    prefix: str = '<image>'  # before each image but a lone one
+    parts: Callable[[Scene], list[Any]] = lambda scene: [scene]  # what train and test must not share
+    version: int = 1  # raise it when pictures or questions change
 
 
 def pick(
@@ -55,11 +66,16 @@ def texture(
     return Image.fromarray((pixels * light + noise).clip(0, 255).astype(np.uint8))
 
 # %% ../../../nbs/foundations/data/worlds/20_world.ipynb #f8937125
-SIDES = {'left of': (0, -1), 'right of': (0, 1), 'above': (-1, 0), 'below': (1, 0)}   # row and column step to the neighbour
+SIDES = {
+    'left of': (0, -1),
+    'right of': (0, 1),
+    'above': (-1, 0),
+    'below': (1, 0),
+}  # row and column step to the neighbour
 HEIGHTS, WIDTHS = ('top', 'middle', 'bottom'), ('left', 'center', 'right')
 
 # %% ../../../nbs/foundations/data/worlds/20_world.ipynb #87d89831
-SPLITS = {'train': (0, 1, 2), 'test': (3,)}   # residues of the scene's hash modulo 4
+SPLITS = {'train': (0, 1, 2), 'test': (3,)}  # residues of the scene's hash modulo 4
 
 
 def split_of(

@@ -17,15 +17,16 @@ from ...models.layers import side_of
 # %% ../../../nbs/papers/04_eagle.ipynb #1a1a4745
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, N = h·w cells, C channels.
 def resize_positions(
-    table: Tensor,     # [rows,C], rows of a square map
-    height: int,       # h
-    width: int,        # w
+    table: Tensor,  # [rows,C], rows of a square map
+    height: int,  # h
+    width: int,  # w
     mode: str = 'bicubic',
     antialias: bool = False,
 ) -> Tensor:
     "Resize of a position table, half-pixel centres, in fp32: [rows,C] → [N,C]."
     side = side_of(len(table), 'rows of the position table')
-    if (side, side) == (height, width): return table
+    if (side, side) == (height, width):
+        return table
     grid = table.float().T.reshape(1, -1, side, side)
     return F.interpolate(grid, (height, width), mode=mode, antialias=antialias).flatten(2)[0].T.to(table.dtype)
 
@@ -35,9 +36,9 @@ class ClipExpert(Expert):
 
     def __init__(
         self,
-        config: dict[str, Any],         # of transformers' `CLIPVisionConfig`; its image_size is the position table's
+        config: dict[str, Any],  # of transformers' `CLIPVisionConfig`; its image_size is the position table's
         image_size: int | None = None,  # None: the position table's
-        **kwargs: Any,                  # `own_statistics`
+        **kwargs: Any,  # `own_statistics`
     ) -> None:
         fields = CLIPVisionConfig(**config)
         super().__init__(image_size or fields.image_size, fields.patch_size, fields.hidden_size, **kwargs)
@@ -62,19 +63,21 @@ class ClipExpert(Expert):
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,h,w]."
         tokens = self.start(pixels)
-        for layer in self.layers: tokens = layer(tokens, None)
+        for layer in self.layers:
+            tokens = layer(tokens, None)
         return map_of(tokens, pixels.shape[-2] // self.patch_size)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #0208d35a
 class Dinov2Expert(Expert):
     "DINOv2: the last norm's patches."
+
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
     def __init__(
         self,
-        config: dict[str, Any],         # of transformers' `Dinov2Config`; its image_size is the position table's
+        config: dict[str, Any],  # of transformers' `Dinov2Config`; its image_size is the position table's
         image_size: int | None = None,  # None: the position table's
-        **kwargs: Any,                  # `own_statistics`
+        **kwargs: Any,  # `own_statistics`
     ) -> None:
         fields = Dinov2Config(**config)
         super().__init__(image_size or fields.image_size, fields.patch_size, fields.hidden_size, **kwargs)

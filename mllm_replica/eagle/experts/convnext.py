@@ -36,13 +36,17 @@ class ConvNextStage(nn.Module):
 
     def __init__(self, before: int, channels: int, depth: int, eps: float, scale: float) -> None:
         super().__init__()
-        self.downsample = nn.ModuleList([LayerNorm(before, eps=eps), nn.Conv2d(before, channels, 2, 2)] if before else [])
+        self.downsample = nn.ModuleList(
+            [LayerNorm(before, eps=eps), nn.Conv2d(before, channels, 2, 2)] if before else []
+        )
         self.blocks = nn.ModuleList([ConvNextBlock(channels, eps, scale) for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
         "[B,h,w,C'] → [B,h/2,w/2,C]."
-        if self.downsample: x = self.downsample[1](self.downsample[0](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        for block in self.blocks: x = block(x)
+        if self.downsample:
+            x = self.downsample[1](self.downsample[0](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
         return x
 
 # %% ../../../nbs/papers/04_eagle.ipynb #fecd886e
@@ -54,22 +58,31 @@ class ConvNextExpert(Expert):
 
     def __init__(
         self,
-        config: dict[str, Any],   # settings of `CONVNEXT`, under timm's names
-        image_size: int = 1024,   # pixels
-        **kwargs: Any,            # `own_statistics`
+        config: dict[str, Any],  # settings of `CONVNEXT`, under timm's names
+        image_size: int = 1024,  # pixels
+        **kwargs: Any,  # `own_statistics`
     ) -> None:
         fields = complete(config, CONVNEXT, 'convnext')
         dims, depths, eps = fields['dims'], fields['depths'], fields['norm_eps']
-        if len(dims) != len(depths): raise ValueError(f'convnext: {len(depths)} depths and {len(dims)} dims; each stage needs one of both')
+        if len(dims) != len(depths):
+            raise ValueError(f'convnext: {len(depths)} depths and {len(dims)} dims; each stage needs one of both')
         super().__init__(image_size, 4 * 2 ** (len(dims) - 1), dims[-1], **kwargs)
-        self.vision_tower = nn.ModuleDict(dict(
-            stem=nn.ModuleList([nn.Conv2d(3, dims[0], 4, 4), LayerNorm(dims[0], eps=eps)]),
-            stages=nn.ModuleList([ConvNextStage(before, width, depth, eps, fields['ls_init_value'])
-                                  for before, width, depth in zip((0, *dims), dims, depths)])))
+        self.vision_tower = nn.ModuleDict(
+            dict(
+                stem=nn.ModuleList([nn.Conv2d(3, dims[0], 4, 4), LayerNorm(dims[0], eps=eps)]),
+                stages=nn.ModuleList(
+                    [
+                        ConvNextStage(before, width, depth, eps, fields['ls_init_value'])
+                        for before, width, depth in zip((0, *dims), dims, depths)
+                    ]
+                ),
+            )
+        )
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,s/32,s/32]."
         convolution, norm = self.vision_tower['stem']
         x = norm(convolution(pixels).permute(0, 2, 3, 1))
-        for stage in self.vision_tower['stages']: x = stage(x)
+        for stage in self.vision_tower['stages']:
+            x = stage(x)
         return x.permute(0, 3, 1, 2)

@@ -20,23 +20,29 @@ from ...models.layers import LayerNorm, Linear
 # %% ../../../nbs/papers/04_eagle.ipynb #efbec1b3
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, C channels, H heads, d head width, B' windows of all images,
 # T cells of a window.
-PRETRAINED_CELLS = 16   # cells in a row of the map of pre-training
+PRETRAINED_CELLS = 16  # cells in a row of the map of pre-training
 
 
 def rotation(
     height: int,  # rows of the map or window
-    width: int,   # columns
-    d: int,       # head width
+    width: int,  # columns
+    d: int,  # head width
 ) -> Tensor:
     "The unit number by which every cell turns each pair of channels: → [T,d/2], complex."
     frequencies = 10000.0 ** (-torch.arange(0, d // 2, 2).float() / (d // 2))
     rows, columns = (torch.arange(n).float() / n * PRETRAINED_CELLS for n in (height, width))
-    angles = torch.cat([torch.outer(rows, frequencies).repeat_interleave(width, 0), torch.outer(columns, frequencies).repeat(height, 1)], 1)
+    angles = torch.cat(
+        [
+            torch.outer(rows, frequencies).repeat_interleave(width, 0),
+            torch.outer(columns, frequencies).repeat(height, 1),
+        ],
+        1,
+    )
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(
-    x: Tensor,      # [B',H,T,d]
+    x: Tensor,  # [B',H,T,d]
     table: Tensor,  # [T,d/2], complex
 ) -> Tensor:
     "Turn each pair of channels, in fp32: [B',H,T,d] → [B',H,T,d]."
@@ -49,7 +55,8 @@ class EvaAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, window: int) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
-        for name in ('q_proj', 'k_proj', 'v_proj'): setattr(self, name, Linear(width, width, bias=False))
+        for name in ('q_proj', 'k_proj', 'v_proj'):
+            setattr(self, name, Linear(width, width, bias=False))
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
 
@@ -69,7 +76,14 @@ class EvaBlock(GradientCheckpointingLayer):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(width, eps=1e-6), LayerNorm(width, eps=1e-6)
         self.attn = EvaAttention(width, num_heads, window)
-        self.mlp = nn.ModuleDict(dict(w1=Linear(width, inner), w2=Linear(width, inner), ffn_ln=LayerNorm(inner, eps=1e-6), w3=Linear(inner, width)))
+        self.mlp = nn.ModuleDict(
+            dict(
+                w1=Linear(width, inner),
+                w2=Linear(width, inner),
+                ffn_ln=LayerNorm(inner, eps=1e-6),
+                w3=Linear(inner, width),
+            )
+        )
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         "[B,h,w,C] → [B,h,w,C]."
@@ -78,44 +92,69 @@ class EvaBlock(GradientCheckpointingLayer):
         return x + self.mlp['w3'](self.mlp['ffn_ln'](F.silu(self.mlp['w1'](y)) * self.mlp['w2'](y)))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #9cfbfb7b
-EVA = dict(patch_size=16, window_size=16, embed_dim=1024, depth=24, num_heads=16, mlp_ratio=8 / 3, pretrain_img_size=224,
-           window_block_indexes=tuple(i for i in range(24) if i % 3 != 2))
+EVA = dict(
+    patch_size=16,
+    window_size=16,
+    embed_dim=1024,
+    depth=24,
+    num_heads=16,
+    mlp_ratio=8 / 3,
+    pretrain_img_size=224,
+    window_block_indexes=tuple(i for i in range(24) if i % 3 != 2),
+)
 
 
 class EvaExpert(Expert):
     "The EVA-02 backbone of a detector: the last block, without norm."
+
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
     def __init__(
         self,
-        config: dict[str, Any],   # settings of `EVA`, under the official names
-        image_size: int = 1024,   # pixels
-        **kwargs: Any,            # `own_statistics`
+        config: dict[str, Any],  # settings of `EVA`, under the official names
+        image_size: int = 1024,  # pixels
+        **kwargs: Any,  # `own_statistics`
     ) -> None:
         fields = complete(config, EVA, 'eva')
         width, patch, heads = fields['embed_dim'], fields['patch_size'], fields['num_heads']
-        if width % (4 * heads): raise ValueError(f'eva: embed_dim {width} must be a multiple of 4 · num_heads = {4 * heads}: '
-                                                 'a head turns pairs of channels in two directions')
+        if width % (4 * heads):
+            raise ValueError(
+                f'eva: embed_dim {width} must be a multiple of 4 · num_heads = {4 * heads}: '
+                'a head turns pairs of channels in two directions'
+            )
         super().__init__(image_size, patch, width, **kwargs)
         self.window, self.head_width, self._table = fields['window_size'], width // heads, PerShape(rotation)
         windowed = set(fields['window_block_indexes'])
-        self.vision_tower = nn.ModuleDict(dict(
-            patch_embed=nn.ModuleDict(dict(proj=nn.Conv2d(3, width, patch, patch))),
-            blocks=nn.ModuleList([EvaBlock(width, heads, int(width * fields['mlp_ratio']), self.window * (i in windowed))
-                                  for i in range(fields['depth'])])))
-        rows = 1 + (fields['pretrain_img_size'] // patch) ** 2   # the first is the class token's, which is never read
+        self.vision_tower = nn.ModuleDict(
+            dict(
+                patch_embed=nn.ModuleDict(dict(proj=nn.Conv2d(3, width, patch, patch))),
+                blocks=nn.ModuleList(
+                    [
+                        EvaBlock(width, heads, int(width * fields['mlp_ratio']), self.window * (i in windowed))
+                        for i in range(fields['depth'])
+                    ]
+                ),
+            )
+        )
+        rows = 1 + (fields['pretrain_img_size'] // patch) ** 2  # the first is the class token's, which is never read
         self.vision_tower.register_parameter('pos_embed', nn.Parameter(0.02 * torch.randn(1, rows, width)))
 
     def tables(self, x: Tensor) -> dict[int, Tensor]:
         "Rotations of a map [B,h,w,C] by window side, 0 for the whole map: each [T,d/2]."
-        return {side: self._table(*((side, side) if side else x.shape[1:3]), self.head_width, like=x) for side in (0, self.window)}
+        return {
+            side: self._table(*((side, side) if side else x.shape[1:3]), self.head_width, like=x)
+            for side in (0, self.window)
+        }
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,h,w]."
-        x = self.vision_tower['patch_embed']['proj'](pixels).permute(0, 2, 3, 1).contiguous()   # layers read it many times
+        x = (
+            self.vision_tower['patch_embed']['proj'](pixels).permute(0, 2, 3, 1).contiguous()
+        )  # layers read it many times
         x = x + resize_positions(self.vision_tower.pos_embed[0, 1:], *x.shape[1:3]).view(1, *x.shape[1:])
         tables = self.tables(x)
-        for block in self.vision_tower['blocks']: x = block(x, tables[block.attn.window])
+        for block in self.vision_tower['blocks']:
+            x = block(x, tables[block.attn.window])
         return x.permute(0, 3, 1, 2)
 
 
@@ -128,5 +167,9 @@ def check_rotations(
     for name in (name for name in weights if '.freqs_' in name):
         found, table = weights[name].float(), ours.get(len(weights[name]), torch.empty(0, 0, dtype=torch.complex64))
         table = (table.imag if name.endswith('sin') else table.real).repeat_interleave(2, 1)
-        if found.shape != table.shape or not torch.allclose(found, table, atol=1e-6 if weights[name].dtype == torch.float32 else 1e-2):
-            raise ValueError(f'{name} {list(found.shape)} is not our rotation; the model was trained with other positions')
+        if found.shape != table.shape or not torch.allclose(
+            found, table, atol=1e-6 if weights[name].dtype == torch.float32 else 1e-2
+        ):
+            raise ValueError(
+                f'{name} {list(found.shape)} is not our rotation; the model was trained with other positions'
+            )

@@ -19,21 +19,29 @@ from ...models.vision import CLIP_MEAN, CLIP_STD
 # B' windows of all images, T cells of a window, L side of a window.
 class Expert(nn.Module):
     "A vision expert: images → feature maps. Its network is `vision_tower`, under the official names."
-    MEAN, STD = CLIP_MEAN, CLIP_STD   # statistics of the images it was trained on
+
+    MEAN, STD = CLIP_MEAN, CLIP_STD  # statistics of the images it was trained on
 
     def __init__(
         self,
-        image_size: int,         # pixels, of the images it wants to see
-        patch_size: int,         # pixels; sides of images are multiples of it
-        channels: int,           # C
-        grid: int | None = None,        # cells in a row of its map; None: one per patch
-        own_statistics: bool = False,   # convert pixels to MEAN and STD first
+        image_size: int,  # pixels, of the images it wants to see
+        patch_size: int,  # pixels; sides of images are multiples of it
+        channels: int,  # C
+        grid: int | None = None,  # cells in a row of its map; None: one per patch
+        own_statistics: bool = False,  # convert pixels to MEAN and STD first
     ) -> None:
         super().__init__()
         if image_size < 1 or image_size % patch_size:
-            raise ValueError(f'{type(self).__name__}: image_size {image_size} is no multiple of {patch_size} pixels; '
-                             f'take {max(1, round(image_size / patch_size)) * patch_size}')
-        self.image_size, self.patch_size, self.channels, self.grid = image_size, patch_size, channels, grid or image_size // patch_size
+            raise ValueError(
+                f'{type(self).__name__}: image_size {image_size} is no multiple of {patch_size} pixels; '
+                f'take {max(1, round(image_size / patch_size)) * patch_size}'
+            )
+        self.image_size, self.patch_size, self.channels, self.grid = (
+            image_size,
+            patch_size,
+            channels,
+            grid or image_size // patch_size,
+        )
         self.mean, self.std = (self.MEAN, self.STD) if own_statistics else (CLIP_MEAN, CLIP_STD)
 
     @property
@@ -43,7 +51,8 @@ class Expert(nn.Module):
 
     def prepare(self, pixels: Tensor) -> Tensor:
         "From CLIP's statistics to the expert's: [B,3,s,s] → [B,3,s,s]."
-        if (self.mean, self.std) == (CLIP_MEAN, CLIP_STD): return pixels
+        if (self.mean, self.std) == (CLIP_MEAN, CLIP_STD):
+            return pixels
         scale = pixels.new_tensor([ours / own for ours, own in zip(CLIP_STD, self.std)])
         shift = pixels.new_tensor([(ours - mean) / own for ours, mean, own in zip(CLIP_MEAN, self.mean, self.std)])
         return torch.addcmul(shift.view(3, 1, 1), pixels, scale.view(3, 1, 1))
@@ -59,15 +68,17 @@ class Expert(nn.Module):
         "[B,3,s,s] → [B,C,h,w]."
         height, width = pixels.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f'{type(self).__name__}: images of {height} × {width} pixels; both must be multiples of {self.patch_size}: '
-                             f'resize them to {self.image_size} × {self.image_size}')
+            raise ValueError(
+                f'{type(self).__name__}: images of {height} × {width} pixels; both must be multiples of {self.patch_size}: '
+                f'resize them to {self.image_size} × {self.image_size}'
+            )
         return self.features(self.prepare(pixels).to(self.dtype))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #e3b957a5
 def complete(
-    given: Mapping[str, Any],     # settings of an expert
+    given: Mapping[str, Any],  # settings of an expert
     defaults: Mapping[str, Any],  # all there are
-    what: str,                    # the expert's name, for the error
+    what: str,  # the expert's name, for the error
 ) -> dict[str, Any]:
     "All settings; an unknown one is an error."
     if unknown := sorted(set(given) - set(defaults)):
@@ -86,7 +97,7 @@ class PerShape:
 
     def __call__(
         self,
-        *shape: int,   # what the table depends on
+        *shape: int,  # what the table depends on
         like: Tensor,  # of the wanted device and dtype
     ) -> Tensor:
         "The table of a shape."
@@ -103,29 +114,31 @@ def quicken(
 ) -> nn.Module:
     "Its linear maps through `layers.affine`; weights and names stay."
     for part in module.modules():
-        if type(part) is nn.Linear: part.__class__ = Linear
+        if type(part) is nn.Linear:
+            part.__class__ = Linear
     return module
 
 # %% ../../../nbs/papers/04_eagle.ipynb #e44f4324
 def tokens_of(
-    x: Tensor,   # [B,C,h,w]
+    x: Tensor,  # [B,C,h,w]
 ) -> Tensor:
     "Cells in reading order, no copy for a map stored channels last: [B,C,h,w] → [B,h·w,C]."
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def map_of(
-    tokens: Tensor,             # [B,N,C]
+    tokens: Tensor,  # [B,N,C]
     height: int | None = None,  # h; None: the map is a square
 ) -> Tensor:
     "The map of tokens, stored channels last: [B,N,C] → [B,C,h,w]."
-    if height is None: height = side_of(tokens.shape[1], 'number of tokens')
+    if height is None:
+        height = side_of(tokens.shape[1], 'number of tokens')
     return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
 def to_windows(
-    x: Tensor,     # [B,h,w,C]
-    side: int,     # L
+    x: Tensor,  # [B,h,w,C]
+    side: int,  # L
     fill: Tensor,  # [C], value of the padding cells (below and on the right)
 ) -> Tensor:
     "[B,h,w,C] → [B',T,C], row by row."
@@ -138,10 +151,10 @@ def to_windows(
 
 
 def from_windows(
-    x: Tensor,    # [B',T,C]
-    side: int,    # L
+    x: Tensor,  # [B',T,C]
+    side: int,  # L
     height: int,  # h
-    width: int,   # w
+    width: int,  # w
 ) -> Tensor:
     "[B',T,C] → [B,h,w,C], without the padding."
     rows, columns = -(-height // side), -(-width // side)
@@ -150,11 +163,11 @@ def from_windows(
 
 
 def project_heads(
-    x: Tensor,       # [B,h,w,C]
+    x: Tensor,  # [B,h,w,C]
     weight: Tensor,  # [3C,C] of queries, keys and values
-    bias: Tensor,    # [3C]
+    bias: Tensor,  # [3C]
     num_heads: int,  # H
-    side: int,       # L; 0: no windows, the whole map
+    side: int,  # L; 0: no windows, the whole map
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Query, key and value: [B,h,w,C] → [B',H,T,d] three times."
     x = affine(x, weight, bias)
@@ -164,9 +177,9 @@ def project_heads(
 
 def merge_heads(
     context: Tensor,  # [B',H,T,d]
-    side: int,        # L, or 0
-    height: int,      # h
-    width: int,       # w
+    side: int,  # L, or 0
+    height: int,  # h
+    width: int,  # w
 ) -> Tensor:
     "[B',H,T,d] → [B,h,w,C]."
     x = context.transpose(1, 2).flatten(2)

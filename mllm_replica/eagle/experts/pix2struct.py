@@ -16,32 +16,47 @@ from .expert import Expert, map_of, quicken
 
 # %% ../../../nbs/papers/04_eagle.ipynb #275dbe6c
 # Shapes: B images, s side of an image in pixels, g cells in a row of the map, C channels, p side of a patch in pixels.
-PIX2STRUCT = dict(hidden_size=1536, patch_embed_hidden_size=768, d_ff=3968, d_kv=64, num_hidden_layers=18, num_attention_heads=24, seq_len=4096)
+PIX2STRUCT = dict(
+    hidden_size=1536,
+    patch_embed_hidden_size=768,
+    d_ff=3968,
+    d_kv=64,
+    num_hidden_layers=18,
+    num_attention_heads=24,
+    seq_len=4096,
+)
 
 
 class Pix2StructExpert(Expert):
     "Pix2Struct's encoder: last norm."
-    MEAN, STD = (0., 0., 0.), (1 / 255,) * 3   # values of 0…255
+
+    MEAN, STD = (0.0, 0.0, 0.0), (1 / 255,) * 3  # values of 0…255
 
     def __init__(
         self,
-        config: dict[str, Any],    # of transformers' `Pix2StructVisionConfig`; `PIX2STRUCT` are the published settings
-        image_size: int = 1024,    # pixels, of the images it is given
-        max_patches: int = 2048,   # it reads the largest square with at most so many
-        **kwargs: Any,             # `own_statistics` changes nothing: it always has its own
+        config: dict[str, Any],  # of transformers' `Pix2StructVisionConfig`; `PIX2STRUCT` are the published settings
+        image_size: int = 1024,  # pixels, of the images it is given
+        max_patches: int = 2048,  # it reads the largest square with at most so many
+        **kwargs: Any,  # `own_statistics` changes nothing: it always has its own
     ) -> None:
         fields = Pix2StructVisionConfig(**config)
-        super().__init__(image_size, 1, fields.hidden_size, math.isqrt(max_patches), **kwargs | dict(own_statistics=True))
-        self.side = self.grid * math.isqrt(fields.patch_embed_hidden_size // 3)   # pixels, of the images it reads
+        super().__init__(
+            image_size, 1, fields.hidden_size, math.isqrt(max_patches), **kwargs | dict(own_statistics=True)
+        )
+        self.side = self.grid * math.isqrt(fields.patch_embed_hidden_size // 3)  # pixels, of the images it reads
         if self.grid >= fields.seq_len:
-            raise ValueError(f'pix2struct: {self.grid} rows of patches, positions for {fields.seq_len - 1}; raise seq_len or lower max_patches')
+            raise ValueError(
+                f'pix2struct: {self.grid} rows of patches, positions for {fields.seq_len - 1}; raise seq_len or lower max_patches'
+            )
         self.vision_tower = quicken(Pix2StructVisionModel(fields))
 
     @torch.no_grad()
     def prepare(self, pixels: Tensor) -> Tensor:
         "Resized and standardised image by image, in fp32: [B,3,s,s] → [B,3,g·p,g·p]."
         if pixels.shape[-2] != pixels.shape[-1]:
-            raise ValueError(f'Pix2StructExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; it reads squares: pad or crop them')
+            raise ValueError(
+                f'Pix2StructExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; it reads squares: pad or crop them'
+            )
         pixels = super().prepare(pixels.float())
         variance, mean = torch.var_mean(pixels, (1, 2, 3), correction=0, keepdim=True)
         deviation = variance.sqrt().clamp(min=pixels[0].numel() ** -0.5)
@@ -49,12 +64,21 @@ class Pix2StructExpert(Expert):
 
     def patches(self, pixels: Tensor) -> Tensor:
         "Values of each patch in the order row, column, colour: [B,3,g·p,g·p] → [B,g²,3·p²]."
-        return pixels.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return (
+            pixels.unflatten(3, (self.grid, -1))
+            .unflatten(2, (self.grid, -1))
+            .permute(0, 2, 4, 3, 5, 1)
+            .flatten(3)
+            .flatten(1, 2)
+        )
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,g·p,g·p] → [B,C,g,g]."
         embeddings, layers = self.vision_tower.embeddings, self.vision_tower.encoder.layer
-        rows, columns = (table.weight[1:self.grid + 1] for table in (embeddings.row_embedder, embeddings.column_embedder))
+        rows, columns = (
+            table.weight[1 : self.grid + 1] for table in (embeddings.row_embedder, embeddings.column_embedder)
+        )
         x = embeddings.patch_projection(self.patches(pixels)) + (rows[:, None] + columns).flatten(0, 1)
-        for layer in layers: x = layer(x, None)[0]
+        for layer in layers:
+            x = layer(x, None)[0]
         return map_of(self.vision_tower.layernorm(x), self.grid)

@@ -28,13 +28,15 @@ def cells(
 
 
 def relative_terms(
-    query: Tensor,    # [B',H,T,d]
-    rel_pos_h: Tensor,   # [2L−1,d], by distance in rows, from −(L−1) to L−1
-    rel_pos_w: Tensor,   # [2L−1,d], in columns
+    query: Tensor,  # [B',H,T,d]
+    rel_pos_h: Tensor,  # [2L−1,d], by distance in rows, from −(L−1) to L−1
+    rel_pos_w: Tensor,  # [2L−1,d], in columns
 ) -> Tensor:
     "What each query adds to the scores of each row and each column: → [B',H,T,2L]."
     side = (len(rel_pos_h) + 1) // 2
-    rows, columns = (table.flip(0).unfold(0, side, 1).flip(0) for table in (rel_pos_h, rel_pos_w))   # [L (query), d, L (key)]
+    rows, columns = (
+        table.flip(0).unfold(0, side, 1).flip(0) for table in (rel_pos_h, rel_pos_w)
+    )  # [L (query), d, L (key)]
     grid = query.unflatten(2, (side, side))
     terms = [torch.einsum('bhrcd,rdk->bhrck', grid, rows), torch.einsum('bhrcd,cdk->bhrck', grid, columns)]
     return torch.cat(terms, -1).flatten(2, 3)
@@ -45,7 +47,7 @@ class SamAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, window: int, side: int) -> None:
         super().__init__()
-        self.num_heads, self.window = num_heads, window   # window 0: the whole map
+        self.num_heads, self.window = num_heads, window  # window 0: the whole map
         self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
         self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(2 * side - 1, width // num_heads)) for _ in range(2))
 
@@ -53,9 +55,9 @@ class SamAttention(nn.Module):
         "[B,h,w,C] → [B,h,w,C]."
         query, key, value = project_heads(x, self.qkv.weight, self.qkv.bias, self.num_heads, self.window)
         width = query.shape[-1]
-        query = torch.cat([query * width ** -0.5, relative_terms(query, self.rel_pos_h, self.rel_pos_w)], -1)
+        query = torch.cat([query * width**-0.5, relative_terms(query, self.rel_pos_h, self.rel_pos_w)], -1)
         key = torch.cat([key, cells.expand(*key.shape[:2], -1, -1)], -1)
-        value = F.pad(value, (0, cells.shape[-1]))   # fused kernels want one width
+        value = F.pad(value, (0, cells.shape[-1]))  # fused kernels want one width
         context = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :width]
         return self.proj(merge_heads(context, self.window, *x.shape[1:3]))
 
@@ -76,32 +78,55 @@ class SamLayer(GradientCheckpointingLayer):
         return x + self.mlp['lin2'](F.gelu(self.mlp['lin1'](self.layer_norm2(x))))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #ef3991c8
-SAM = dict(hidden_size=1024, output_channels=256, num_hidden_layers=24, num_attention_heads=16, image_size=1024, patch_size=16, window_size=14,
-           global_attn_indexes=[5, 11, 17, 23], mlp_dim=4096)
+SAM = dict(
+    hidden_size=1024,
+    output_channels=256,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=1024,
+    patch_size=16,
+    window_size=14,
+    global_attn_indexes=[5, 11, 17, 23],
+    mlp_dim=4096,
+)
 
 
 class SamExpert(Expert):
     "SAM's encoder with a new neck; four cells become one."
+
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
     def __init__(
         self,
-        config: dict[str, Any],         # of transformers' `SamVisionConfig`; `SAM` are the published settings
+        config: dict[str, Any],  # of transformers' `SamVisionConfig`; `SAM` are the published settings
         image_size: int | None = None,  # None: the config's; there is no other, its positions belong to one size
-        **kwargs: Any,                  # `own_statistics`
+        **kwargs: Any,  # `own_statistics`
     ) -> None:
         fields = SamVisionConfig(**config)
         width, side = fields.hidden_size, fields.image_size // fields.patch_size
         if image_size not in (None, fields.image_size):
-            raise ValueError(f'sam: image_size {image_size}, but its positions are made for {fields.image_size}; set image_size in the config')
+            raise ValueError(
+                f'sam: image_size {image_size}, but its positions are made for {fields.image_size}; set image_size in the config'
+            )
         super().__init__(fields.image_size, 2 * fields.patch_size, 4 * fields.output_channels, **kwargs)
         self._cells = PerShape(cells)
-        self.vision_tower = nn.ModuleDict(dict(
-            patch_embed=nn.ModuleDict(dict(projection=nn.Conv2d(3, width, fields.patch_size, fields.patch_size))),
-            layers=nn.ModuleList([SamLayer(fields, *((0, side) if i in fields.global_attn_indexes else (fields.window_size,) * 2))
-                                  for i in range(fields.num_hidden_layers)]),
-            neck=nn.ModuleDict(dict(conv1=nn.Conv2d(width, fields.output_channels, 1, bias=False),
-                                    layer_norm1=LayerNorm(fields.output_channels, eps=1e-6)))))
+        self.vision_tower = nn.ModuleDict(
+            dict(
+                patch_embed=nn.ModuleDict(dict(projection=nn.Conv2d(3, width, fields.patch_size, fields.patch_size))),
+                layers=nn.ModuleList(
+                    [
+                        SamLayer(fields, *((0, side) if i in fields.global_attn_indexes else (fields.window_size,) * 2))
+                        for i in range(fields.num_hidden_layers)
+                    ]
+                ),
+                neck=nn.ModuleDict(
+                    dict(
+                        conv1=nn.Conv2d(width, fields.output_channels, 1, bias=False),
+                        layer_norm1=LayerNorm(fields.output_channels, eps=1e-6),
+                    )
+                ),
+            )
+        )
         self.vision_tower.register_parameter('pos_embed', nn.Parameter(0.02 * torch.randn(1, side, side, width)))
 
     def neck(self, x: Tensor) -> Tensor:
@@ -111,10 +136,15 @@ class SamExpert(Expert):
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,h/2,w/2]."
-        x = self.vision_tower['patch_embed']['projection'](pixels).permute(0, 2, 3, 1).contiguous()   # layers read it many times
+        x = (
+            self.vision_tower['patch_embed']['projection'](pixels).permute(0, 2, 3, 1).contiguous()
+        )  # layers read it many times
         if x.shape[1:] != self.vision_tower.pos_embed.shape[1:]:
-            raise ValueError(f'SamExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; its positions are made for '
-                             f'{self.image_size} × {self.image_size}')
+            raise ValueError(
+                f'SamExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; its positions are made for '
+                f'{self.image_size} × {self.image_size}'
+            )
         x = x + self.vision_tower.pos_embed
-        for layer in self.vision_tower['layers']: x = layer(x, self._cells(layer.attn.window or x.shape[1], like=x))
+        for layer in self.vision_tower['layers']:
+            x = layer(x, self._cells(layer.attn.window or x.shape[1], like=x))
         return F.pixel_unshuffle(self.neck(x).permute(0, 3, 1, 2), 2)

@@ -18,12 +18,27 @@ from .pix2struct import PIX2STRUCT, Pix2StructExpert
 from .sam import SAM, SamExpert
 
 # %% ../../../nbs/papers/04_eagle.ipynb #d4bd407d
-CLIP = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+CLIP = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
 DINOV2 = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14)
-KINDS: dict[str, type[Expert]] = dict(clip=ClipExpert, convnext=ConvNextExpert, sam=SamExpert, eva=EvaExpert, pix2struct=Pix2StructExpert,
-                                      dinov2=Dinov2Expert)
-PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {   # name in a released model (dinov2: in the paper) -> kind, settings, image size
-    'clip-448': ('clip', CLIP, 336),   # really; the paper says 448
+KINDS: dict[str, type[Expert]] = dict(
+    clip=ClipExpert,
+    convnext=ConvNextExpert,
+    sam=SamExpert,
+    eva=EvaExpert,
+    pix2struct=Pix2StructExpert,
+    dinov2=Dinov2Expert,
+)
+PUBLISHED: dict[
+    str, tuple[str, dict[str, Any], int]
+] = {  # name in a released model (dinov2: in the paper) -> kind, settings, image size
+    'clip-448': ('clip', CLIP, 336),  # really; the paper says 448
     'convnext-1024': ('convnext', CONVNEXT, 1024),
     'sam-1024': ('sam', SAM, 1024),
     'det-1024': ('eva', EVA, 1024),
@@ -33,10 +48,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {   # name in a released
 
 
 def build_expert(
-    name: str,                               # of `PUBLISHED` or `KINDS`
-    config: Mapping[str, Any] | None = None, # settings; of a published expert only those that differ
-    image_size: int | None = None,           # None: the published, or the kind's
-    **kwargs: Any,                           # `own_statistics`
+    name: str,  # of `PUBLISHED` or `KINDS`
+    config: Mapping[str, Any] | None = None,  # settings; of a published expert only those that differ
+    image_size: int | None = None,  # None: the published, or the kind's
+    **kwargs: Any,  # `own_statistics`
 ) -> Expert:
     "An expert with fresh weights."
     if name not in PUBLISHED and name not in KINDS:

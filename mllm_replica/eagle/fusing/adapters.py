@@ -19,8 +19,8 @@ from ...models.layers import Conv, LayerNorm, Linear, side_of
 
 
 def resize(
-    x: Tensor,   # [B,C,s,s], a map or pictures
-    side: int,   # wanted
+    x: Tensor,  # [B,C,s,s], a map or pictures
+    side: int,  # wanted
 ) -> Tensor:
     "Bilinear with aligned corners, as released: [B,C,s,s] → [B,C,side,side]."
     return x if x.shape[-2:] == (side, side) else F.interpolate(x, (side, side), mode='bilinear', align_corners=True)
@@ -28,10 +28,11 @@ def resize(
 # %% ../../../nbs/papers/04_eagle.ipynb #5ea5ae12
 def align(
     source: Tensor,  # [B,s,s,C] channels last
-    side: int,       # of the tokens' grid
+    side: int,  # of the tokens' grid
 ) -> Tensor:
     "Average pooling where the map is a multiple of the grid, else bilinear: [B,s,s,C] → [B,side,side,C]."
-    if source.shape[1] == side: return source
+    if source.shape[1] == side:
+        return source
     x, (factor, rest) = source.permute(0, 3, 1, 2), divmod(source.shape[1], side)
     return (resize(x, side) if rest or not factor else F.avg_pool2d(x, factor)).permute(0, 2, 3, 1)
 
@@ -40,16 +41,23 @@ class StageAdapter(nn.Module):
     "Tokens mixed with their neighbours and with another map, under a gate; names as in LLaVA-HR."
 
     def __init__(
-        self, width: int,      # D
+        self,
+        width: int,  # D
         source_channels: int,  # C
     ) -> None:
         super().__init__()
-        self.slow_conv, self.slow_proj = Conv(source_channels, source_channels, bias=True), Conv(source_channels, width, bias=True)
+        self.slow_conv, self.slow_proj = (
+            Conv(source_channels, source_channels, bias=True),
+            Conv(source_channels, width, bias=True),
+        )
         self.fast_conv, self.fast_proj = Conv(width, width, 7, groups=width, bias=True), Conv(width, width, bias=True)
         self.gate = nn.Sequential(Linear(2 * width, width // 2), nn.GELU(), Linear(width // 2, 1))
-        for conv in (self.slow_conv, self.fast_conv): nn.init.xavier_uniform_(conv.weight)
-        for conv in (self.slow_proj, self.fast_proj): nn.init.zeros_(conv.weight)
-        for conv in (self.slow_conv, self.fast_conv, self.slow_proj, self.fast_proj): nn.init.zeros_(conv.bias)
+        for conv in (self.slow_conv, self.fast_conv):
+            nn.init.xavier_uniform_(conv.weight)
+        for conv in (self.slow_proj, self.fast_proj):
+            nn.init.zeros_(conv.weight)
+        for conv in (self.slow_conv, self.fast_conv, self.slow_proj, self.fast_proj):
+            nn.init.zeros_(conv.bias)
 
     def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
         "Tokens [B,N,D], source [B,s,s,C] → [B,N,D]."
@@ -64,7 +72,8 @@ class FinalAlign(nn.Module):
     "Tokens and the aligned map, both projected, added."
 
     def __init__(
-        self, width: int,      # D
+        self,
+        width: int,  # D
         source_channels: int,  # C
     ) -> None:
         super().__init__()
@@ -80,26 +89,32 @@ class PatchMining(nn.Module):
     "What each token finds in its window of a finer map; names as in Mini-Gemini."
 
     def __init__(
-        self, width: int,      # D
+        self,
+        width: int,  # D
         source_channels: int,  # C
     ) -> None:
         super().__init__()
         branch = lambda channels: nn.Sequential(LayerNorm(channels), Linear(channels, width))
-        self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector = map(branch, (width, source_channels, source_channels))
+        self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector = map(
+            branch, (width, source_channels, source_channels)
+        )
 
     def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
         "Tokens [B,N,D], source [B,C,ps,ps] → [B,N,D]."
         side = side_of(tokens.shape[1], 'number of tokens')
         if source.shape[-1] % side:
-            raise ValueError(f'the finer map has side {source.shape[-1]}, expected a multiple of {side}, the side of the tokens')
+            raise ValueError(
+                f'the finer map has side {source.shape[-1]}, expected a multiple of {side}, the side of the tokens'
+            )
 
         def windows(x: Tensor) -> Tensor:
             "[B,ps,ps,D] → [B,N,p²,D]."
             return x.unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
         source = source.permute(0, 2, 3, 1)
         key, value = (windows(branch(source)) for branch in (self.vlm_uni_aux_projector, self.vlm_uni_val_projector))
         query = self.vlm_uni_query_projector(tokens)[..., None]
-        weights = (key @ query * query.shape[2] ** -0.5).softmax(2)   # [B,N,p²,1]
+        weights = (key @ query * query.shape[2] ** -0.5).softmax(2)  # [B,N,p²,1]
         return (value.mT @ weights)[..., 0]
 
 # %% ../../../nbs/papers/04_eagle.ipynb #5fdb13b1
@@ -107,21 +122,30 @@ class DeformableMining(nn.Module):
     "What each token reads at points of its own choice."
 
     def __init__(
-        self, width: int,      # D
+        self,
+        width: int,  # D
         source_channels: int,  # C
-        num_heads: int = 4,    # H, a divisor of D
-        num_points: int = 4,   # K per head
+        num_heads: int = 4,  # H, a divisor of D
+        num_points: int = 4,  # K per head
     ) -> None:
         super().__init__()
-        if width % num_heads: raise ValueError(f'width {width} is no multiple of {num_heads} heads; choose num_heads among its divisors')
-        self.query_norm, self.value = LayerNorm(width), nn.Sequential(LayerNorm(source_channels), Linear(source_channels, width))
+        if width % num_heads:
+            raise ValueError(f'width {width} is no multiple of {num_heads} heads; choose num_heads among its divisors')
+        self.query_norm, self.value = (
+            LayerNorm(width),
+            nn.Sequential(LayerNorm(source_channels), Linear(source_channels, width)),
+        )
         self.attention = DeformableAttention(width, num_heads, num_points)
-        self.attention.value_proj = nn.Identity()   # `value` has projected
+        self.attention.value_proj = nn.Identity()  # `value` has projected
         for layer in (self.attention.sampling_offsets, self.attention.attention_weights):
-            for parameter in layer.parameters(): nn.init.zeros_(parameter)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
-        rays = torch.stack([angles.cos(), angles.sin()], -1)[:, None] * torch.arange(1, num_points + 1)[:, None]   # [H,K,2] in cells
-        with torch.no_grad(): self.attention.sampling_offsets.bias.copy_(rays.flatten())
+        rays = (
+            torch.stack([angles.cos(), angles.sin()], -1)[:, None] * torch.arange(1, num_points + 1)[:, None]
+        )  # [H,K,2] in cells
+        with torch.no_grad():
+            self.attention.sampling_offsets.bias.copy_(rays.flatten())
 
     def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
         "Tokens [B,N,D], source [B,C,s,s] → [B,N,D]. Points are computed in float32."

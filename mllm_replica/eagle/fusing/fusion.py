@@ -22,6 +22,7 @@ from ...models.layers import Linear
 
 class ExpertShape(NamedTuple):
     "What an expert returns: a map [B,channels,side,side]."
+
     name: str
     channels: int
     side: int
@@ -31,24 +32,28 @@ def check_names(
     names: Sequence[str],  # of experts, in their order
 ) -> None:
     "At least one expert, each once."
-    if not names: raise ValueError('there is no expert; a mixture needs at least one')
+    if not names:
+        raise ValueError('there is no expert; a mixture needs at least one')
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice: raise ValueError(f'experts {", ".join(twice)} are given twice; name every expert once')
+    if twice:
+        raise ValueError(f'experts {", ".join(twice)} are given twice; name every expert once')
 
 # %% ../../../nbs/papers/04_eagle.ipynb #98d7ef0d
 class Fusion(nn.Module):
     "Maps of several experts → `num_tokens` visual tokens of `width` channels."
-    injects = False   # whether it changes the first expert's layers
+
+    injects = False  # whether it changes the first expert's layers
 
     def __init__(
         self,
         experts: Sequence[ExpertShape],
-        grid: int,   # side of the common grid; N = grid²
+        grid: int,  # side of the common grid; N = grid²
     ) -> None:
         super().__init__()
         self.experts, self.grid = [ExpertShape(*expert) for expert in experts], grid
         check_names([expert.name for expert in self.experts])
-        if grid < 1: raise ValueError(f'the common grid has side {grid}; expected at least 1')
+        if grid < 1:
+            raise ValueError(f'the common grid has side {grid}; expected at least 1')
         self.num_tokens, self.width = grid * grid, self.experts[0].channels
 
     def check(
@@ -58,14 +63,19 @@ class Fusion(nn.Module):
         "The maps are those that were announced."
         names = ', '.join(expert.name for expert in self.experts)
         if len(maps) != len(self.experts):
-            raise ValueError(f'{len(maps)} maps for {len(self.experts)} experts ({names}); expected one each, in this order')
+            raise ValueError(
+                f'{len(maps)} maps for {len(self.experts)} experts ({names}); expected one each, in this order'
+            )
         for (name, channels, side), x in zip(self.experts, maps):
             expected = (len(maps[0]), channels, side, side)
-            if tuple(x.shape) == expected: continue
+            if tuple(x.shape) == expected:
+                continue
             shape, wanted = (' x '.join(map(str, sizes)) for sizes in (x.shape, expected))
             if x.dim() == 4 and x.shape[2] != x.shape[3]:
-                raise ValueError(f'expert {name!r}: its map {shape} is not square and does not reach the grid of {self.grid} x {self.grid}; '
-                                 'feed square pictures')
+                raise ValueError(
+                    f'expert {name!r}: its map {shape} is not square and does not reach the grid of {self.grid} x {self.grid}; '
+                    'feed square pictures'
+                )
             raise ValueError(f'expert {name!r}: its map is {shape}; expected {wanted} [batch, channels, side, side]')
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -84,7 +94,7 @@ class Fusion(nn.Module):
     @contextmanager
     def injected(
         self,
-        base: nn.Module,           # the first expert
+        base: nn.Module,  # the first expert
         others: Sequence[Tensor],  # maps of the other experts
     ) -> Iterator[None]:
         "While open, the first expert's layers are changed as the fusion wants it; by default they are not."
@@ -104,18 +114,23 @@ class ChannelConcat(Fusion):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #49b8ca04
 def build_projector(
-    kind: str,          # 'linear', 'identity', or 'mlp2x_gelu' with any number of layers
-    width: int,         # of the tokens
+    kind: str,  # 'linear', 'identity', or 'mlp2x_gelu' with any number of layers
+    width: int,  # of the tokens
     output_width: int,  # of the language model
 ) -> nn.Module:
     "[..., width] → [..., output_width]; `identity` keeps the width."
-    if kind == 'identity': return nn.Identity()
-    if kind == 'linear': return Linear(width, output_width)
+    if kind == 'identity':
+        return nn.Identity()
+    if kind == 'linear':
+        return Linear(width, output_width)
     depth = kind.removeprefix('mlp').removesuffix('x_gelu')
     if kind != f'mlp{depth}x_gelu' or not depth.isdecimal() or int(depth) < 1:
-        raise ValueError(f"projector {kind!r} is unknown: 'linear', 'identity' or 'mlp2x_gelu' with any number of layers")
+        raise ValueError(
+            f"projector {kind!r} is unknown: 'linear', 'identity' or 'mlp2x_gelu' with any number of layers"
+        )
     layers = [Linear(width, output_width)]
-    for _ in range(int(depth) - 1): layers += [nn.GELU(), Linear(output_width, output_width)]
+    for _ in range(int(depth) - 1):
+        layers += [nn.GELU(), Linear(output_width, output_width)]
     return nn.Sequential(*layers)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #4b3aacb9
@@ -123,16 +138,22 @@ class SequenceAppend(Fusion):
     "Experts one behind the other, each through its own projector."
 
     def __init__(
-        self, experts: Sequence[ExpertShape], grid: int,
-        output_width: int,               # of the language model
-        projector: str = 'mlp2x_gelu',   # as for `build_projector`
+        self,
+        experts: Sequence[ExpertShape],
+        grid: int,
+        output_width: int,  # of the language model
+        projector: str = 'mlp2x_gelu',  # as for `build_projector`
     ) -> None:
         super().__init__(experts, grid)
         narrow = [expert.name for expert in self.experts if expert.channels != output_width]
         if projector == 'identity' and narrow:
-            raise ValueError(f'without projectors all experts need {output_width} channels; {", ".join(narrow)} have others')
+            raise ValueError(
+                f'without projectors all experts need {output_width} channels; {", ".join(narrow)} have others'
+            )
         self.num_tokens, self.width = len(self.experts) * grid * grid, output_width
-        self.projectors = nn.ModuleList(build_projector(projector, expert.channels, output_width) for expert in self.experts)
+        self.projectors = nn.ModuleList(
+            build_projector(projector, expert.channels, output_width) for expert in self.experts
+        )
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
         "→ [B,kN,output_width]."
@@ -144,7 +165,10 @@ class Injection(Fusion):
 
     def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
         super().__init__(experts, grid)
-        if len(self.experts) < 2: raise ValueError(f'{self.experts[0].name!r} is the only expert; an injection needs another one to read from')
+        if len(self.experts) < 2:
+            raise ValueError(
+                f'{self.experts[0].name!r} is the only expert; an injection needs another one to read from'
+            )
         self.source_channels = sum(expert.channels for expert in self.experts[1:])
 
     def side(self, expert: ExpertShape) -> int:
@@ -153,7 +177,8 @@ class Injection(Fusion):
 
     def source(self, others: Sequence[Tensor]) -> Tensor:
         "The other experts as one map: each [B,C,s,s] → [B,ΣC,s,s]."
-        if len(others) == 1: return others[0]
+        if len(others) == 1:
+            return others[0]
         return map_of(torch.cat([tokens_of(resize(x, max(y.shape[-1] for y in others))) for x in others], -1))
 
     def on_grid(self, tokens: Tensor) -> Tensor:
@@ -175,6 +200,7 @@ class _Between(nn.Module):
 
 class LlavaHR(Injection):
     "Adapters between the first expert's layers and an alignment behind them; names as in LLaVA-HR."
+
     injects = True
 
     def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
@@ -187,12 +213,18 @@ class LlavaHR(Injection):
         "The adapters behind the first three quarters of `base.layers`, a list of blocks of tokens [B,n,D] without a class token."
         layers, source = base.layers, self.source(others).permute(0, 2, 3, 1)
         step, rest = divmod(len(layers), 4)
-        if rest or not step: raise ValueError(f'the first expert has {len(layers)} layers; adapters after each quarter need a multiple of 4')
+        if rest or not step:
+            raise ValueError(
+                f'the first expert has {len(layers)} layers; adapters after each quarter need a multiple of 4'
+            )
         places = [step, 2 * step, 3 * step]
-        for place, adapter in reversed(list(zip(places, self.align_stages_latent))): layers.insert(place, _Between(adapter, source))
-        try: yield
+        for place, adapter in reversed(list(zip(places, self.align_stages_latent))):
+            layers.insert(place, _Between(adapter, source))
+        try:
+            yield
         finally:
-            for place in places: del layers[place]
+            for place in places:
+                del layers[place]
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
         "The first map comes from inside `injected`: → [B,N,D]."
@@ -216,8 +248,10 @@ class Deformable(Injection):
     "Each token reads the other map at points of its own choice."
 
     def __init__(
-        self, experts: Sequence[ExpertShape], grid: int,
-        num_heads: int = 4,    # of `DeformableMining`
+        self,
+        experts: Sequence[ExpertShape],
+        grid: int,
+        num_heads: int = 4,  # of `DeformableMining`
         num_points: int = 4,
     ) -> None:
         super().__init__(experts, grid)
@@ -229,21 +263,31 @@ class Deformable(Injection):
         return tokens + self.mining(tokens, self.source(maps[1:]))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #3bb5cd53
-FUSIONS = {'channel': ChannelConcat, 'sequence': SequenceAppend, 'llava_hr': LlavaHR, 'mini_gemini': MiniGemini, 'deformable': Deformable}
+FUSIONS = {
+    'channel': ChannelConcat,
+    'sequence': SequenceAppend,
+    'llava_hr': LlavaHR,
+    'mini_gemini': MiniGemini,
+    'deformable': Deformable,
+}
 
 
 def build_fusion(
-    kind: str,                       # a key of `FUSIONS`
+    kind: str,  # a key of `FUSIONS`
     experts: Sequence[ExpertShape],  # the first is read by the language model, where the fusion has a first one
-    grid: int,                       # side of the common grid
-    output_width: int,               # of the language model
-    projector: str = 'mlp2x_gelu',   # as for `build_projector`
-    **options: int,                  # `num_heads` and `num_points` of 'deformable'
+    grid: int,  # side of the common grid
+    output_width: int,  # of the language model
+    projector: str = 'mlp2x_gelu',  # as for `build_projector`
+    **options: int,  # `num_heads` and `num_points` of 'deformable'
 ) -> tuple[Fusion, nn.Module]:
     "Maps → tokens [B,M,width], and the projector [B,M,width] → [B,M,output_width]."
-    if kind not in FUSIONS: raise ValueError(f'fusion {kind!r} is unknown: {", ".join(FUSIONS)}')
-    if kind == 'sequence': return SequenceAppend(experts, grid, output_width, projector, **options), nn.Identity()
+    if kind not in FUSIONS:
+        raise ValueError(f'fusion {kind!r} is unknown: {", ".join(FUSIONS)}')
+    if kind == 'sequence':
+        return SequenceAppend(experts, grid, output_width, projector, **options), nn.Identity()
     fusion = FUSIONS[kind](experts, grid, **options)
     if projector == 'identity' and fusion.width != output_width:
-        raise ValueError(f'without a projector the tokens keep {fusion.width} channels; the language model has {output_width}')
+        raise ValueError(
+            f'without a projector the tokens keep {fusion.width} channels; the language model has {output_width}'
+        )
     return fusion, build_projector(projector, fusion.width, output_width)

@@ -48,7 +48,8 @@ class Towers:
         "The experts' maps in their order, the first one's computed last: a fusion may inject the others into it."
         (first, *towers), (pixels, *others) = self.vision_towers, self.pixels(images)
         others = [tower(x) for tower, x in zip(towers, others)]
-        with self.fusion.injected(first, others) if self.fusion else nullcontext(): return [first(pixels), *others]
+        with self.fusion.injected(first, others) if self.fusion else nullcontext():
+            return [first(pixels), *others]
 
 
 class Mixture(Towers, nn.Module):
@@ -57,11 +58,12 @@ class Mixture(Towers, nn.Module):
     def __init__(
         self,
         experts: Mapping[str, nn.Module],  # name -> [B,3,size,size] → [B,C,s,s]
-        fusion: Fusion,                    # of the same experts
-        image_size: int,                   # side of the pictures that come in
+        fusion: Fusion,  # of the same experts
+        image_size: int,  # side of the pictures that come in
     ) -> None:
         super().__init__()
-        if shapes_of(experts) != fusion.experts: raise ValueError(f'the fusion was built for {fusion.experts}, not for {shapes_of(experts)}')
+        if shapes_of(experts) != fusion.experts:
+            raise ValueError(f'the fusion was built for {fusion.experts}, not for {shapes_of(experts)}')
         self.vision_towers, self.fusion, self.image_size = nn.ModuleList(experts.values()), fusion, image_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,22 +87,29 @@ def tower_names(
     names = [name.strip() for name in towers.split(';') if name.strip()]
     check_names(names)
     unknown = [name for name in names if name.split('-')[0] not in SIGNS]
-    if unknown: raise ValueError(f'towers {", ".join(unknown)} are unknown; known: {", ".join(SIGNS)}, each with its image size as in convnext-1024')
+    if unknown:
+        raise ValueError(
+            f'towers {", ".join(unknown)} are unknown; known: {", ".join(SIGNS)}, each with its image size as in convnext-1024'
+        )
     return names
 
 
 def check_towers(
     names: Sequence[str],  # expected, as from `tower_names`
-    keys: Iterable[str],   # weights found, with `vision_towers.k.` in their names
+    keys: Iterable[str],  # weights found, with `vision_towers.k.` in their names
 ) -> None:
     "The weights are those of these experts in this order, or an error says what is there."
     found = {}
     for key in keys:
         number, _, rest = key.partition('vision_towers.')[2].partition('.')
-        if rest in SIGNS.values(): found[int(number)] = next(kind for kind, sign in SIGNS.items() if sign == rest)
+        if rest in SIGNS.values():
+            found[int(number)] = next(kind for kind, sign in SIGNS.items() if sign == rest)
     found, expected = [found[k] for k in sorted(found)], [name.split('-')[0] for name in names]
-    if found == expected: return
+    if found == expected:
+        return
     missing, extra = (', '.join(Counter(a) - Counter(b)) for a, b in ((expected, found), (found, expected)))
     order = 'another order: channels would meet the wrong columns of the projector'
     said = f'{missing} missing' if missing else f'{extra} not asked for' if extra else order
-    raise ValueError(f'the checkpoint holds the experts {", ".join(found) or "none"}; expected {", ".join(expected)} ({said})')
+    raise ValueError(
+        f'the checkpoint holds the experts {", ".join(found) or "none"}; expected {", ".join(expected)} ({said})'
+    )

@@ -18,47 +18,55 @@ from ...data.encoded import IGNORED
 
 class Layout(NamedTuple):
     "A batch with a place for every visual token."
-    input_ids: Tensor        # [B,L] `image_token_id` at visual tokens
-    attention_mask: Tensor   # [B,L]
-    position_ids: Tensor     # [B,L] counted from the first real place, 0 at padding
-    labels: Tensor | None    # [B,L]
-    rows: Tensor             # visual tokens that were not cut off, in reading order
-    given: int               # V, before the cut
+
+    input_ids: Tensor  # [B,L] `image_token_id` at visual tokens
+    attention_mask: Tensor  # [B,L]
+    position_ids: Tensor  # [B,L] counted from the first real place, 0 at padding
+    labels: Tensor | None  # [B,L]
+    rows: Tensor  # visual tokens that were not cut off, in reading order
+    given: int  # V, before the cut
 
 
 def _owners(
     counts: Tensor,  # [B] placeholders of each sample
-    images: int,     # K
+    images: int,  # K
 ) -> Tensor:
     "First image of each sample: [B]. A sample without placeholder may own one image, as released, or none."
     found = counts.sum().item()
     owned = counts if images == found else counts.clamp(min=1)
-    if owned.sum() == images: return owned.cumsum(0) - owned
+    if owned.sum() == images:
+        return owned.cumsum(0) - owned
     short = (owned.cumsum(0) > images).nonzero().flatten().tolist() or [len(counts) - 1]
-    raise ValueError(f'{images} images (crops of one picture count as one image) for {found} placeholders in {len(counts)} samples; '
-                     f'they must be equal. Placeholders per sample: {counts.tolist()}; the first sample that does not fit is {short[0]}')
+    raise ValueError(
+        f'{images} images (crops of one picture count as one image) for {found} placeholders in {len(counts)} samples; '
+        f'they must be equal. Placeholders per sample: {counts.tolist()}; the first sample that does not fit is {short[0]}'
+    )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #d52dbb7f
 def lay_out(
-    input_ids: Tensor,                     # [B,T] with one `placeholder` per image
-    lengths: Sequence[int],                # [K] visual tokens of each image, of all its crops
+    input_ids: Tensor,  # [B,T] with one `placeholder` per image
+    lengths: Sequence[int],  # [K] visual tokens of each image, of all its crops
     attention_mask: Tensor | None = None,  # [B,T]; None: everything is real
-    labels: Tensor | None = None,          # [B,T]
-    max_length: int | None = None,         # places of a row
+    labels: Tensor | None = None,  # [B,T]
+    max_length: int | None = None,  # places of a row
     padding_side: str = 'right',
     placeholder: int = -200,
     image_token_id: int = -1,
     pad_token_id: int = 0,
 ) -> Layout:
     "Room for every visual token, cut and padded as released: [B,T] → [B,L]."
-    if padding_side not in ('left', 'right'): raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+    if padding_side not in ('left', 'right'):
+        raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    holds, sizes = real & (input_ids == placeholder), torch.as_tensor(lengths, dtype=torch.long, device=input_ids.device)
-    image = (_owners(holds.sum(1), len(sizes))[:, None] + holds.cumsum(1) - 1)[holds]      # of each placeholder
+    holds, sizes = (
+        real & (input_ids == placeholder),
+        torch.as_tensor(lengths, dtype=torch.long, device=input_ids.device),
+    )
+    image = (_owners(holds.sum(1), len(sizes))[:, None] + holds.cumsum(1) - 1)[holds]  # of each placeholder
     width, first = real.long().masked_scatter_(holds, sizes[image]), torch.zeros_like(input_ids)
-    first.masked_scatter_(holds, (sizes.cumsum(0) - sizes)[image])                         # visual row that a placeholder begins with
+    first.masked_scatter_(holds, (sizes.cumsum(0) - sizes)[image])  # visual row that a placeholder begins with
     total = width.sum(1) if max_length is None else width.sum(1).clamp(max=max_length)
-    source = torch.repeat_interleave(width.flatten())                                      # official place of each new place
+    source = torch.repeat_interleave(width.flatten())  # official place of each new place
     inside = torch.arange(len(source), device=source.device) - (width.flatten().cumsum(0) - width.flatten())[source]
     row, position = source // input_ids.shape[1], (width.cumsum(1) - width).flatten()[source] + inside
     kept = position < total[row]
@@ -69,10 +77,15 @@ def lay_out(
     def table(values: Tensor, empty: int) -> Tensor:
         "Values in their places, `empty` elsewhere: → [B,L]."
         return values.new_full((len(input_ids), length), empty).index_put_(place, values)
-    return Layout(input_ids=table(input_ids.flatten()[source].where(~visual, image_token_id), pad_token_id),
-                  attention_mask=table(torch.ones_like(source), 0), position_ids=table(position, 0),
-                  labels=None if labels is None else table(labels.flatten()[source].where(~visual, IGNORED), IGNORED),
-                  rows=(first.flatten()[source] + inside)[visual], given=int(sizes.sum()))
+
+    return Layout(
+        input_ids=table(input_ids.flatten()[source].where(~visual, image_token_id), pad_token_id),
+        attention_mask=table(torch.ones_like(source), 0),
+        position_ids=table(position, 0),
+        labels=None if labels is None else table(labels.flatten()[source].where(~visual, IGNORED), IGNORED),
+        rows=(first.flatten()[source] + inside)[visual],
+        given=int(sizes.sum()),
+    )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #c9d9752f
 class _Spread(torch.autograd.Function):
@@ -88,14 +101,16 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         "The gradient's rows, where they are wanted."
-        wanted = (grad.index_select(0, at) if needed else None for at, needed in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        wanted = (
+            grad.index_select(0, at) if needed else None for at, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        )
         return *wanted, None, None, None
 
 # %% ../../../nbs/papers/04_eagle.ipynb #6cff567d
 def splice(
-    embedding: nn.Module,    # [n] ids → [n,D]
-    input_ids: Tensor,       # [B,L] `image_token_id` at visual tokens
-    visual: Tensor,          # [V,D] visual tokens in reading order
+    embedding: nn.Module,  # [n] ids → [n,D]
+    input_ids: Tensor,  # [B,L] `image_token_id` at visual tokens
+    visual: Tensor,  # [V,D] visual tokens in reading order
     attention_mask: Tensor | None = None,  # [B,L] zero vectors where it is 0; None: all places are real
     image_token_id: int = -1,
 ) -> Tensor:
@@ -105,34 +120,42 @@ def splice(
     at_text, at_visual = is_text.nonzero().flatten(), is_image.nonzero().flatten()
     if len(at_visual) != len(visual):
         places = (input_ids == image_token_id).sum(1).tolist()
-        raise ValueError(f'{len(visual)} visual tokens for {len(at_visual)} places; per sample there are {places} places')
+        raise ValueError(
+            f'{len(visual)} visual tokens for {len(at_visual)} places; per sample there are {places} places'
+        )
     text = embedding(flat[at_text])
     return _Spread.apply(text, visual.to(text.dtype), at_text, at_visual, len(flat)).view(*input_ids.shape, -1)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #e5c82724
 def check_places(
-    places: Sequence[int],   # of each sample
+    places: Sequence[int],  # of each sample
     lengths: Sequence[int],  # visual tokens of each image, of all its crops, in reading order
 ) -> None:
     "Every sample's places are filled by whole images, and all images find theirs."
     image = 0
     for row, count in enumerate(places):
         taken = 0
-        while taken < count and image < len(lengths): taken, image = taken + lengths[image], image + 1
+        while taken < count and image < len(lengths):
+            taken, image = taken + lengths[image], image + 1
         if taken != count:
-            raise ValueError(f'sample {row}: {count} image positions; the images left for it have {taken}, of {len(lengths)} images with '
-                             f'{sorted(set(lengths))} visual tokens each, crops included')
+            raise ValueError(
+                f'sample {row}: {count} image positions; the images left for it have {taken}, of {len(lengths)} images with '
+                f'{sorted(set(lengths))} visual tokens each, crops included'
+            )
     if image != len(lengths):
-        raise ValueError(f'sample {len(places) - 1}: {places[-1]} image positions; {len(lengths) - image} of {len(lengths)} images are left over')
+        raise ValueError(
+            f'sample {len(places) - 1}: {places[-1]} image positions; {len(lengths) - image} of {len(lengths)} images are left over'
+        )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #b2fa1f76
 def splice_layout(
     embedding: nn.Module,  # [n] ids → [n,D]
     layout: Layout,
-    visual: Tensor,        # [V,D] tokens of all images, those that are cut off too
+    visual: Tensor,  # [V,D] tokens of all images, those that are cut off too
     image_token_id: int = -1,
 ) -> Tensor:
     "The official splice: → [B,L,D]."
-    if len(visual) != layout.given: raise ValueError(f'{len(visual)} visual tokens; the layout was made for {layout.given}')
+    if len(visual) != layout.given:
+        raise ValueError(f'{len(visual)} visual tokens; the layout was made for {layout.given}')
     kept = visual if len(layout.rows) == layout.given else visual[layout.rows]
     return splice(embedding, layout.input_ids, kept, layout.attention_mask, image_token_id)
