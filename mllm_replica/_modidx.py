@@ -2841,6 +2841,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mllm_replica/tables/published.py'),
                                                'mllm_replica.tables.published.paper_folder': ( 'foundations/tables/published.html#paper_folder',
                                                                                                'mllm_replica/tables/published.py'),
+                                               'mllm_replica.tables.published.runnable': ( 'foundations/tables/published.html#runnable',
+                                                                                           'mllm_replica/tables/published.py'),
                                                'mllm_replica.tables.published.tables_of': ( 'foundations/tables/published.html#tables_of',
                                                                                             'mllm_replica/tables/published.py')},
             'mllm_replica.tables.readme': { 'mllm_replica.tables.readme.as_markdown': ( 'foundations/tables/readme.html#as_markdown',
