@@ -17,6 +17,8 @@ from mllm_replica.tables.report import (
     figure,
     markdown,
     matrix,
+    own_frame,
+    own_verdicts,
     png,
     scales_run,
     table_frame,
@@ -308,6 +310,26 @@ def test_json_is_plain_and_complete(project):
         found['owl2']['tables']['1']['replicated'] == {}
         and 'tiny' in found['owl2']['tables']['1']['claims'][0]['verdicts']
     )
+
+
+def test_an_own_run_stands_beside_the_committed_one(project):
+    write_results('honeybee', '3', 'tiny', run())
+    assert own_frame('honeybee', '3', 'tiny').empty
+    mine = [r for r in run(seeds=(10, 11)) if r.row != 'cabs_256']
+    mine[0] = mine[0].model_copy(update={'value': mine[0].value + 0.25})
+    write_results('honeybee', '3', 'tiny', mine, own=True)
+    found = own_frame('honeybee', '3', 'tiny').reset_index()
+    assert set(found['row']) == {'B2 Resampler M=144', 'B3 C-Abstractor M=144', 'B4 Linear M=256', 'B5 Resampler M=256'}
+    first = found[(found['row'] == 'B2 Resampler M=144') & (found['measured'] == 'spatial mean')].iloc[0]
+    assert first['same digits'] == '1 of 2 seeds' and first['ours'] != first['yours']
+    judged = own_verdicts('honeybee', '3', 'tiny')
+    assert judged.loc['resampler-weak-144', 'ours'] == 'supported'
+    assert list(judged['agree']) == [
+        'yes' if a == b else 'no' for a, b in zip(judged['ours, your rows and seeds'], judged['yours'])
+    ]
+    assert judged.loc['resampler-weak-256', 'yours'] == 'not run'
+    assert [scales_run('honeybee', 'fig9', own) for own in (False, True)] == [[], []]
+    assert len(read_results('honeybee', '3', 'tiny')) == len(run())  # the committed ones stay
 
 
 def test_paper_scale_judges_cells(project):

@@ -170,27 +170,20 @@ def own_frame(
     table: str,
     scale: Scale,
 ) -> pd.DataFrame:
-    "Committed and own results, one line per row that this clone has run; empty when it has run none."
+    "Committed and own means with intervals, one line per cell that this clone has measured; empty when there is none."
     t, both = load_table(paper, table), [read_results(paper, table, scale, own) for own in (False, True)]
-    measured, found = t.measured(scale), [summary(records) for records in both]
     values = [{(r.row, r.metric, r.seed): r.value for r in records} for records in both]
-    lines = {}
-    for row, name in zip(t.rows, row_names(t.rows)):
-        shared = [key for key in values[1] if key[0] == row.key and key in values[0]]
-        if not any(key[0] == row.key for key in values[1]):
+    found, labels = [summary(records) for records in both], dict(zip((r.key for r in t.rows), row_names(t.rows)))
+    measured, lines = t.measured(scale), []
+    for row, column in ((row, column) for row in labels for column in (measured.columns if measured else [])):
+        cell = row, column.key
+        if cell not in found[1]:
             continue
-        cells = {
-            (c.name, who): _found(f.get((row.key, c.key)))
-            for c in (measured.columns if measured else [])
-            for who, f in zip(('ours', 'yours'), found)
-        }
+        shared = [key for key in values[1] if key[:2] == cell and key in values[0]]
         same = sum(values[0][key] == values[1][key] for key in shared)
-        lines[name] = cells | {('same digits', ''): f'{same} of {len(shared)}'}
-    return pd.DataFrame(
-        lines.values(),
-        index=pd.Index(lines, name='row'),
-        columns=pd.MultiIndex.from_tuples(next(iter(lines.values()), ())) if lines else None,
-    )
+        cells = [_found(f.get(cell)) for f in found]
+        lines.append((labels[row], column.name, *cells, f'{same} of {len(shared)} seeds'))
+    return pd.DataFrame(lines, columns=['row', 'measured', 'ours', 'yours', 'same digits']).set_index('row')
 
 
 def own_verdicts(
