@@ -19,8 +19,8 @@ env: .venv/installed  ## .venv from pyproject.toml, at the releases of constrain
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-replicate: env  ## Honeybee's Table 3 at scale tiny: train, evaluate, compare
-	$(BIN)/mllm-replica run honeybee 3 --scale tiny
+replicate: env  ## Honeybee's Table 3 at scale tiny, one seed of each row: train, evaluate, compare
+	$(BIN)/mllm-replica run honeybee 3 --scale tiny --seeds 10
 	$(BIN)/mllm-replica report honeybee 3
 
 # Two processes of nbdev-test or of pytest; each of the latter has a run folder of its own.
