@@ -101,6 +101,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def ctrl_c():
+    "Interrupts, also where the tests are a background job, which a shell lets ignore Ctrl-C."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     "The folder of a run to the end; to be copied."
