@@ -2557,6 +2557,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'mllm_replica/running/verify.py'),
                                              'mllm_replica.running.verify._comparable': ( 'foundations/running/verify.html#_comparable',
                                                                                           'mllm_replica/running/verify.py'),
+                                             'mllm_replica.running.verify._compared': ( 'foundations/running/verify.html#_compared',
+                                                                                        'mllm_replica/running/verify.py'),
                                              'mllm_replica.running.verify._distinct': ( 'foundations/running/verify.html#_distinct',
                                                                                         'mllm_replica/running/verify.py'),
                                              'mllm_replica.running.verify._git': ( 'foundations/running/verify.html#_git',

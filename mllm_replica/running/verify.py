@@ -272,45 +272,53 @@ def judge(
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #4460db3d
 def last_verified(
-    papers: Collection[str],
+    paper: str,
 ) -> str:
-    "The commit of the newest line in these papers' ledgers."
-    lines = [line for paper in papers for line in read_ledger(paper)]
+    "The commit of the newest line in the paper's ledger."
+    lines = read_ledger(paper)
     if not lines:
-        raise ValueError(f'nothing of {", ".join(papers)} has been verified yet: say a commit to compare with')
+        raise ValueError(f'nothing of {paper} has been verified yet: say a commit to compare with')
     return max(lines, key=lambda line: line.date).commit
 
 
 def verify(
     papers: Sequence[str],
-    against: str | None = None,  # a commit; None: the last one that was verified
+    against: str | None = None,  # a commit; None: for each paper the last one that was verified
     quick: bool = False,  # without the tiny canaries
     only: Collection[Unit] | None = None,  # of the canaries; all by default
     said: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    "Compare the present tree with a commit, row by row, and write what passes into the ledgers; fresh rows are not among the findings."
-    commit = _git('rev-parse', '--short=12', f'{against or last_verified(papers)}^{{commit}}')
+    "Compare the present tree with a commit, row by row; what passes is in the ledgers then, fresh rows are not among the findings."
+    together: dict[str, list[str]] = {}
+    for paper in papers:
+        commit = _git('rev-parse', '--short=12', f'{against or last_verified(paper)}^{{commit}}')
+        together.setdefault(commit, []).append(paper)
+    findings = [found for commit, some in together.items() for found in _compared(commit, some, quick, only, said)]
+    _record(findings)
+    return findings
+
+
+def _compared(
+    commit: str,
+    papers: Sequence[str],
+    quick: bool,
+    only: Collection[Unit] | None,
+    said: Callable[[int, int], None],
+) -> list[Finding]:
     with checkout(commit) as base:
-        trees = {paper: [tree_of_paper(paper, base), tree_of_paper(paper, project_root())] for paper in papers}
-        groups = {
-            paper: {codes: rows for codes, rows in _grouped(paper, 'tiny', trees[paper]).items() if len(set(codes)) > 1}
-            for paper in papers
-        }
-        units = [
-            unit for paper in papers if groups[paper] for unit in (*map(_name, canaries(paper, quick)), *_calls(paper))
-        ]
-        units = [unit for unit in units if only is None or unit in only]
-        if not any(groups.values()):
+        trees = {paper: [tree_of_paper(paper, root) for root in (base, project_root())] for paper in papers}
+        groups = {paper: _grouped(paper, 'tiny', trees[paper]) for paper in papers}
+        changed = {p: [rows for codes, rows in found.items() if codes[0] != codes[1]] for p, found in groups.items()}
+        asked = [(*map(_name, canaries(paper, quick)), *_calls(paper)) for paper in papers if changed[paper]]
+        units = [unit for some in asked for unit in some if only is None or unit in only]
+        if not asked:
             return []
         done = iter(range(1, 2 * len(units) + 1))
         seen = observe_all([base, project_root()], units, lambda: said(next(done), 2 * len(units)))
         both = [unit for unit in units if _comparable(*(s.units.get(unit) for s in seen))]
-        ran = {
-            unit: executed(trees[unit[0]][1], [tuple(place) for place in seen[1].units[unit]['ran']]) for unit in both
-        }
-        findings = [judge(paper, rows, seen, ran) for paper in papers for rows in groups[paper].values()]
-    _record(findings)
-    return findings
+        places = {unit: [tuple(place) for place in seen[1].units[unit]['ran']] for unit in both}
+        ran = {unit: executed(trees[unit[0]][1], places[unit]) for unit in both}
+        return [judge(paper, rows, seen, ran) for paper in papers for rows in changed[paper]]
 
 
 def _record(findings: Sequence[Finding]) -> None:
@@ -318,17 +326,12 @@ def _record(findings: Sequence[Finding]) -> None:
     commit = git_commit()
     if not commit or commit.endswith('+'):
         return
-    same = dict(
-        commit=commit,
-        processor=processor(),
-        torch=version('torch'),
-        date=datetime.now(UTC).isoformat(timespec='seconds'),
-    )
+    same = dict(commit=commit, processor=processor(), torch=version('torch'))
     for f in (f for f in findings if not f.differs):
-        line = Verification(
-            before=f.before, after=f.after, canaries=f.canaries, uncovered=' '.join(f.uncovered), **same
-        )
-        append_ledger(f.paper, [line])
+        known = {(line.before, line.after) for line in read_ledger(f.paper) if line.counts}
+        date, names = datetime.now(UTC).isoformat(timespec='seconds'), ' '.join(f.uncovered)
+        line = Verification(before=f.before, after=f.after, canaries=f.canaries, uncovered=names, date=date, **same)
+        append_ledger(f.paper, [line] if (f.before, f.after) not in known else [])
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #0573045d
 def check(
