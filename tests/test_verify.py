@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ import mllm_replica
 from mllm_replica.core import settings as settings_module
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.running import verify as verification
-from mllm_replica.tables.validity import read_ledger
+from mllm_replica.tables.published import load_table, tables_of
+from mllm_replica.tables.results import read_results
+from mllm_replica.tables.validity import read_ledger, stale
 
 PACKAGE = Path(mllm_replica.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,3 +145,23 @@ def test_ledgers_are_only_appended_to():
         ]
         texts.append((ROOT / path).read_text())
         assert all(now.startswith(then) for then, now in zip(texts, texts[1:])), path
+
+
+def shown(path: Path) -> str:
+    "All text among the outputs of a notebook."
+    cells = json.loads(path.read_text())['cells']
+    data = [
+        out.get('data', {}) | {'text/plain': out.get('text', '')} for cell in cells for out in cell.get('outputs', ())
+    ]
+    return '\n'.join(''.join(text) for kinds in data for kind, text in kinds.items() if kind.startswith('text/'))
+
+
+@pytest.mark.parametrize('paper', PAPERS)
+def test_readme_and_chapters_mark_the_same_rows(paper):
+    "Both were made when the same values were valid; where they differ, run the chapter or `make readme` again."
+    doubted = {table for table in tables_of(paper) if stale(paper, read_results(paper, table, 'tiny'))}
+    lines = [line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith(f'| {PAPERS[paper]} |')]
+    marked = {line.split(' | ')[1] for line in lines if '†' in line}
+    assert marked == {load_table(paper, table).table for table in doubted}
+    chapters = [path for path in (ROOT / 'nbs' / 'papers').glob('*.ipynb') if f'{paper}.recipes' in path.read_text()]
+    assert chapters and any('†' in shown(path) for path in chapters) == bool(doubted)

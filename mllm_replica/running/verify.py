@@ -274,11 +274,12 @@ def judge(
 def last_verified(
     paper: str,
 ) -> str:
-    "The commit of the newest line in the paper's ledger."
-    lines = read_ledger(paper)
-    if not lines:
-        raise ValueError(f'nothing of {paper} has been verified yet: say a commit to compare with')
-    return max(lines, key=lambda line: line.date).commit
+    "The commit of the newest line in the paper's ledger; without a ledger that of its newest result."
+    results = (record for table in tables_of(paper) for record in read_results(paper, table, 'tiny'))
+    known = [line for line in read_ledger(paper) or results if line.commit.strip('+') not in ('', LOST)]
+    if not known:
+        raise ValueError(f'{paper} has neither results nor verifications of a known commit: say one to compare with')
+    return max(known, key=lambda line: line.date).commit.rstrip('+')
 
 
 def verify(
