@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..models.layers import LayerNorm, Linear, side_of, split_heads
 
 # %% ../../nbs/papers/01_owl2.ipynb #aa07e717
-# Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H heads, d head width, K queries,
-# D text width.
+# Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H
+# heads, d head width, K queries, D text width.
 class Owl2VisionConfig(PreTrainedConfig):
     "Settings of the encoder, under the official names."
 
@@ -79,7 +79,8 @@ class PatchEmbeddings(nn.Module):
             return self.pre_layernorm(x + resize_positions(self.position_embedding, x.shape[1]))
         if x.shape[1] != self.num_patches:
             raise ValueError(
-                f'pixel_values are {height} × {width}: {x.shape[1]} patches, the position table has {self.num_patches}; '
+                f'pixel_values are {height} × {width}: {x.shape[1]} patches, '
+                f'the position table has {self.num_patches}; '
                 'resize the image, or the table with resize_positions'
             )
         return self.pre_layernorm(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.position_embedding)
@@ -159,7 +160,7 @@ class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,  # [N,3,height,width]
-        output_hidden_states: bool = False,  # return the input of every block and the output of the last, before the final norm
+        output_hidden_states: bool = False,  # also every block's input, and the last one's output before the norm
         **kwargs: Any,
     ) -> BaseModelOutput:
         "[N,3,h,w] → last_hidden_state [N,S,C], class token first."
@@ -280,7 +281,8 @@ def abstractor_fields(
     config['grid_size'] = config['grid_size'] or ABSTRACTOR['grid_size']
     if config['hidden_size'] != config['encoder_hidden_size']:
         raise ValueError(
-            f'abstractor: hidden_size {config["hidden_size"]} must equal encoder_hidden_size {config["encoder_hidden_size"]}'
+            f'abstractor: hidden_size {config["hidden_size"]} must equal encoder_hidden_size '
+            f'{config["encoder_hidden_size"]}'
         )
     if config['add_v2t_pos_emb']:
         raise NotImplementedError(
