@@ -19,8 +19,9 @@ from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.data.packing import collate, truncate
 from mllm_replica.models import parity
 from mllm_replica.models.official import OfficialWeightsError
+from mllm_replica.owl2.abstractor import sine_grid, sine_positions
 from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
-from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions, sine_grid, sine_positions
+from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions
 from mllm_replica.owl2.model import (
     Owl2Config,
     Owl2Model,

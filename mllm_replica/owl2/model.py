@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from ..models.placing import pad_left
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
+from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import VisualAbstractor, WholeCheckpoint, abstractor_fields
+from .encoder import WholeCheckpoint
 from .processor import Owl2Processor
 from mllm_replica.owl2.released import (  # offered here, too
     both_ways,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..models.official import OfficialWeightsError, check_keys, read_weights
-from .encoder import Owl2VisionConfig, abstractor_fields, resize_positions, sine_grid, sine_positions
+from .abstractor import abstractor_fields, sine_grid, sine_positions
+from .encoder import Owl2VisionConfig, resize_positions
 
 if TYPE_CHECKING:  # `model` imports this module
     from mllm_replica.owl2.model import Owl2Config, Owl2Model
