@@ -62,7 +62,7 @@ def clip_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor]:
-    "CLIP at its own size and at a larger one; the official class token, dropped in the end, is added here."
+    "CLIP at its own size and a larger one, with the class token that the official code adds and drops again."
     found = {}
     for size in config['sizes']:
         expert = loaded('clip', config, tensors, size)

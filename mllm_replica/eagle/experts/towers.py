@@ -67,5 +67,5 @@ _UNREAD = re.compile(r'(^|\.)(head\.(norm|fc)\.(weight|bias)|(rope|rope_win|rope
 def official_weights(
     weights: Mapping[str, Tensor],  # of an expert or of a whole released model
 ) -> dict[str, Tensor]:
-    "What our experts hold, under the official names: no classifier of ConvNeXt, no computed rotations or indices."
+    "Without what nothing reads or what is computed (a classifier, rotations, indices): the rest is named as here."
     return {name: tensor for name, tensor in weights.items() if not _UNREAD.search(name)}
