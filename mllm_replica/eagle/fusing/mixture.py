@@ -25,9 +25,7 @@ def shapes_of(
 
 
 class Towers:
-    "Experts of the same pictures, for a module with `vision_towers`, `image_size` and `fusion` (None:"
-
-    'all maps as they are).'
+    "Experts of the same pictures, for a module with `vision_towers`, `image_size` and `fusion` (None: not injected)."
 
     def pixels(
         self,
