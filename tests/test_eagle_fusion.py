@@ -270,9 +270,14 @@ def looped(table, ids, visual, lengths, mask, labels, max_length, side):
         rows.append(torch.cat(parts)[:max_length])
         marks.append(torch.tensor(kept)[:max_length])
     longest = max(map(len, rows))
-    pad = lambda x, value: F.pad(
-        x, [0, 0] * (x.dim() - 1) + ([longest - len(x), 0] if side == 'left' else [0, longest - len(x)]), value=value
-    )
+
+    def pad(x, value):
+        return F.pad(
+            x,
+            [0, 0] * (x.dim() - 1) + ([longest - len(x), 0] if side == 'left' else [0, longest - len(x)]),
+            value=value,
+        )
+
     return torch.stack([pad(row, 0.0) for row in rows]), torch.stack([pad(mark, -100) for mark in marks])
 
 

@@ -151,7 +151,10 @@ def rows_of(model, rows=ROWS):
 def padded(rows, side):
     width = max(map(len, rows))
     cut = {'left': 0, 'inside': 2}.get(side)
-    place = lambda row, value: row[:cut] + [value] * (width - len(row)) + (row[cut:] if cut is not None else [])
+
+    def place(row, value):
+        return row[:cut] + [value] * (width - len(row)) + (row[cut:] if cut is not None else [])
+
     return torch.tensor([place(row, 0) for row in rows]), torch.tensor([place([1] * len(row), 0) for row in rows])
 
 
@@ -257,7 +260,7 @@ def test_a_batch_gives_the_single_answers(fusion, side):
         return  # there the label of a token stands behind padding
     out = model(ids, mask, pixels(), labels=supervised(ids, mask))
     assert out.logits is None
-    torch.testing.assert_close(out.loss, sum(l * n for l, n in zip(losses, counts)) / sum(counts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.loss, sum(x * n for x, n in zip(losses, counts)) / sum(counts), rtol=1e-5, atol=1e-5)
 
 
 @every_fusion
@@ -664,7 +667,10 @@ def test_what_the_stages_cost():
     assert align[0].forward < project[0].forward == tune[0].forward and project[0].backward < tune[0].backward
     with torch.device('meta'):
         model = EagleModel(config)
-    count = lambda part: sum(p.numel() for p in part.parameters())
+
+    def count(part):
+        return sum(p.numel() for p in part.parameters())
+
     assert align[2] == count(model.vision_model.vision_towers[1]) + count(model.aligners)
     assert project[2] == count(model.mm_projector) and tune[2] == count(model) - count(model.aligners)
 
@@ -976,8 +982,13 @@ def published_keys(name):
         '2.bias': (width,),
     }
     found |= {f'model.mm_projector.{part}': shape for part, shape in projector.items()}
-    both = lambda name, weight, bias=None: {f'{name}.weight': weight, f'{name}.bias': bias or weight[:1]}
-    norm = lambda name, size: both(name, (size,))
+
+    def both(name, weight, bias=None):
+        return {f'{name}.weight': weight, f'{name}.bias': bias or weight[:1]}
+
+    def norm(name, size):
+        return both(name, (size,))
+
     towers = {e: {} for e in X5}
     clip = towers['clip-448']
     clip |= {

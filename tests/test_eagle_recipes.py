@@ -6,7 +6,8 @@ import torch
 from mllm_replica.core.settings import settings
 from mllm_replica.data.sources import load_source
 from mllm_replica.eagle.fusing.fusion import FUSIONS
-from mllm_replica.eagle.recipes import _TINY, _TOWERS, _taught, build, recipe, rows, search, tables
+from mllm_replica.eagle.recipes import _TINY, build, recipe, rows, search, tables
+from mllm_replica.eagle.tiny import _TOWERS
 from mllm_replica.planning.plan import plan
 from mllm_replica.running import study
 from mllm_replica.running.unit import run_unit
@@ -113,9 +114,10 @@ def test_clip_is_taught_at_its_own_size_and_used_at_another():
 
 def test_training_and_test_share_no_picture():
     sources = recipe('fig4', 'x2', 'smoke', 0).sources
-    pictures = lambda name: {
-        images[0]['bytes'] for images in load_source(sources[name], 0, settings().run_folder)['images']
-    }
+
+    def pictures(name):
+        return {images[0]['bytes'] for images in load_source(sources[name], 0, settings().run_folder)['images']}
+
     assert not pictures('asked') & pictures('test_letter') and pictures('asked') == pictures('named')
     assert pictures('test_color') == pictures('test_letter')
 
@@ -125,7 +127,10 @@ def test_the_search_asks_for_mixtures(tmp_path, monkeypatch):
 
     def run(recipes, name, seeds, options):
         asked.append([tuple(r.model['experts']) for r in recipes])
-        worth = lambda r: float(len({*best} & {*r.model['experts']})) + 0.1 * len(r.model['experts'])
+
+        def worth(r):
+            return float(len({*best} & {*r.model['experts']})) + 0.1 * len(r.model['experts'])
+
         return type('Summary', (), {'failed': [], 'outcomes': [], 'exit_code': 0})(), {
             r.row: {'mean': {0: worth(r)}} for r in recipes
         }

@@ -19,8 +19,9 @@ from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.data.packing import collate, truncate
 from mllm_replica.models import parity
 from mllm_replica.models.official import OfficialWeightsError
+from mllm_replica.owl2.abstractor import sine_grid, sine_positions
 from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
-from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions, sine_grid, sine_positions
+from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions
 from mllm_replica.owl2.model import (
     Owl2Config,
     Owl2Model,
@@ -32,7 +33,7 @@ from mllm_replica.owl2.model import (
     paper_config,
 )
 from mllm_replica.owl2.processor import Owl2Processor
-from mllm_replica.owl2.recipes import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
+from mllm_replica.owl2.stages import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
 from mllm_replica.training.loop import train
 from mllm_replica.training.optimiser import freeze_all_but, make_optimizer, trainable_names
 
@@ -102,9 +103,15 @@ def padded(rows, side):
     width = max(map(len, rows))
     if side == 'none':
         rows = [row + list(range(60, 60 + width - len(row))) for row in rows]
-    fill = lambda row, value: [value] * (width - len(row))
+
+    def fill(row, value):
+        return [value] * (width - len(row))
+
     cut = {'left': 0, 'inside': 2}.get(side)
-    place = lambda row, value: row[:cut] + fill(row, value) + (row[cut:] if cut is not None else [])
+
+    def place(row, value):
+        return row[:cut] + fill(row, value) + (row[cut:] if cut is not None else [])
+
     mask = torch.tensor([place([1] * len(row), 0) for row in rows])
     return torch.tensor([place(row, 0) for row in rows]), mask
 
@@ -181,7 +188,7 @@ def test_a_batch_gives_the_single_answers(kind, side):
     if side == 'inside':
         return  # there the label of a token stands behind padding
     loss = model(ids, given, pixels(), labels=supervised(ids, mask)).loss
-    assert torch.allclose(loss, sum(l * n for l, n in zip(losses, counts)) / sum(counts), atol=1e-5)
+    assert torch.allclose(loss, sum(x * n for x, n in zip(losses, counts)) / sum(counts), atol=1e-5)
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -628,7 +635,10 @@ def official_keys():
             f'{at}mlp.up_proj.weight': (F, D),
             f'{at}mlp.down_proj.weight': (D, F),
         }
-    both = lambda name, *shape: {f'{name}.weight': shape, f'{name}.bias': shape[:1]}
+
+    def both(name, *shape):
+        return {f'{name}.weight': shape, f'{name}.bias': shape[:1]}
+
     at = 'model.vision_model.'
     keys |= {f'{at}embeddings.cls_token': (1, 1, C), f'{at}embeddings.position_embedding': (1, S, C)}
     keys |= {f'{at}embeddings.patch_embed.weight': (C, 3, 14, 14)}

@@ -9,16 +9,9 @@ import torch
 from mllm_replica.core.settings import settings
 from mllm_replica.data.sources import load_source
 from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader, word_accuracy
-from mllm_replica.owl2.recipes import (
-    _stage,
-    build,
-    layerwise_decay,
-    linear_probe,
-    mixture_of,
-    published_stages,
-    recipe,
-    tables,
-)
+from mllm_replica.owl2.building import linear_probe
+from mllm_replica.owl2.recipes import build, recipe, tables
+from mllm_replica.owl2.stages import _stage, layerwise_decay, mixture_of, published_stages
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -30,7 +23,10 @@ ROWS = ['nomam_text', 'nomam_mm', 'nomam_both', 'mam_text', 'mam_mm', 'mam_both'
 
 def test_published_schedule():
     pretrain, tune = published_stages(mixture_of())
-    said = lambda s: (s.steps, s.batch_size, s.lr, s.min_lr, s.warmup_steps, s.weight_decay)
+
+    def said(s):
+        return (s.steps, s.batch_size, s.lr, s.min_lr, s.warmup_steps, s.weight_decay)
+
     assert said(pretrain) == (42_500, 8192, 1e-4, 1e-6, 1000, 0.05) and said(tune) == (4_800, 256, 2e-5, 1e-7, 250, 0.0)
     assert all((s.betas, s.eps, s.clip) == ((0.9, 0.98), 1e-6, 1.0) for s in (pretrain, tune))
     assert tune.lr_scale == pretrain.lr_scale == layerwise_decay(24, 0.9)
@@ -112,9 +108,12 @@ def test_weights_are_not_downloaded():
 
 def test_train_and_test_share_no_mosaic_and_no_list():
     sources = recipe('5', 'mam_both', 'smoke', 0).sources
-    cells = lambda name: {
-        tuple(json.loads(meta)['cells']) for meta in load_source(sources[name], 0, settings().run_folder)['meta']
-    }
+
+    def cells(name):
+        return {
+            tuple(json.loads(meta)['cells']) for meta in load_source(sources[name], 0, settings().run_folder)['meta']
+        }
+
     assert not cells('picture') & cells('test_picture_item') and not cells('text') & cells('test_text_item')
 
 

@@ -66,8 +66,13 @@ def test_the_number_of_the_image_is_told_wherever_a_question_wants_it(questions,
 def test_words_prompts_are_those_of_the_world_they_are_trained_on(questions, n_images):
     made = build(questions, n_images, 0, 'words')
     rows = list(samples('albums', 'train', 0, 100, images=[n_images, n_images], tasks=['choice']))
-    text = lambda sample: sample['conversations'][0]['value']
-    bare = lambda sample: text(sample).replace(' '.join(sample['options']), '')
+
+    def text(sample):
+        return sample['conversations'][0]['value']
+
+    def bare(sample):
+        return text(sample).replace(' '.join(sample['options']), '')
+
     assert {*map(bare, made)} == {*map(bare, rows)} and {
         word for sample in made for word in words_of(text(sample))
     } <= {*vocabulary(), '<image>'}
@@ -100,7 +105,10 @@ def test_draws_depend_on_seed_question_and_pass_only(questions):
     assert made == build(questions, 4, 0) != build(questions, 4, 1)
     part = {sample['id']: sample for sample in build([*questions[40:], *questions[:40]], 1, 0)}
     assert all(part[sample['id']] == sample for sample in build(questions, 1, 0))
-    paths = lambda sample: {image['path'] for image in sample['images']}
+
+    def paths(sample):
+        return {image['path'] for image in sample['images']}
+
     assert all(paths(few) < paths(many) for few, many in zip(made, build(questions, 16, 0)))
 
 
@@ -126,7 +134,8 @@ def test_equal_images_are_never_shown_together():
 
 @pytest.fixture
 def mmbench(tmp_path):
-    picture = lambda i: base64.b64encode(encode_png(Image.new('RGB', (600, 400), (i, 2 * i, 0)))).decode()
+    def picture(i):
+        return base64.b64encode(encode_png(Image.new('RGB', (600, 400), (i, 2 * i, 0)))).decode()
 
     def write(**change):
         rows = [

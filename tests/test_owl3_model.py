@@ -65,7 +65,10 @@ def pixels():
 
 def padded(rows, side):
     width = max(map(len, rows))
-    pad = lambda row, fill: fill + row if side == 'left' else row + fill
+
+    def pad(row, fill):
+        return fill + row if side == 'left' else row + fill
+
     ids = torch.tensor([pad(row, [0] * (width - len(row))) for row in rows])
     return ids, torch.tensor([pad([1] * len(row), [0] * (width - len(row))) for row in rows])
 
@@ -400,7 +403,7 @@ def recorded_keys():
         'vision2text_model.weight': (D, W),
         'vision2text_model.bias': (D,),
     }
-    for l in range(28):
+    for i in range(28):
         layer = {
             'input_layernorm.weight': (D,),
             'post_attention_layernorm.weight': (D,),
@@ -413,21 +416,21 @@ def recorded_keys():
         }
         for p in 'kv':
             layer |= {f'self_attn.{p}_proj.weight': (512, D), f'self_attn.{p}_proj.bias': (512,)}
-        if l in (0, 8, 16, 24):
+        if i in (0, 8, 16, 24):
             layer |= {
                 'self_attn.v_kv_proj.weight': (1024, D),
                 'self_attn.v_kv_proj.bias': (1024,),
                 'self_attn.gate_proj.0.weight': (128, 128),
                 'self_attn.gate_proj.0.bias': (128,),
             }
-        keys |= {f'language_model.model.layers.{l}.{name}': shape for name, shape in layer.items()}
+        keys |= {f'language_model.model.layers.{i}.{name}': shape for name, shape in layer.items()}
     sizes = {'layer_norm1': (W,), 'layer_norm2': (W,), 'mlp.fc1': (4304, W), 'mlp.fc2': (W, 4304)}
     sizes |= {f'self_attn.{p}_proj': (W, W) for p in ('q', 'k', 'v', 'out')}
     for name, shape in sizes.items():
-        for l in range(27):
+        for i in range(27):
             keys |= {
-                f'vision_model.encoder.layers.{l}.{name}.weight': shape,
-                f'vision_model.encoder.layers.{l}.{name}.bias': shape[:1],
+                f'vision_model.encoder.layers.{i}.{name}.weight': shape,
+                f'vision_model.encoder.layers.{i}.{name}.bias': shape[:1],
             }
     return keys | {'vision_model.post_layernorm.weight': (W,), 'vision_model.post_layernorm.bias': (W,)}
 
@@ -587,7 +590,10 @@ def test_images_stay_within_the_context(text, fits):
 def test_concatenated_images_stay_within_the_context():
     config = VisionLanguageConfig(vision_config=VISION, text_config=TEXT)
     model, patches = ConcatModel(config).eval(), config.visual_token_count()
-    row = lambda text: torch.tensor([[8] * text + [config.image_token_id] * patches + [8]])
+
+    def row(text):
+        return torch.tensor([[8] * text + [config.image_token_id] * patches + [8]])
+
     assert model(row(64 - patches), None, pixels()[:1]).logits.isfinite().all()
     with pytest.raises(ValueError, match='sample 0: an image reaches beyond the 64 positions'):
         model(row(65 - patches), None, pixels()[:1])
@@ -606,9 +612,10 @@ def test_a_short_row_beside_a_long_text_fits():
 @torch.no_grad()
 def test_a_cache_cut_in_front_of_an_image_is_refused():
     model, (ids, images) = build(), alone(0)
-    cut = lambda length: (
-        (cache := model(ids, None, images, use_cache=True).past_key_values).crop(length - ids.shape[1]) or cache
-    )
+
+    def cut(length):
+        return (cache := model(ids, None, images, use_cache=True).past_key_values).crop(length - ids.shape[1]) or cache
+
     rest = torch.tensor([[40, 41]])
     assert torch.allclose(
         model(rest, past_key_values=cut(14)).logits,

@@ -19,16 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from mllm_replica.data.images import ImageError
 from mllm_replica.data.language import byte_tokenizer, word_tokenizer
 from mllm_replica.data.packing import collate, truncate
-from mllm_replica.owl3.processor import (
-    GRIDS,
-    Owl3Processor,
-    VideoError,
-    choose_grid,
-    cut,
-    cut_text,
-    frame_indices,
-    read_video,
-)
+from mllm_replica.owl3.pictures import GRIDS, VideoError, choose_grid, cut, cut_text, frame_indices, read_video
+from mllm_replica.owl3.processor import Owl3Processor
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / 'golden' / 'owl3'
@@ -305,7 +297,7 @@ def test_a_damaged_middle_is_an_error_or_skipped_but_never_a_short_answer():
 
 
 def test_fewer_decodable_frames_than_counted_are_sampled_again(monkeypatch):
-    import mllm_replica.owl3.processor as module
+    import mllm_replica.owl3.pictures as module
 
     asked = []
     monkeypatch.setattr(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mllm_replica.owl3.recipes import build, layers_of, mixture_of, published_stages, recipe, tables
+from mllm_replica.owl3.recipes import build, recipe, tables
+from mllm_replica.owl3.stages import layers_of, mixture_of, published_stages
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table

@@ -182,7 +182,7 @@ def steady(
     maps: list[Tensor],  # of its experts
     before: Tensor,  # [B,h,w,c] what SAM's last norm was given
 ) -> Tensor:
-    "Where SAM's norm divides by more than its epsilon: → bool [B,N,C]. Below, rounding errors grow a thousandfold, in the official code as in ours."
+    "Where SAM's norm divides by more than its epsilon, → bool [B,N,C]: below, all rounding errors grow a thousandfold."
     above = (before.var(-1, correction=0, keepdim=True) > _norm(mixture).eps).expand_as(before).permute(0, 3, 1, 2)
     return (
         mixture.fusion(
@@ -242,7 +242,11 @@ def model_case(
     inputs = model.official_inputs(given['input_ids'], tensors['in.images'], given['attention_mask'], given['labels'])
     out = model(**inputs, return_logits=True, output_hidden_states=True)
     out.loss.backward()
-    here = lambda x: Partial(x, inputs['attention_mask'].bool()[..., None], 'at real places')
+
+    def here(x: Tensor) -> Partial:
+        "Compared at real places only."
+        return Partial(x, inputs['attention_mask'].bool()[..., None], 'at real places')
+
     found = {
         'vision_features': model.fusion(model.vision_model(tensors['in.images'])),
         'image_tokens': model.visual_embeds(tensors['in.images']),

@@ -24,8 +24,9 @@ from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from ..owl2.encoder import WholeCheckpoint
 
 # %% ../../nbs/papers/04_eagle.ipynb #679efb7b
-# Shapes: B samples, T places of a row, N images, c crops of an image, P pictures (all crops of all images), S side of a picture in pixels,
-# C channels of a map of side s, F kept numbers of a picture, M visual tokens of a picture, D width of the language model.
+# Shapes: B samples, T places of a row, N images, c crops of an image, P pictures (all crops of all images), S side of
+# a picture in pixels, C channels of a map of side s, F kept numbers of a picture, M visual tokens of a picture, D
+# width of the language model.
 EXPERT = dict(
     name=None, kind=None, config={}, image_size=None, options={}
 )  # as for `build_expert`; kind None: the name; options: its kwargs
@@ -119,7 +120,8 @@ class EagleConfig(VisionLanguageConfig):
         if connector['aligned'] and (connector['fusion'] == 'sequence' or connector['projector'] == 'identity'):
             raise ValueError(
                 'an expert is aligned in the places of one grid by a projector that learns; '
-                f'expected another fusion than {connector["fusion"]!r}, or another projector than {connector["projector"]!r}'
+                f'expected another fusion than {connector["fusion"]!r}, '
+                f'or another projector than {connector["projector"]!r}'
             )
 
     @property
@@ -180,7 +182,7 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
         return self._modules.get('fusion') or self.vision_model.fusion
 
     def aligning(self) -> str | None:
-        "The expert that is pre-aligned now: its own projector learns, the common one does not. None: all experts work together."
+        "The expert that is pre-aligned now: its projector learns, the common one does not; None: all work together."
         if not self.aligners or not self.training or any(p.requires_grad for p in self.mm_projector.parameters()):
             return None
         learning = [
@@ -212,7 +214,8 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
         sizes = [channels * side * side for channels, side, _ in shapes]
         if image_features.dim() != 3 or image_features.shape[2] != sum(sizes):
             raise ValueError(
-                f'image_features {list(image_features.shape)}; expected [images, crops, {sum(sizes)}], the maps of these experts'
+                f'image_features {list(image_features.shape)}; '
+                f'expected [images, crops, {sum(sizes)}], the maps of these experts'
             )
         return [x.unflatten(1, shape) for x, shape in zip(image_features.flatten(0, 1).split(sizes, 1), shapes)]
 
@@ -267,7 +270,7 @@ def official_inputs(
     labels: Tensor | None = None,  # [B,T]
     **layout: Any,  # as for `lay_out`: max_length, padding_side, placeholder
 ) -> dict[str, Tensor | None]:
-    "Arguments of `forward` from rows of the released code, which has one placeholder per image and cuts a row anywhere."
+    "Arguments of `forward` from official rows, with one placeholder per image and cut anywhere."
     visual = self.visual_embeds(pixel_values)
     places = lay_out(
         input_ids, [count * visual.shape[1] for count in pictures(pixel_values)[1]], attention_mask, labels, **layout

@@ -19,8 +19,8 @@ from .fusing.adapters import resize
 from .prompts import EagleProcessor
 
 # %% ../../nbs/papers/04_eagle.ipynb #6f53238a
-# Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in tokens, V words,
-# T places of a row, D width of the language model.
+# Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in
+# tokens, V words, T places of a row, D width of the language model.
 class CellNames(nn.Module):
     "An expert that names topics of every cell."
 

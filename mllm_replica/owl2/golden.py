@@ -15,10 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from ..models.parity import Given, Partial
 from ..models.vision import clip_pixels
+from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, WayLinear, adapt_layers
-from .encoder import Owl2VisionConfig, Owl2VisionModel, VisualAbstractor, abstractor_fields
-from .model import Owl2Model, convert_official, official_config
+from .encoder import Owl2VisionConfig, Owl2VisionModel
+from .model import Owl2Model
 from .processor import to_square
+from .released import convert_official, official_config
 
 # %% ../../nbs/papers/01_owl2.ipynb #3fc08eaa
 ORIGIN = 'mPLUG-Owl2'  # named in the files

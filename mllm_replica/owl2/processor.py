@@ -174,7 +174,8 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
     for i, video in enumerate(videos):
         if not isinstance(video, (list, tuple)) or not video:
             raise ValueError(
-                f'{name}: video {i} is {"of no frames" if not video else type(video).__name__}; expected a list of frames, at least one'
+                f'{name}: video {i} is {"of no frames" if not video else type(video).__name__}; '
+                'expected a list of frames, at least one'
             )
     frames, shown, pictures = iter(videos), iter(images), []
 
@@ -203,7 +204,8 @@ def _chat(self: Owl2Processor, turns: Sequence[dict[str, str]], name: str) -> It
         whole = prompt_ids(self.tokenizer, asked + answer)[i > 0 :]
         if whole[: len(prompt)] != prompt:
             raise ValueError(
-                f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, so no loss can begin there; "
+                f"{name}: the tokenizer joins 'ASSISTANT:' and the answer {answer[:30]!r} in one token, "
+                'so no loss can begin there; '
                 'use another tokenizer, such as that of LLaMA-2'
             )
         yield [*whole[len(prompt) :], self.tokenizer.eos_token_id], True

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-import mllm_replica.data.worlds.albums  # registers the world
 from ..data.images import open_image
 from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..data.worlds import albums  # noqa: F401  registers the world
 from ..data.worlds.making import samples
 from ..scoring.official_scorers import infer
 
@@ -67,7 +67,11 @@ _NUMBER, _LETTER = '{number}', 'Answer with the option’s letter from the given
 
 def _mmbench_question(row: Mapping[str, str | None], where: str) -> Question:
     "The question of one row."
-    cell = lambda name: (row.get(name) or '').strip()
+
+    def cell(name: str) -> str:
+        "A cell of the row; nothing if it is missing."
+        return (row.get(name) or '').strip()
+
     letters = [letter for letter in 'ABCD' if cell(letter)]
     if cell('answer') not in letters:
         raise ValueError(f'{where}: the answer is {cell("answer")!r}; expected one of the given options {letters}')
@@ -148,7 +152,11 @@ def build(
         raise ValueError(f'n_images is {n_images}; a prompt has at least the true image')
     if len({question.id for question in questions}) < len(questions):
         raise ValueError('two questions have the same id; each needs its own')
-    key = lambda question: question.image['bytes'] or question.image['path']
+
+    def key(question: Question) -> bytes | str:
+        "What tells images apart."
+        return question.image['bytes'] or question.image['path']
+
     images = {key(question): question.image for question in questions}
     if len(images) < n_images:
         raise ValueError(

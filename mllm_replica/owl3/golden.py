@@ -16,15 +16,9 @@ from ..models.parity import Given
 from ..models.vision import clip_pixels, hidden_states
 from .components import HyperAttention, HyperLayer
 from .media import Media, Sight, media_offset, rotate
-from mllm_replica.owl3.model import (
-    IMAGE_TOKENS,
-    Owl3Model,
-    convert_official,
-    gate_of,
-    official_config,
-    placeholder_starts,
-)
-from .processor import GRIDS, choose_grid, cut
+from .model import Owl3Model, placeholder_starts
+from .pictures import GRIDS, IMAGE_TOKENS, choose_grid, cut
+from .released import convert_official, gate_of, official_config
 
 # %% ../../nbs/papers/05_owl3.ipynb #169ce9a8
 ORIGIN = 'mPLUG-Owl3'  # named in the files

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 # %% ../../nbs/papers/05_owl3.ipynb #9afa59f4
-# Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value heads, R = H/G, d head width.
+# Shapes: B rows, T text tokens, N images of the batch, S tokens of an image, D width, H query heads, G key/value
+# heads, R = H/G, d head width.
 States = tuple[Tensor, Tensor]  # keys and values of all images, [N·S, G, d] each
 
 
@@ -93,14 +94,15 @@ class Sight:
     def of(
         cls,
         media: Media,
-        position_ids: Tensor,  # [B,T] counted from the first real token; B a multiple of the samples: beams share their images
+        position_ids: Tensor,  # [B,T] counted from the first real token; B a multiple of the samples (beams)
         keep: bool = False,
     ) -> 'Sight':
         "Compare positions with placeholders."
         beams = len(position_ids) // len(media.starts)
         if beams * len(media.starts) != len(position_ids):
             raise ValueError(
-                f'{len(position_ids)} rows for {len(media.starts)} samples; expected as many, or a multiple of them (beams)'
+                f'{len(position_ids)} rows for {len(media.starts)} samples; '
+                'expected as many, or a multiple of them (beams)'
             )
         table = pad_sequence(
             [torch.tensor(sample, dtype=torch.long) for sample in media.starts], True, padding_value=2**31
@@ -238,7 +240,7 @@ def image_attention(
     values: Tensor,  # [N·S,G,d]
     sight: Sight,
 ) -> Tensor:
-    "Softmax over the patches of all images that a token sees: [B,H,T,d] → [B,H,T,d]; meaningless where a token sees none."
+    "Softmax over the patches of all images that a token sees, [B,H,T,d] → [B,H,T,d]; meaningless where there is none."
     mask = sight.counts.numel() * max(sight.media.sizes) * sight.media.embeds.shape[1]
     return (_padded if len(sight.runs) > 1 < query.shape[2] and 0 < mask <= _DENSE * len(sight.runs) else _by_runs)(
         query, keys, values, sight

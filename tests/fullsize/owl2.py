@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fullsize import MATMUL_FLOPS
+from mllm_replica.owl2.abstractor import VisualAbstractor, abstractor_fields, sine_grid, sine_positions
 from mllm_replica.owl2.components import ADAPTIVE, Route, adapt_layers
-from mllm_replica.owl2.encoder import VisualAbstractor, abstractor_fields, sine_grid, sine_positions
 
 CONFIG = LlamaConfig(
     hidden_size=4096,

@@ -15,7 +15,8 @@ from ...honeybee.blocks import DeformableAttention, uniform_points
 from ...models.layers import Conv, LayerNorm, Linear, side_of
 
 # %% ../../../nbs/papers/04_eagle.ipynb #d3c64f69
-# Shapes: B images, C channels of a map of side s, N tokens on a grid, D width of the first expert, H heads, K sampling points, p side of a window.
+# Shapes: B images, C channels of a map of side s, N tokens on a grid, D width of the first expert, H heads, K
+# sampling points, p side of a window.
 
 
 def resize(
@@ -94,7 +95,11 @@ class PatchMining(nn.Module):
         source_channels: int,  # C
     ) -> None:
         super().__init__()
-        branch = lambda channels: nn.Sequential(LayerNorm(channels), Linear(channels, width))
+
+        def branch(channels: int) -> nn.Sequential:
+            "A norm and a projection: [...,channels] → [...,D]."
+            return nn.Sequential(LayerNorm(channels), Linear(channels, width))
+
         self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector = map(
             branch, (width, source_channels, source_channels)
         )

@@ -17,7 +17,8 @@ from .adapters import DeformableMining, FinalAlign, PatchMining, StageAdapter, r
 from ...models.layers import Linear
 
 # %% ../../../nbs/papers/04_eagle.ipynb #a220e5ad
-# Shapes: B images, C channels of a map of side s, N tokens of a grid, M tokens of a fusion, D width of the first expert.
+# Shapes: B images, C channels of a map of side s, N tokens of a grid, M tokens of a fusion, D width of the first
+# expert.
 
 
 class ExpertShape(NamedTuple):
@@ -73,7 +74,8 @@ class Fusion(nn.Module):
             shape, wanted = (' x '.join(map(str, sizes)) for sizes in (x.shape, expected))
             if x.dim() == 4 and x.shape[2] != x.shape[3]:
                 raise ValueError(
-                    f'expert {name!r}: its map {shape} is not square and does not reach the grid of {self.grid} x {self.grid}; '
+                    f'expert {name!r}: its map {shape} is not square and does not reach the grid of {self.grid} x '
+                    f'{self.grid}; '
                     'feed square pictures'
                 )
             raise ValueError(f'expert {name!r}: its map is {shape}; expected {wanted} [batch, channels, side, side]')
@@ -210,7 +212,7 @@ class LlavaHR(Injection):
 
     @contextmanager
     def injected(self, base: nn.Module, others: Sequence[Tensor]) -> Iterator[None]:
-        "The adapters behind the first three quarters of `base.layers`, a list of blocks of tokens [B,n,D] without a class token."
+        "Adapters behind the first three quarters of `base.layers`, blocks of tokens [B,n,D] without a class token."
         layers, source = base.layers, self.source(others).permute(0, 2, 3, 1)
         step, rest = divmod(len(layers), 4)
         if rest or not step:

@@ -25,7 +25,7 @@ def shapes_of(
 
 
 class Towers:
-    "Experts that look at the same pictures, for a module with `vision_towers`, `image_size` and `fusion` (None: it reaches into no expert)."
+    "Experts of the same pictures, for a module with `vision_towers`, `image_size` and `fusion` (None: not injected)."
 
     def pixels(
         self,
@@ -89,7 +89,8 @@ def tower_names(
     unknown = [name for name in names if name.split('-')[0] not in SIGNS]
     if unknown:
         raise ValueError(
-            f'towers {", ".join(unknown)} are unknown; known: {", ".join(SIGNS)}, each with its image size as in convnext-1024'
+            f'towers {", ".join(unknown)} are unknown; known: '
+            f'{", ".join(SIGNS)}, each with its image size as in convnext-1024'
         )
     return names
 

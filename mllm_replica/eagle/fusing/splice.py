@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...data.encoded import IGNORED
 
 # %% ../../../nbs/papers/04_eagle.ipynb #ca550f11
-# Shapes: B samples, T official ids of a row, L places of a row, K images of a batch, V visual tokens of a batch, D width of the language model.
+# Shapes: B samples, T official ids of a row, L places of a row, K images of a batch, V visual tokens of a batch, D
+# width of the language model.
 
 
 class Layout(NamedTuple):
@@ -39,7 +40,8 @@ def _owners(
     short = (owned.cumsum(0) > images).nonzero().flatten().tolist() or [len(counts) - 1]
     raise ValueError(
         f'{images} images (crops of one picture count as one image) for {found} placeholders in {len(counts)} samples; '
-        f'they must be equal. Placeholders per sample: {counts.tolist()}; the first sample that does not fit is {short[0]}'
+        f'they must be equal. Placeholders per sample: {counts.tolist()}; '
+        f'the first sample that does not fit is {short[0]}'
     )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #d52dbb7f
@@ -139,12 +141,14 @@ def check_places(
             taken, image = taken + lengths[image], image + 1
         if taken != count:
             raise ValueError(
-                f'sample {row}: {count} image positions; the images left for it have {taken}, of {len(lengths)} images with '
+                f'sample {row}: {count} image positions; the images left for it have {taken}, '
+                f'of {len(lengths)} images with '
                 f'{sorted(set(lengths))} visual tokens each, crops included'
             )
     if image != len(lengths):
         raise ValueError(
-            f'sample {len(places) - 1}: {places[-1]} image positions; {len(lengths) - image} of {len(lengths)} images are left over'
+            f'sample {len(places) - 1}: {places[-1]} image positions; '
+            f'{len(lengths) - image} of {len(lengths)} images are left over'
         )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #b2fa1f76
