@@ -8,7 +8,7 @@ from PIL import Image
 from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import IGNORED
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.honeybee import recipes
+from mllm_replica.honeybee import building, recipes
 from mllm_replica.honeybee.data import examples_of, in_template
 from mllm_replica.honeybee.model import HoneybeeProcessor
 from mllm_replica.honeybee.prompts import SYSTEM, SYSTEM_DETAIL
@@ -210,7 +210,8 @@ def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
             'benchmarks': tuple(b.model_copy(update={'max_new_tokens': 2}) for b in whole.benchmarks),
         }
     )
-    monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    local = settings().model_copy(update={'backbones': folders})  # read before the project's folder is another one
+    monkeypatch.setattr(building, 'settings', lambda: local)
     monkeypatch.setattr(recipes, 'recipe', lambda *_: changed)
     monkeypatch.setattr(unit, 'project_root', lambda: sources[0].parent)
     monkeypatch.setattr('mllm_replica.core.settings.project_root', lambda: sources[0].parent)

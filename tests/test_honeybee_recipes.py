@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from mllm_replica.honeybee import recipes
+from mllm_replica.honeybee import building, recipes
+from mllm_replica.honeybee.studies import _SMALL
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table, tables_of
 
@@ -132,8 +133,8 @@ def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
             pad_token_id=0,
         )
     ).save_pretrained(tmp_path / 'text')
-    folders = {recipes._SMALL[part]: str(tmp_path / part) for part in recipes._SMALL}
-    monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    folders = {_SMALL[part]: str(tmp_path / part) for part in _SMALL}
+    monkeypatch.setattr(building, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
     whole = recipes.recipe('3', 'linear_256', 'small', 0)
     few = {name: source.model_copy(update={'size': 4}) for name, source in whole.sources.items()}
     short = tuple(
