@@ -115,9 +115,12 @@ def test_conversations_keep_their_own_words(sources):
 
 
 def test_questions_of_a_picture_are_grouped_and_repeated_answers_drawn(sources):
-    turns = lambda data: [
-        (prompt.count('Human: ') - 1, sample['images'][0]['path'][-5:]) for prompt, sample in zip(data['prompt'], data)
-    ]
+    def turns(data):
+        return [
+            (prompt.count('Human: ') - 1, sample['images'][0]['path'][-5:])
+            for prompt, sample in zip(data['prompt'], data)
+        ]
+
     assert turns(loaded(sources, 'gqa')) == [(3, 'a.png'), (3, 'b.png')]  # bed, yes, no
     assert turns(loaded(sources, 'gqa', dedup=False)) == [(10, 'a.png'), (2, 'a.png'), (4, 'b.png')]
     assert turns(loaded(sources, 'gqa', turns=1)) == [(1, 'a.png')] * 12 + [(1, 'b.png')] * 4

@@ -12,7 +12,9 @@ from mllm_replica.tables.published import load_table, tables_of
 
 
 def test_equal_settings_are_one_experiment():
-    digest = lambda table, row, seed=10: recipes.recipe(table, row, 'tiny', seed).digest()
+    def digest(table, row, seed=10):
+        return recipes.recipe(table, row, 'tiny', seed).digest()
+
     assert digest('3', 'cabs_144') == digest('8', 'cabs_144') == digest('9', 'cabs') == digest('7', 'c7b_144')
     assert len({digest('9', row) for row in recipes.rows('9', 'tiny')}) == 11
     assert digest('3', 'cabs_144') != digest('3', 'cabs_144', 11)
@@ -60,7 +62,9 @@ def test_rows_of_a_table_share_their_data():
 
 
 def test_task_groups_are_left_out():
-    mixture = lambda row: recipes.recipe('4', row, 'paper', 0).stages[1].mixture
+    def mixture(row):
+        return recipes.recipe('4', row, 'paper', 0).stages[1].mixture
+
     assert 'vqav2' not in mixture('D3') and 'scienceqa' in mixture('D3')
     assert set(mixture('D10')) == {'llava150k', 'sharegpt'}
     assert len(mixture('D2')) == 6

@@ -32,7 +32,12 @@ from mllm_replica.mm1.objectives import (
 from mllm_replica.models import parity
 
 GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
-read = lambda name: yaml.safe_load((GOLDEN / f'{name}.yaml').read_text())
+
+
+def read(name):
+    return yaml.safe_load((GOLDEN / f'{name}.yaml').read_text())
+
+
 SHAPES, HIGH = read('connector_shapes'), read('high_resolution')
 COLUMNS = {'avg': 'average_pooling', 'att': 'attention_pooling', 'c-abs': 'c_abstractor'}  # of the yaml file
 SMALL = {
@@ -64,7 +69,10 @@ def recorded(name='connectors_moe'):
     "The golden file, its names with the sort of tensor first."
     with safe_open(GOLDEN / f'{name}.safetensors', 'pt') as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-    order = lambda key: '.'.join([key.split('.')[1], key.split('.')[0], *key.split('.')[2:]])
+
+    def order(key):
+        return '.'.join([key.split('.')[1], key.split('.')[0], *key.split('.')[2:]])
+
     tensors = {order(key): tensor for key, tensor in tensors.items()}
     return parity.Golden(
         GOLDEN / f'{name}.safetensors', 'parts', json.loads(metadata['config']), ' '.join(metadata.values()), tensors
@@ -181,7 +189,10 @@ def test_average_pooling_is_local():
 )
 def test_local_start_of_queries(side, token_side, width, heads):
     shares, cell = {}, side / token_side
-    centre = lambda n: torch.cartesian_prod(*[(torch.arange(n) + 0.5) * side / n] * 2)
+
+    def centre(n):
+        return torch.cartesian_prod(*[(torch.arange(n) + 0.5) * side / n] * 2)
+
     own = (centre(token_side)[:, None] - centre(side)).abs().amax(-1) <= cell / 2
     for start in ('random', 'local'):
         connector, record = AttentionPooling(width, 8, side**2, token_side**2, heads, start), {}
@@ -307,7 +318,10 @@ def test_contrastive_loss():
 
 def test_no_position_sees_the_patch_it_predicts():
     x, prefix, S = torch.randn(3, 6, 8), torch.tensor([1, 3, 0]), 6
-    attend = lambda x: F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=prefix_mask(prefix, S))[:, 0]
+
+    def attend(x):
+        return F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=prefix_mask(prefix, S))[:, 0]
+
     base = attend(x)
     for later in range(1, S):
         other = x.clone()

@@ -328,7 +328,10 @@ def walk(sizes, weights, seed, steps, batch_size):
 
 def test_the_order_is_frozen_and_the_same_for_every_mixture(tmp_path):
     sizes = dict(interleaved=400, caption=400, text=400)
-    take = lambda weights, source: [i for name, i in walk(sizes, weights, 3, 20, 16) if name == source]
+
+    def take(weights, source):
+        return [i for name, i in walk(sizes, weights, 3, 20, 16) if name == source]
+
     assert walk(sizes, WEIGHTS, 3, 20, 16) == walk(sizes, WEIGHTS, 3, 20, 16) != walk(sizes, WEIGHTS, 4, 20, 16)
     assert (
         Frozen(sizes, WEIGHTS, 3).indices(19, 16) == walk(sizes, WEIGHTS, 3, 20, 16)[-16:]
@@ -416,7 +419,9 @@ def test_sixteen_images_are_allowed():
 
 
 def test_an_image_longer_than_a_sequence_is_an_error_and_a_long_document_is_cut_before_an_image():
-    encode = lambda sample: encode_document(sample, lambda text: [9] * len(text.split()), 1, 2, -1, lambda image: 6)
+    def encode(sample):
+        return encode_document(sample, lambda text: [9] * len(text.split()), 1, 2, -1, lambda image: 6)
+
     with pytest.raises(
         ValueError, match="document 'x': an image takes 6 positions, but a sequence of 6 leaves 5 after its begin token"
     ):

@@ -11,7 +11,10 @@ from scipy import stats
 from mllm_replica.mm1.law import PUBLISHED, fit_law, optimal_rate, scheduled_rate, weight_decay
 
 LAW = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'lr_law.yaml').read_text())
-near = lambda value: pytest.approx(value, rel=1e-8)  # the file has nine digits
+
+
+def near(value):
+    return pytest.approx(value, rel=1e-8)  # the file has nine digits
 
 
 def test_published_law():

@@ -42,7 +42,7 @@ def _scratch(model: Any, seed: int) -> None:
 
 
 def _from_backbones(made: dict[str, Any]) -> tuple[Any, Any]:
-    "Pretrained encoder and language model, from local folders if settings.ini names some; on the meta device only the shapes."
+    "Pretrained encoder and language model, from local folders if settings.ini names some; on meta only the shapes."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config

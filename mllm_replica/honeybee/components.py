@@ -26,7 +26,8 @@ from mllm_replica.honeybee.blocks import (
 from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f873f51a
-# Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens, D width, H heads, K sampling points per head.
+# Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens,
+# D width, H heads, K sampling points per head.
 
 
 def initialise(
@@ -84,7 +85,8 @@ class Projector(nn.Module):
         expected = (self.num_input_tokens, self.encoder_hidden_size)
         if features.ndim != 3 or features.shape[1:] != expected:
             raise ValueError(
-                f'visual features have shape {list(features.shape)}, {type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
+                f'visual features have shape {list(features.shape)}, '
+                f'{type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
                 'images × patches (no class token) × width of the vision encoder'
             )
 
@@ -144,7 +146,8 @@ class MLPProjector(FeatureProjector):
     ):
         if num_query_tokens not in (None, num_input_tokens):
             raise ValueError(
-                f'a linear or MLP projector keeps all {num_input_tokens} features, {num_query_tokens} query tokens are not possible'
+                f'a linear or MLP projector keeps all {num_input_tokens} features, '
+                f'{num_query_tokens} query tokens are not possible'
             )
         sizes = encoder_hidden_size, output_hidden_size, num_input_tokens, num_input_tokens, num_eos_tokens
         super().__init__(*sizes, pos_emb, prenorm)
@@ -241,7 +244,10 @@ class CAbstractor(FeatureProjector):
         )
         widths = [encoder_hidden_size] + [hidden_size] * (2 * depth)
         blocks = [BLOCKS[block](*pair) for pair in zip(widths, widths[1:])]
-        row = lambda part: nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
+
+        def row(part):
+            return nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
+
         self.net = nn.ModuleDict({'0': row(blocks[:depth]), '2': row(blocks[depth:])})
         self.readout = mlp(widths[-1], output_hidden_size, mlp_depth)
         initialise(self)
@@ -283,7 +289,10 @@ class DAbstractor(Projector):
         self.pooled_v_target = pooled_v_target
         points = uniform_points(num_query_tokens, side_of(num_input_tokens, 'num_input_tokens'))
         self.reference_points = nn.Parameter(points if reference_points == 'uniform' else torch.full_like(points, 0.5))
-        project = lambda width_in, width_out: nn.Identity() if width_in == width_out else Linear(width_in, width_out)
+
+        def project(width_in, width_out):
+            return nn.Identity() if width_in == width_out else Linear(width_in, width_out)
+
         self.input_proj, self.output_proj = (
             nn.ModuleList([project(encoder_hidden_size, d_model)]),
             project(d_model, output_hidden_size),
@@ -383,7 +392,7 @@ def influence_maps(
     projector: Projector,  # any
     features: Tensor,  # [B, N, D]
 ) -> Tensor:
-    "Norm of the gradient of each token (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N]."
+    "Norm of each token's gradient (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N]."
     features = features.detach().requires_grad_()
     direction = torch.randn(projector.output_hidden_size, generator=torch.Generator().manual_seed(0)).to(features)
     with torch.enable_grad():
@@ -398,7 +407,7 @@ def attention_maps(
     projector: Projector,  # call `.eval()` first
     features: Tensor,  # [B, N, D]
 ) -> Tensor:
-    "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; `influence_maps` where there is no attention."
+    "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; else its `influence_maps`."
     if not isinstance(projector, (Resampler, DAbstractor)):
         return influence_maps(projector, features)
     record, (B, N, _), M = {}, features.shape, projector.num_query_tokens

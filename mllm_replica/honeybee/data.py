@@ -11,8 +11,8 @@ from ..data.samples import IMAGE as PLACEHOLDER
 from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templatize, vsr_question
 from ..models.vision import image_key
 
-_LISTED = dict(
-    mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',  # how MMBench and SEED put their question
+_LISTED = dict(  # how MMBench and SEED put their question
+    mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',
     seed='{question}\nThere are several options:\n{option}\n\n',
 )
 

@@ -93,7 +93,10 @@ def paper_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
     steps = (params.get('pt_steps', 200_000 if long else 50_000), params.get('it_steps', 10_000 if long else 4_000))
     mixture = instruction_mixture(params)
     names = {**PRETRAIN, **mixture}
-    folder = lambda name, split, options: Source(kind='folder', name=f'honeybee/{name}', split=split, options=options)
+
+    def folder(name, split, options):
+        return Source(kind='folder', name=f'honeybee/{name}', split=split, options=options)
+
     text = (
         f'meta-llama/Llama-2-{size.lower()}-chat-hf'
         if params.get('llm', 'vicuna').startswith('llama')
@@ -120,7 +123,8 @@ def paper_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
             for name, (_, metric, new) in ASKED.items()
         ),
         assumptions=(
-            'benchmarks count single questions; `scoring.official_scorers` makes the official totals from the predictions',
+            'benchmarks count single questions; `scoring.official_scorers` makes the official totals '
+            'from the predictions',
             'pre-training samples have 180 text positions on average, which reproduces the published seconds per step',
             'instruction samples are padded to 1,024 positions, as officially',
         ),

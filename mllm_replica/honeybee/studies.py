@@ -100,7 +100,10 @@ def _questions(scale: str, **board: Any) -> tuple[dict[str, Source], tuple[Bench
     size = 500
     sources = {f'test_{task}': _world([task], scale, 'test', size, **board) for task in (*_SPATIAL, 'tint')}
     sources['test_easy_vqa'] = _easy_vqa(scale, 'test')
-    ask = lambda task, source: Benchmark(name=task, source=source, max_new_tokens=1)
+
+    def ask(task, source):
+        return Benchmark(name=task, source=source, max_new_tokens=1)
+
     return sources, tuple(ask('control' if name == 'test_tint' else name[5:], name) for name in sources)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ab2491e6

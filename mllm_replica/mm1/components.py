@@ -18,7 +18,8 @@ from ..models.layers import LayerNorm, Linear, grid_pool, side_of, split_heads
 from ..models.vision import CLIP_MEAN
 
 # %% ../../nbs/papers/03_mm1.ipynb #a809e01e
-# Shapes: B images, N patch features of an image (a square of side s), M visual tokens (the text's k), D encoder width, H heads, d head width.
+# Shapes: B images, N patch features of an image (a square of side s), M visual tokens (the text's k),
+# D encoder width, H heads, d head width.
 class AveragePooling(Projector):
     "Means over the cells of a grid, then one linear map."
 
@@ -216,7 +217,8 @@ class SubImages:
     def __post_init__(self) -> None:
         if min(self.resolution, self.tile, self.patch) < 1 or self.resolution % self.tile or self.tile % self.patch:
             raise ValueError(
-                f'{self.resolution} pixels do not divide into tiles of {self.tile}, or these not into patches of {self.patch}'
+                f'{self.resolution} pixels do not divide into tiles of {self.tile}, '
+                f'or these not into patches of {self.patch}'
             )
 
     @property

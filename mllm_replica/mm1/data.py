@@ -35,7 +35,8 @@ def check_count(
     wanted = fewest if fewest == most else f'{fewest} to {most}'
     if not fewest <= images <= most:
         raise ValueError(
-            f'document {name!r} has {images} images, an example of kind {kind!r} has {wanted}; split it or move it to another source'
+            f'document {name!r} has {images} images, an example of kind {kind!r} has {wanted}; '
+            'split it or move it to another source'
         )
 
 
@@ -196,7 +197,7 @@ def collate_sequences(
     features: Any = None,  # a feature cache: features[image_ids] -> [N, S, Dv]
     image_tensor: Callable[[list], torch.Tensor] | None = None,  # undecoded images -> [N, C, P, P]
 ) -> dict[str, Any]:
-    "What `collate` makes (input_ids, labels, attention_mask [B, T], images, ids), position_ids [B, T] per example, borders for flash attention."
+    "What `collate` makes (input_ids, labels, attention_mask [B, T], images, ids), position_ids [B, T], examples' borders."
     out = collate(batch, pad_token_id, features=features, image_tensor=image_tensor)
     position_ids = torch.zeros_like(out['input_ids'])
     for row, sequence in zip(position_ids, batch):
@@ -216,19 +217,23 @@ def collate_sequences(
 # %% ../../nbs/papers/03_mm1.ipynb #5390245a
 @dataclass(frozen=True)
 class Frozen(Mixture):
-    "Sources as `Mixture` draws them; from each, every sequence at most once, in an order that the weights do not change."
+    "Sources as `Mixture` draws them; of each, every sequence at most once, in an order that weights do not change."
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        order = lambda name, size: (
-            np.random.default_rng([self.seed, zlib.crc32(name.encode())]).permutation(size).tolist()
-        )
+
+        def order(name, size):
+            return np.random.default_rng([self.seed, zlib.crc32(name.encode())]).permutation(size).tolist()
+
         object.__setattr__(self, '_orders', {name: order(name, size) for name, size in self.sizes.items()})
         object.__setattr__(self, '_taken', {})  # sequences in a step -> before each step: sequences per source
 
     def indices(self, step: int, batch_size: int) -> list[tuple[str, int]]:
         "(source, sequence) of each sequence of a step."
-        names = lambda step: [name for name, _ in super(Frozen, self).indices(step, batch_size)]
+
+        def names(step):
+            return [name for name, _ in super(Frozen, self).indices(step, batch_size)]
+
         before = self._taken.setdefault(batch_size, [Counter()])
         while len(before) <= step:
             before.append(before[-1] + Counter(names(len(before) - 1)))
@@ -236,7 +241,8 @@ class Frozen(Mixture):
         for name in names(step):
             if taken[name] >= self.sizes[name]:
                 raise ValueError(
-                    f'source {name!r} is exhausted at step {step + 1} of {batch_size} sequences: it has {self.sizes[name]}; '
+                    f'source {name!r} is exhausted at step {step + 1} of {batch_size} sequences: '
+                    f'it has {self.sizes[name]}; '
                     'add data, or lower its weight or the steps'
                 )
             found.append((name, self._orders[name][taken[name]]))

@@ -39,16 +39,22 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     from mllm_replica.mm1.shots import Template, few_shot
 
     size, rng, pools = 300 if recipe.scale == 'tiny' else 8, np.random.default_rng(recipe.seed), {}
-    drawn = lambda split, size: list(
-        samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1])
-    )
-    topic = lambda sample: json.loads(sample['meta'])['topic']
+
+    def drawn(split, size):
+        return list(samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1]))
+
+    def topic(sample):
+        return json.loads(sample['meta'])['topic']
+
     for shown in drawn('train', 10 * size):
         if rng.random() < 0.3:
             shown['conversations'][1]['value'] = WORDS[rng.integers(len(WORDS))]
         pools.setdefault(topic(shown), []).append(shown)
     asked, template = drawn('test', size), Template('<image>', ' . ')
-    prompts = lambda shots: [few_shot(query, pools[topic(query)], shots, recipe.seed, template) for query in asked]
+
+    def prompts(shots):
+        return [few_shot(query, pools[topic(query)], shots, recipe.seed, template) for query in asked]
+
     return {f'shot_{shots}': _among(model, processor, prompts(shots)) for shots in SHOTS}
 
 
@@ -71,7 +77,7 @@ def _cider(model: Any, processor: Any, recipe: Recipe) -> float:
 
 # %% ../../nbs/papers/03_mm1.ipynb #ae79659a
 def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: list[Any]) -> tuple[int, float]:
-    "Parameters without embeddings, and the mean loss of the last steps, of a text model trained at this rate; infinite if it diverges."
+    "Parameters without embeddings and mean loss of the last steps of a text model; infinite if it diverges."
     from functools import partial
     from pathlib import Path
     from tempfile import TemporaryDirectory
@@ -137,7 +143,7 @@ def _law_numbers(processor: Any, recipe: Recipe) -> dict[str, float]:
 
 # %% ../../nbs/papers/03_mm1.ipynb #e05f849d
 def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
-    "Parameters of the language model in thousands: all, and those that one token uses; and how evenly experts are chosen first."
+    "Thousands of parameters of the language model: all, and those of one token; how evenly experts are chosen first."
     import torch
     from mllm_replica.mm1.experts import Experts, record_routing
     from mllm_replica.scoring.evaluation import collate_prompts
@@ -174,7 +180,10 @@ def measure(
 ) -> dict[str, float]:
     "Further numbers of a unit: means of its tests, accuracy after demonstrations, parameters, the law."
     model.eval()
-    mean = lambda names: sum(scores[name] for name in names) / len(names)
+
+    def mean(names):
+        return sum(scores[name] for name in names) / len(names)
+
     if 'law' in recipe.model:
         return _law_numbers(processor, recipe)
     if 'parameters' in recipe.model:

@@ -39,7 +39,8 @@ def _expert_settings(given: dict[str, Any]) -> dict[str, Any]:
     needed = {'every', 'num_experts'}
     if not needed <= set(given) <= needed | set(_EXPERTS):
         raise ValueError(
-            f'experts has the fields {sorted(given)}; expected every and num_experts, and perhaps some of {sorted(_EXPERTS)}'
+            f'experts has the fields {sorted(given)}; '
+            f'expected every and num_experts, and perhaps some of {sorted(_EXPERTS)}'
         )
     return _EXPERTS | given
 
@@ -146,7 +147,7 @@ def forward(
     num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
     **kwargs: Any,  # as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
 ) -> Any:
-    "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]. The loss of experts in training includes balance and z."
+    "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]. In training experts add their balance and z losses."
     given = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -246,7 +247,10 @@ class MM1Processor(VisionLanguageProcessor):
             return sample  # `encode` says so
         seen = [self.views(image) for image in images]
         marks = iter([IMAGE * len(views) for views in seen])
-        cut = lambda text: re.sub(IMAGE, lambda _: next(marks), text)
+
+        def cut(text):
+            return re.sub(IMAGE, lambda _: next(marks), text)
+
         return sample | dict(
             document=cut(document),
             conversations=[turn | {'value': cut(turn['value'])} for turn in turns],
@@ -258,7 +262,7 @@ class MM1Processor(VisionLanguageProcessor):
         sample: dict[str, Any],  # conversation or interleaved document
         training: bool,  # False: leave out the last answer
     ) -> list[Piece]:
-        "The text as it stands, images in their places; of a document all text is supervised, of a conversation the answers."
+        "The text as it stands, images in place; of a document all text is supervised, of a conversation the answers."
         if sample.get('document'):
             return [*_around(sample['document'], True), Piece('', True, self.ends)]
         pieces, turns = [], list(sample['conversations'])
@@ -393,18 +397,22 @@ def assumed(
     found = _entry(PRESETS, name, 'model')
     text = LANGUAGE_MODELS[found.llm]
     said = [
-        f'assumed widths of the {found.llm} language model: {text["num_hidden_layers"]} layers of {text["hidden_size"]}, '
-        f'{text["num_attention_heads"]} heads ({text["num_key_value_heads"]} of keys), inner width {text["intermediate_size"]}, 32,000 words, '
+        f'assumed widths of the {found.llm} language model: '
+        f'{text["num_hidden_layers"]} layers of {text["hidden_size"]}, '
+        f'{text["num_attention_heads"]} heads ({text["num_key_value_heads"]} of keys), '
+        f'inner width {text["intermediate_size"]}, 32,000 words, '
         "Llama's kind of layers; only the number of parameters is published",
         "connectors of unknown width and depth: the C-Abstractor is Honeybee's (3 + 3 blocks of 1,024)",
-        'AdamW in both stages (the paper tunes with AdaFactor); its moments and the gradient clipping of 1.0 are not confirmed',
+        'AdamW in both stages (the paper tunes with AdaFactor); '
+        'its moments and the gradient clipping of 1.0 are not confirmed',
         'the warm-up begins at the floor of a tenth of the rate, not at zero',
         'gradient accumulation (64, then 32) is ours',
         'tuning packs its samples as pre-training does',
     ]
     if found.experts:
         said.append(
-            'experts copy the dense layer, in the last layer of each group; no token is dropped; rates of the dense model'
+            'experts copy the dense layer, in the last layer of each group; '
+            'no token is dropped; rates of the dense model'
         )
     if name == 'mm1-base-ablation':
         said.append("learning rate by the paper's law")

@@ -71,7 +71,10 @@ def _unit(
     words: dict[str, int],
 ) -> Recipe:
     "A recipe; `words` names the tests, sources `test_…`, and how many words answer them."
-    how = lambda name: dict(metric='word_accuracy' if words[name] > 1 else 'exact_match', max_new_tokens=words[name])
+
+    def how(name):
+        return dict(metric='word_accuracy' if words[name] > 1 else 'exact_match', max_new_tokens=words[name])
+
     return Recipe(
         paper='mm1',
         table=table,
