@@ -30,7 +30,7 @@ from mllm_replica.mm1.data import (
     make_sequences,
     next_fit,
 )
-from mllm_replica.mm1.model import published_stages
+from mllm_replica.mm1.presets import published_stages
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import yaml
 from scipy import stats
 
 from mllm_replica.mm1.law import PUBLISHED, fit_law, optimal_rate, weight_decay
-from mllm_replica.mm1.model import published_stages
+from mllm_replica.mm1.presets import published_stages
 from mllm_replica.training.optimiser import lr_at
 
 LAW = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'lr_law.yaml').read_text())

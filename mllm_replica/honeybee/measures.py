@@ -43,7 +43,7 @@ def measure(
 ) -> dict[str, float]:
     "Further numbers of a unit."
     from mllm_replica.core.settings import project_root
-    from mllm_replica.honeybee.components import attention_maps, locality
+    from mllm_replica.honeybee.attention import attention_maps, locality
 
     found = {'gflop_step': _step_gflop(model, processor, recipe), 'visual_tokens': model.config.visual_token_count()}
     if set(_SPATIAL) <= set(scores):

@@ -5,7 +5,7 @@ __all__ = ['rows', 'tables', 'recipe']
 
 # %% ../../nbs/papers/02_honeybee.ipynb #9be3d5c8
 from ..core.recipe import Recipe
-from .building import build, load_source
+from .building import build, load_source  # with `measure` what a unit executes
 from .full import paper_recipe
 from .measures import measure
 from .studies import TINY, small_recipe

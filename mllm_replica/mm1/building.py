@@ -70,7 +70,8 @@ def build(
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
-    from mllm_replica.mm1.model import MM1Config, MM1Model, at_resolution, paper_config
+    from mllm_replica.mm1.model import MM1Config, MM1Model, at_resolution
+    from mllm_replica.mm1.presets import paper_config
     from mllm_replica.mm1.small import PageProcessor
     from mllm_replica.training.starts import pretrained
 

@@ -7,7 +7,7 @@ __all__ = ['rows', 'tables', 'recipe']
 from typing import Any
 
 from ..core.recipe import Recipe, Source
-from .building import arrange, build
+from .building import arrange, build  # with `measure` what a unit executes
 from .data import KINDS
 from .measures import measure
 from .studies import TINY
@@ -59,7 +59,7 @@ rows, tables = runnable('mm1', _reason)
 # %% ../../nbs/papers/03_mm1.ipynb #c250cc99
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     "The published recipe of a row."
-    from mllm_replica.mm1.model import assumed, published_stages
+    from mllm_replica.mm1.presets import assumed, published_stages
 
     name = _preset(table, row)
     pretrain, *tune = published_stages(name)
