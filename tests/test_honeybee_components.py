@@ -10,16 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_replica.honeybee import blocks
+from mllm_replica.honeybee.attention import attention_maps, influence_maps, locality
 from mllm_replica.honeybee.components import (
     CAbstractor,
     DAbstractor,
     MLPProjector,
     Resampler,
-    attention_maps,
     build_projector,
-    influence_maps,
     initialise,
-    locality,
     projector_fields,
     uniform_points,
 )

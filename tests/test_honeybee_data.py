@@ -8,7 +8,7 @@ from PIL import Image
 from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import IGNORED
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.honeybee import recipes
+from mllm_replica.honeybee import building, recipes
 from mllm_replica.honeybee.data import examples_of, in_template
 from mllm_replica.honeybee.model import HoneybeeProcessor
 from mllm_replica.honeybee.prompts import SYSTEM, SYSTEM_DETAIL
@@ -115,9 +115,12 @@ def test_conversations_keep_their_own_words(sources):
 
 
 def test_questions_of_a_picture_are_grouped_and_repeated_answers_drawn(sources):
-    turns = lambda data: [
-        (prompt.count('Human: ') - 1, sample['images'][0]['path'][-5:]) for prompt, sample in zip(data['prompt'], data)
-    ]
+    def turns(data):
+        return [
+            (prompt.count('Human: ') - 1, sample['images'][0]['path'][-5:])
+            for prompt, sample in zip(data['prompt'], data)
+        ]
+
     assert turns(loaded(sources, 'gqa')) == [(3, 'a.png'), (3, 'b.png')]  # bed, yes, no
     assert turns(loaded(sources, 'gqa', dedup=False)) == [(10, 'a.png'), (2, 'a.png'), (4, 'b.png')]
     assert turns(loaded(sources, 'gqa', turns=1)) == [(1, 'a.png')] * 12 + [(1, 'b.png')] * 4
@@ -210,7 +213,8 @@ def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
             'benchmarks': tuple(b.model_copy(update={'max_new_tokens': 2}) for b in whole.benchmarks),
         }
     )
-    monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    local = settings().model_copy(update={'backbones': folders})  # read before the project's folder is another one
+    monkeypatch.setattr(building, 'settings', lambda: local)
     monkeypatch.setattr(recipes, 'recipe', lambda *_: changed)
     monkeypatch.setattr(unit, 'project_root', lambda: sources[0].parent)
     monkeypatch.setattr('mllm_replica.core.settings.project_root', lambda: sources[0].parent)

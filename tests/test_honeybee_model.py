@@ -118,7 +118,10 @@ def test_encode(case):
 
 def test_a_caption_is_cut_when_all_is_written():
     "As officially, so perhaps inside its image; a conversation stops before the image that does not fit."
-    read = lambda prompt, **how: prompts.encode_prompt(prompt, byte_tokenizer(), 6, max_length=3, **how)[0]
+
+    def read(prompt, **how):
+        return prompts.encode_prompt(prompt, byte_tokenizer(), 6, max_length=3, **how)[0]
+
     assert read('[NO_PROMPT] <image> a') == [1, -1, -1, -1] and read('a<image>') == [1, 3 + ord('a')]
     assert prompts.encode_prompt('[NO_PROMPT] <image> a', byte_tokenizer(), 1, max_length=3, no_eos=True)[0] == [
         1,
@@ -192,8 +195,13 @@ def paper_state(config):
     "Names and shapes of an official checkpoint at paper scale, as its sheet lists them, on the meta device."
     v, t = config.vision_config, config.text_config
     d, h = v.hidden_size, t.hidden_size
-    norm = lambda name, width: {f'{name}.{p}': [width] for p in ('weight', 'bias')}
-    linear = lambda name, out, inner: {f'{name}.weight': [out, inner], f'{name}.bias': [out]}
+
+    def norm(name, width):
+        return {f'{name}.{p}': [width] for p in ('weight', 'bias')}
+
+    def linear(name, out, inner):
+        return {f'{name}.weight': [out, inner], f'{name}.bias': [out]}
+
     shapes = {
         'embeddings.class_embedding': [d],
         'embeddings.patch_embedding.weight': [d, 3, 14, 14],

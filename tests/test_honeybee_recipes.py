@@ -5,13 +5,16 @@ import re
 import pytest
 import torch
 
-from mllm_replica.honeybee import recipes
+from mllm_replica.honeybee import building, recipes
+from mllm_replica.honeybee.studies import _SMALL
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table, tables_of
 
 
 def test_equal_settings_are_one_experiment():
-    digest = lambda table, row, seed=10: recipes.recipe(table, row, 'tiny', seed).digest()
+    def digest(table, row, seed=10):
+        return recipes.recipe(table, row, 'tiny', seed).digest()
+
     assert digest('3', 'cabs_144') == digest('8', 'cabs_144') == digest('9', 'cabs') == digest('7', 'c7b_144')
     assert len({digest('9', row) for row in recipes.rows('9', 'tiny')}) == 11
     assert digest('3', 'cabs_144') != digest('3', 'cabs_144', 11)
@@ -59,7 +62,9 @@ def test_rows_of_a_table_share_their_data():
 
 
 def test_task_groups_are_left_out():
-    mixture = lambda row: recipes.recipe('4', row, 'paper', 0).stages[1].mixture
+    def mixture(row):
+        return recipes.recipe('4', row, 'paper', 0).stages[1].mixture
+
     assert 'vqav2' not in mixture('D3') and 'scienceqa' in mixture('D3')
     assert set(mixture('D10')) == {'llava150k', 'sharegpt'}
     assert len(mixture('D2')) == 6
@@ -132,8 +137,8 @@ def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
             pad_token_id=0,
         )
     ).save_pretrained(tmp_path / 'text')
-    folders = {recipes._SMALL[part]: str(tmp_path / part) for part in recipes._SMALL}
-    monkeypatch.setattr(recipes, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    folders = {_SMALL[part]: str(tmp_path / part) for part in _SMALL}
+    monkeypatch.setattr(building, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
     whole = recipes.recipe('3', 'linear_256', 'small', 0)
     few = {name: source.model_copy(update={'size': 4}) for name, source in whole.sources.items()}
     short = tuple(

@@ -18,6 +18,7 @@ from mllm_replica.data.mixture import Mixture
 from mllm_replica.data.packing import collate, encode_document, pack, segment_mask
 from mllm_replica.mm1.data import (
     KINDS,
+    MAX_IMAGES,
     WEIGHTS,
     Frozen,
     best_fit,
@@ -28,8 +29,8 @@ from mllm_replica.mm1.data import (
     join,
     make_sequences,
     next_fit,
-    token_budget,
 )
+from mllm_replica.mm1.presets import published_stages
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
@@ -117,8 +118,10 @@ def test_worked_sequences(worked):
 
 
 def test_worked_budget_and_weights():
-    golden = {name: value for name, value in GOLDEN['paper_scale_budget'].items() if name != 'note'}
-    assert token_budget(golden['batch'], golden['seq_len'], golden['steps']) == golden
+    golden, stage = GOLDEN['paper_scale_budget'], published_stages('mm1-3b')[0]
+    assert (stage.batch_size, stage.max_length, stage.steps) == (golden['batch'], golden['seq_len'], golden['steps'])
+    assert stage.batch_size * stage.max_length * stage.steps == golden['total_tokens']
+    assert 144 * MAX_IMAGES == golden['max_image_tokens_per_seq']
     assert WEIGHTS == GOLDEN['source_sampling'] and set(WEIGHTS) == set(KINDS)
 
 
@@ -328,7 +331,10 @@ def walk(sizes, weights, seed, steps, batch_size):
 
 def test_the_order_is_frozen_and_the_same_for_every_mixture(tmp_path):
     sizes = dict(interleaved=400, caption=400, text=400)
-    take = lambda weights, source: [i for name, i in walk(sizes, weights, 3, 20, 16) if name == source]
+
+    def take(weights, source):
+        return [i for name, i in walk(sizes, weights, 3, 20, 16) if name == source]
+
     assert walk(sizes, WEIGHTS, 3, 20, 16) == walk(sizes, WEIGHTS, 3, 20, 16) != walk(sizes, WEIGHTS, 4, 20, 16)
     assert (
         Frozen(sizes, WEIGHTS, 3).indices(19, 16) == walk(sizes, WEIGHTS, 3, 20, 16)[-16:]
@@ -416,7 +422,9 @@ def test_sixteen_images_are_allowed():
 
 
 def test_an_image_longer_than_a_sequence_is_an_error_and_a_long_document_is_cut_before_an_image():
-    encode = lambda sample: encode_document(sample, lambda text: [9] * len(text.split()), 1, 2, -1, lambda image: 6)
+    def encode(sample):
+        return encode_document(sample, lambda text: [9] * len(text.split()), 1, 2, -1, lambda image: 6)
+
     with pytest.raises(
         ValueError, match="document 'x': an image takes 6 positions, but a sequence of 6 leaves 5 after its begin token"
     ):

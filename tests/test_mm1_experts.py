@@ -62,7 +62,10 @@ def test_worked_example(name):
     case, logits = CASE[name], tensor(CASE['logits'])
     capacity = case.get('capacity', {}).get('capacity')
     routing = route(logits, capacity)
-    agree = lambda found, expected: torch.testing.assert_close(found, tensor(expected), **NUMBERS)
+
+    def agree(found, expected):
+        return torch.testing.assert_close(found, tensor(expected), **NUMBERS)
+
     agree(logits.softmax(-1), case['probs'])
     assert routing.experts.T.tolist() == [case['top1'], case['top2']]
     agree(logits.softmax(-1).gather(1, routing.experts).T, [case['gate1_raw'], case['gate2_raw']])

@@ -8,10 +8,15 @@ import pytest
 import yaml
 from scipy import stats
 
-from mllm_replica.mm1.law import PUBLISHED, fit_law, optimal_rate, scheduled_rate, weight_decay
+from mllm_replica.mm1.law import PUBLISHED, fit_law, optimal_rate, weight_decay
+from mllm_replica.mm1.presets import published_stages
+from mllm_replica.training.optimiser import lr_at
 
 LAW = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'lr_law.yaml').read_text())
-near = lambda value: pytest.approx(value, rel=1e-8)  # the file has nine digits
+
+
+def near(value):
+    return pytest.approx(value, rel=1e-8)  # the file has nine digits
 
 
 def test_published_law():
@@ -48,11 +53,19 @@ def test_intervals():
 
 
 def test_schedule():
-    settings = LAW['schedule']
-    assert [point['step'] for point in settings['points']] == settings['steps']
-    for point in settings['points']:
-        found = scheduled_rate(point['step'], *(settings[name] for name in ('peak', 'warmup', 'total', 'floor_ratio')))
-        assert found == pytest.approx(point['lr'], rel=1e-8)
+    "After the warm-up, which here begins at the floor, not at zero."
+    settings, stage = LAW['schedule'], published_stages('mm1-3b')[0]
+    peak, floor = settings['peak'], settings['peak'] * settings['floor_ratio']
+    assert (stage.lr, stage.min_lr, stage.warmup_steps, stage.steps) == (
+        peak,
+        pytest.approx(floor),
+        settings['warmup'],
+        settings['total'],
+    )
+    later = [point for point in settings['points'] if point['step'] >= settings['warmup']]
+    assert len(later) > 2
+    for point in later:
+        assert lr_at(point['step'], peak, floor, settings['warmup'], settings['total']) == near(point['lr'])
 
 
 @pytest.mark.parametrize('best', [3e-4, 7e-4, 1.1e-3])

@@ -16,18 +16,8 @@ from mllm_replica.data.packing import collate, encode_document, truncate
 from mllm_replica.mm1.components import SubImages, letterboxed, resize_positions
 from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences, source_sequences
 from mllm_replica.mm1.experts import SparseMLP, auxiliary_loss, record_routing
-from mllm_replica.mm1.model import (
-    ENCODERS,
-    LANGUAGE_MODELS,
-    PRESETS,
-    MM1Config,
-    MM1Model,
-    MM1Processor,
-    assumed,
-    at_resolution,
-    paper_config,
-    published_stages,
-)
+from mllm_replica.mm1.model import MM1Config, MM1Model, MM1Processor, at_resolution
+from mllm_replica.mm1.presets import ENCODERS, LANGUAGE_MODELS, PRESETS, assumed, paper_config, published_stages
 from mllm_replica.mm1.shots import VQA, Template, few_shot
 from mllm_replica.models.cost import count
 from mllm_replica.models.vision import clip_pixels
@@ -91,7 +81,10 @@ def supervised(ids):
 
 def padded(side):
     width = max(map(len, ROWS))
-    place = lambda row, fill: fill + row if side == 'left' else row + fill
+
+    def place(row, fill):
+        return fill + row if side == 'left' else row + fill
+
     ids = torch.tensor([place(row, [0] * (width - len(row))) for row in ROWS])
     return ids, (ids != 0).long()
 
@@ -418,7 +411,10 @@ def test_documents_are_taken_as_they_stand(processor, document):
     sample = dict(
         id='d', document=document, images=[picture(c) for c in ('red', 'blue', 'green')[: document.count('<image>')]]
     )
-    tokenize = lambda text: processor.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+
+    def tokenize(text):
+        return processor.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
+
     wanted = encode_document(sample, tokenize, 1, 2, -1, lambda image: 4)
     for ends in (True, False):
         found = MM1Processor.from_config(configure(), byte_tokenizer(), ends=ends).encode(sample)
@@ -711,7 +707,10 @@ def test_a_plan_of_the_sparse_model():
         connector_config=dict(connector_type='avg'),
         vision_config=ENCODERS['ViT-H'] | dict(image_size=378, num_hidden_layers=2),
     )
-    shallow = lambda name: paper_config(name, **parts)
+
+    def shallow(name):
+        return paper_config(name, **parts)
+
     plans = [
         plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), gpu_node()) for name in ('mm1-7b', 'mm1-7b-moe')
     ]

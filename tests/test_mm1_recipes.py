@@ -9,8 +9,9 @@ import torch
 from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.worlds import documents
 from mllm_replica.data.worlds.making import samples
-from mllm_replica.mm1.recipes import SHOTS, _TINY, arrange, build, recipe, rows, tables
+from mllm_replica.mm1.recipes import arrange, build, recipe, rows, tables
 from mllm_replica.mm1.small import CellTags
+from mllm_replica.mm1.studies import SHOTS, TINY
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -39,7 +40,7 @@ def test_one_unit_of_every_kind(table, row, tmp_path):
 
 
 def test_tables_that_run():
-    assert tables('tiny') == list(_TINY) and tables('paper') == ['1', '3', '4', 'fig4', 'fig5']
+    assert tables('tiny') == list(TINY) and tables('paper') == ['1', '3', '4', 'fig4', 'fig5']
 
 
 def test_rows_of_figure_4_differ_in_one_thing_each():

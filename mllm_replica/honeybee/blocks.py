@@ -193,7 +193,7 @@ def sample_then_project(
     locations: Tensor,  # [B, M, H, K, 2]
     weights: Tensor,  # [B, M, H, K]
 ) -> Tensor:
-    "Equals `sample_values(projection(features), …)`: each head mixes whole features, the mixtures are projected → [B, M, D]."
+    "Equals `sample_values(projection(features), …)`: heads mix whole features, then these are projected → [B, M, D]."
     B, N, D = features.shape
     M, H = weights.shape[1:3]
     index, corner = bilinear(locations, math.isqrt(N))

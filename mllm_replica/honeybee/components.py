@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'PROJECTORS', 'initialise', 'Projector', 'mlp', 'FeatureProjector', 'MLPProjector', 'Resampler',
-           'CAbstractor', 'DAbstractor', 'projector_fields', 'build_projector', 'influence_maps', 'attention_maps',
-           'locality']
+           'CAbstractor', 'DAbstractor', 'projector_fields', 'build_projector']
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f8ddf594
-import inspect, math
+import inspect
 
 import torch
 from fastcore.basics import patch
@@ -20,13 +19,13 @@ from mllm_replica.honeybee.blocks import (
     DeformableLayer,
     PlainBlock,
     ResamplerLayer,
-    bilinear,
     uniform_points,
 )
 from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f873f51a
-# Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens, D width, H heads, K sampling points per head.
+# Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens,
+# D width, H heads, K sampling points per head.
 
 
 def initialise(
@@ -84,7 +83,8 @@ class Projector(nn.Module):
         expected = (self.num_input_tokens, self.encoder_hidden_size)
         if features.ndim != 3 or features.shape[1:] != expected:
             raise ValueError(
-                f'visual features have shape {list(features.shape)}, {type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
+                f'visual features have shape {list(features.shape)}, '
+                f'{type(self).__name__} expects [B, {expected[0]}, {expected[1]}]: '
                 'images × patches (no class token) × width of the vision encoder'
             )
 
@@ -144,7 +144,8 @@ class MLPProjector(FeatureProjector):
     ):
         if num_query_tokens not in (None, num_input_tokens):
             raise ValueError(
-                f'a linear or MLP projector keeps all {num_input_tokens} features, {num_query_tokens} query tokens are not possible'
+                f'a linear or MLP projector keeps all {num_input_tokens} features, '
+                f'{num_query_tokens} query tokens are not possible'
             )
         sizes = encoder_hidden_size, output_hidden_size, num_input_tokens, num_input_tokens, num_eos_tokens
         super().__init__(*sizes, pos_emb, prenorm)
@@ -241,7 +242,10 @@ class CAbstractor(FeatureProjector):
         )
         widths = [encoder_hidden_size] + [hidden_size] * (2 * depth)
         blocks = [BLOCKS[block](*pair) for pair in zip(widths, widths[1:])]
-        row = lambda part: nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
+
+        def row(part):
+            return nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
+
         self.net = nn.ModuleDict({'0': row(blocks[:depth]), '2': row(blocks[depth:])})
         self.readout = mlp(widths[-1], output_hidden_size, mlp_depth)
         initialise(self)
@@ -283,7 +287,10 @@ class DAbstractor(Projector):
         self.pooled_v_target = pooled_v_target
         points = uniform_points(num_query_tokens, side_of(num_input_tokens, 'num_input_tokens'))
         self.reference_points = nn.Parameter(points if reference_points == 'uniform' else torch.full_like(points, 0.5))
-        project = lambda width_in, width_out: nn.Identity() if width_in == width_out else Linear(width_in, width_out)
+
+        def project(width_in, width_out):
+            return nn.Identity() if width_in == width_out else Linear(width_in, width_out)
+
         self.input_proj, self.output_proj = (
             nn.ModuleList([project(encoder_hidden_size, d_model)]),
             project(d_model, output_hidden_size),
@@ -377,57 +384,3 @@ def build_projector(
     if getattr(projector, 'eos_tokens', None) is not None and 'initializer_range' in config:  # it reaches these alone
         nn.init.trunc_normal_(projector.eos_tokens, std=config['initializer_range'])
     return projector
-
-# %% ../../nbs/papers/02_honeybee.ipynb #cd2d8f42
-def influence_maps(
-    projector: Projector,  # any
-    features: Tensor,  # [B, N, D]
-) -> Tensor:
-    "Norm of the gradient of each token (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N]."
-    features = features.detach().requires_grad_()
-    direction = torch.randn(projector.output_hidden_size, generator=torch.Generator().manual_seed(0)).to(features)
-    with torch.enable_grad():
-        tokens = (projector(features)[:, : projector.num_query_tokens] * direction).sum((0, 2)).unbind()
-    gradients = [torch.autograd.grad(token, features, retain_graph=True)[0].norm(dim=-1) for token in tokens]
-    maps = torch.stack(gradients, 1)
-    return maps / maps.sum(-1, keepdim=True)
-
-
-@torch.no_grad()
-def attention_maps(
-    projector: Projector,  # call `.eval()` first
-    features: Tensor,  # [B, N, D]
-) -> Tensor:
-    "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; `influence_maps` where there is no attention."
-    if not isinstance(projector, (Resampler, DAbstractor)):
-        return influence_maps(projector, features)
-    record, (B, N, _), M = {}, features.shape, projector.num_query_tokens
-    projector(features, record)
-    if isinstance(projector, Resampler):
-        maps = sum(t.mean(1)[..., M:] for name, t in record.items() if name.endswith('.attn'))
-    else:
-        side, maps = math.isqrt(N), features.new_zeros(B, M, N)
-        for i in range(len(projector.layers)):
-            weights = record[f'layer{i}.cross_weights'].squeeze(3)
-            offsets = record[f'layer{i}.sampling_offsets'].view(*weights.shape, 2)
-            index, corner = bilinear(projector.reference_points[:, :, None, None] + offsets / side, side)
-            maps.scatter_add_(-1, index.flatten(2), (corner * weights.unsqueeze(-1)).flatten(2).to(maps.dtype))
-    return maps / maps.sum(-1, keepdim=True)
-
-# %% ../../nbs/papers/02_honeybee.ipynb #e0e7f472
-def locality(
-    maps: Tensor,  # [B, M, N], each summing to 1 over N
-    side: int | None = None,  # s; None: the root of N
-) -> dict[str, float]:
-    "Mean spread of attention maps: `mean_distance` in sides of the map, `entropy` as a fraction of the uniform map's."
-    side = side or side_of(maps.shape[-1], 'number of features')
-    if side * side != maps.shape[-1]:
-        raise ValueError(f'maps over {maps.shape[-1]} features are no square of side {side}')
-    maps = maps.double()
-    cells = torch.cartesian_prod(
-        *[(torch.arange(side, dtype=maps.dtype, device=maps.device) + 0.5) / side] * 2
-    )  # [N, 2]
-    centre = maps @ cells
-    distance = (maps * torch.cdist(centre, cells.expand(len(maps), -1, -1))).sum(-1)
-    entropy = torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
-    return dict(mean_distance=distance.mean().item(), entropy=entropy.mean().item())

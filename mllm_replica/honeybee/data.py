@@ -5,14 +5,17 @@ __all__ = ['examples_of', 'in_template']
 
 # %% ../../nbs/papers/02_honeybee.ipynb #432c988d
 import json, random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.samples import IMAGE as PLACEHOLDER
 from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templatize, vsr_question
 from ..models.vision import image_key
 
-_LISTED = dict(
-    mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',  # how MMBench and SEED put their question
+if TYPE_CHECKING:
+    import datasets
+
+_LISTED = dict(  # how MMBench and SEED put their question
+    mmb='{question}\nContext: {context}\nThere are several options:\n{option}\n',
     seed='{question}\nThere are several options:\n{option}\n\n',
 )
 

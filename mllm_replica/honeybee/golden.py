@@ -49,7 +49,10 @@ def reference_points_case(
     "Initial reference points of a D-Abstractor, for the numbers of features N and queries M in the recorded names."
     sizes = {name: re.fullmatch(r'out\.ref_n(\d+)_m(\d+)', name) for name in tensors.wanted}
     small = dict(projector_type='d-abs', d_model=8, decoder_layers=1)
-    build = lambda N, M: build_projector(small | {'num_query_tokens': M}, 8, 8, N)
+
+    def build(N, M):
+        return build_projector(small | {'num_query_tokens': M}, 8, 8, N)
+
     return {name: build(int(match[1]), int(match[2])).reference_points for name, match in sizes.items() if match}
 
 
@@ -135,7 +138,7 @@ def full_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor | Partial]:
-    "Intermediate results, logits, loss and gradients of a whole model, and its greedy answers; of a batch of text, what has no image in it."
+    "Intermediate results, logits, loss, gradients and greedy answers of a whole model; of text what needs no image."
     model, parameters = build_official(config, tensors.weights())
     pixels, ids, mask, labels = (
         _input(tensors, name) for name in ('pixel_values', 'input_ids', 'attention_mask', 'labels')
@@ -165,9 +168,10 @@ def full_case(
     outputs |= greedy_answers(model, config, tensors) | dict(
         logits=Partial(result.logits, real[..., None], 'at positions with a real token')
     )
-    zeros = lambda tensor: (
-        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    )  # of what the loss does not see
+
+    def zeros(tensor):
+        return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad  # of what the loss does not see
+
     gradients = {name: zeros(tensor) for name, tensor in inputs.items() if tensor is not None}
     return {f'out.{name}': tensor for name, tensor in outputs.items()} | gradients
 

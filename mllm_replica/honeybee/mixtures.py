@@ -80,7 +80,7 @@ def options_of(
     name: str,  # data set
     params: dict[str, Any],  # of a published row
 ) -> dict[str, Any]:
-    "A data set's template, and how its questions are grouped: up to ten of an image, without repeated answers, unless the row says otherwise."
+    "A data set's template and grouping: up to ten questions an image, no answer twice, unless the row says otherwise."
     template = {'template': TEMPLATE_OF[name]} if name in TEMPLATE_OF else {}
     grouped = (
         {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)}

@@ -123,7 +123,7 @@ def encode_prompt(
     max_length: int | None = None,  # tokens without the begin token
     no_eos: bool = False,  # drop an end token at the very end
 ) -> tuple[list[int], list[int]]:
-    "Input ids and labels of a prompt text. Officially a caption is cut when all is written, so perhaps inside its image."
+    "Input ids and labels of a prompt text. Officially a caption is cut when all is written, perhaps inside its image."
     caption, stop = prompt.startswith(NO_PROMPT), None if max_length is None else max_length + 1
     ids, labels = tokenize(
         prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, None if caption else max_length

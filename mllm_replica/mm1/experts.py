@@ -235,7 +235,8 @@ def record_routing(
         "Keep a router's decision."
         if grad and router.weight.requires_grad and not routing.balance.requires_grad:
             raise RuntimeError(
-                'a router ran without gradient: checkpoint with use_reentrant=False, or enter record_routing under no_grad, too'
+                'a router ran without gradient: checkpoint with use_reentrant=False, '
+                'or enter record_routing under no_grad, too'
             )
         heard.append(routing)
 

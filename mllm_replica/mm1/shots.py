@@ -59,7 +59,8 @@ def _line(sample: dict[str, Any], template: Template, views: Callable[[Any], Seq
     around, images = template.query.split(IMAGE), sample.get('images') or []
     if len(images) != len(around) - 1:
         raise ValueError(
-            f'sample {sample["id"]!r} has {len(images)} images, the template shows {len(around) - 1}; restore them or drop the sample'
+            f'sample {sample["id"]!r} has {len(images)} images, the template shows {len(around) - 1}; '
+            'restore them or drop the sample'
         )
     seen = [list(views(image)) for image in images]
     text = around[0] + ''.join(IMAGE * len(view) + part for view, part in zip(seen, around[1:]))
@@ -113,7 +114,7 @@ def few_shot(
     views: Callable[[Any], Sequence[Any]] = _whole,  # image -> overview and crops
     high: int = 0,  # last demonstrations that keep their crops; the query always does
 ) -> dict[str, Any]:
-    "The query as a sample whose question begins with demonstrations; id and answer stay, `meta` gains the ids of the shots."
+    "The query as a sample whose question begins with demonstrations; id and answer stay, `meta` gains the shots' ids."
     shown = [*demonstrations(sample, pool, shots, seed), sample]
     parts = [_line(row, template, views if crops else _whole) for row, crops in zip(shown, resolutions(shots, high))]
     told = [f'{text} {_spoken(row)[1]}' for (text, _), row in zip(parts[:-1], shown)] + [parts[-1][0]]
@@ -176,7 +177,10 @@ def cider_d(
         )
     wanted = [[_grams(text) for text in texts] for texts in references]
     images = Counter(gram for texts in wanted for gram in {gram for text in texts for grams in text for gram in grams})
-    rarity = lambda gram: math.log(len(references) / max(1, images[gram]))
+
+    def rarity(gram):
+        return math.log(len(references) / max(1, images[gram]))
+
     return [
         10 * sum(_likeness(_grams(text), theirs, rarity, sigma) for theirs in texts) / len(texts)
         for text, texts in zip(predictions, wanted)
