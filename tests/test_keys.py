@@ -75,24 +75,15 @@ def test_a_world_belongs_to_those_who_name_it(copy, edit):
 
 
 def test_a_moved_module_keeps_its_meaning(copy):
-    before, package = codes(copy), copy / 'mllm_replica'
-    (file,) = package.rglob('loss.py')
-    name = '.'.join(file.relative_to(copy).with_suffix('').parts)
-    moved = copy.with_name('moved')
+    before, moved = codes(copy), copy.with_name('moved')
+    (file,) = (copy / 'mllm_replica').rglob('loss.py')
     shutil.copytree(copy, moved)
-    (moved / file.relative_to(copy)).rename(moved / 'mllm_replica' / 'entropy.py')
-    for other in moved.rglob('*.py'):
-        other.write_text(
-            re.sub(
-                rf'from (\.*|{package.name}\.)(\w+\.)?loss import',
-                'from mllm_replica.entropy import',
-                other.read_text(),
-            )
-        )
-    entropy = moved / 'mllm_replica' / 'entropy.py'
-    entropy.write_text(
-        re.sub(r'from \.(\w+) import', rf'from {name.rpartition(".")[0]}.\1 import', entropy.read_text())
+    (moved / file.relative_to(copy)).unlink()
+    (moved / 'mllm_replica' / 'entropy.py').write_text(
+        re.sub(r'^from \.\.', 'from mllm_replica.', file.read_text(), flags=re.M)
     )
+    for other in moved.rglob('*.py'):
+        other.write_text(re.sub(r'from [\w.]*\bloss import', 'from mllm_replica.entropy import', other.read_text()))
     assert codes(moved) == before
 
 
