@@ -151,10 +151,8 @@ def uniform_points(
     side: int,  # s, cells along one side of the map
 ) -> Tensor:
     "Reference points on an even grid from the first to the last cell centre: [1, M, 2], (x, y) in 0…1."
-    count, device = (
-        side_of(num_tokens, 'num_query_tokens'),
-        torch.get_default_device(),
-    )  # said: loaders hide it from linspace
+    device = torch.get_default_device()  # linspace does not ask for it once transformers has loaded a model
+    count = side_of(num_tokens, 'num_query_tokens')
     steps = torch.linspace(0.5, side - 0.5, count, device=device) / side
     y, x = torch.meshgrid(steps, steps, indexing='ij')
     return torch.stack([x.flatten(), y.flatten()], -1)[None]
