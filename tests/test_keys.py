@@ -90,9 +90,9 @@ def test_a_moved_module_keeps_its_meaning(copy):
             )
         )
     entropy = moved / 'mllm_replica' / 'entropy.py'
-    entropy.write_text(
-        re.sub(r'from \.(\w+) import', rf'from {name.rpartition(".")[0]}.\1 import', entropy.read_text())
-    )
+    room = name.rpartition('.')[0]
+    text = re.sub(r'from \.\.(\w)', rf'from {package.name}.\1', entropy.read_text())
+    entropy.write_text(re.sub(r'from \.(\w)', rf'from {room}.\1', text))
     assert codes(moved) == before
 
 

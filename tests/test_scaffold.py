@@ -156,18 +156,6 @@ def test_cell_ids_are_unique_and_exported():
     assert not lost, '\n'.join(lost)
 
 
-def test_notebooks_that_register_worlds_give_the_packages_own_back():
-    "nbdev-test runs many notebooks in one process; a world of a notebook has no source file for those that come after it."
-    sources = {
-        path: [''.join(c['source']) for c in cells if c['cell_type'] == 'code'] for path, cells in notebooks().items()
-    }
-    registers = [
-        path for path, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)
-    ]
-    assert len(registers) >= 4
-    assert not [name_of(path) for path in registers if 'reload(import_module(' not in sources[path][-1]]
-
-
 # --- import ---------------------------------------------------------------------------------------------------------------
 IMPORTED = """
 import importlib, sys

@@ -7,7 +7,7 @@ __all__ = ['rows', 'tables', 'recipe', 'build', 'starts', 'teach', 'measure', 's
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.worlds import mosaics, shelves  # noqa: F401  register the metric `word_accuracy` and a world
+from ..data.worlds import shelves
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..tables.published import load_table, tables_of
 

@@ -7,7 +7,6 @@ __all__ = ['SHOTS', 'rows', 'tables', 'recipe', 'arrange', 'build', 'measure']
 import json, math
 from typing import Any
 
-from ..data.worlds import documents  # noqa: F401  registers worlds
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..data.worlds.making import samples
 from ..tables.published import load_table, tables_of

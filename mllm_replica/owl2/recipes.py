@@ -6,7 +6,6 @@ __all__ = ['layerwise_decay', 'mixture_of', 'published_stages', 'rows', 'tables'
 # %% ../../nbs/papers/01_owl2.ipynb #ce4b184b
 from typing import Any
 
-from ..data.worlds import mosaics  # noqa: F401  registers worlds and the metric `word_accuracy`
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..tables.published import load_table, tables_of
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-import mllm_replica.data.worlds.albums  # registers the world
 from ..data.images import open_image
 from ..data.samples import COLUMNS, IMAGE, check_sample
 from ..data.worlds.making import samples

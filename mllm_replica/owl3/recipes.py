@@ -6,7 +6,6 @@ __all__ = ['mixture_of', 'published_stages', 'ablation_stages', 'layers_of', 'ro
 # %% ../../nbs/papers/05_owl3.ipynb #b8a17b0d
 from typing import Any
 
-from ..data.worlds import albums  # noqa: F401  registers the world `albums`
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from ..tables.published import load_table, tables_of
 
