@@ -83,7 +83,10 @@ def test_settings_ini_equals_pyproject():
 
 def test_constraints_pin_every_direct_dependency():
     toml = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-    canonical = lambda name: re.sub(r'[-_.]+', '-', name).lower()
+
+    def canonical(name):
+        return re.sub(r'[-_.]+', '-', name).lower()
+
     wanted = {
         canonical(re.match(r'[\w.-]+', r)[0]) for r in toml['dependencies'] + toml['optional-dependencies']['dev']
     }
@@ -293,10 +296,13 @@ def test_index_outputs_are_current():
     from mllm_replica.tables.readme import executed
 
     stored = nbformat.read(ROOT / 'nbs/index.ipynb', 4)
-    texts = lambda nb: [
-        {kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
-        for c in nb.cells
-        if c.cell_type == 'code'
-        for o in c.outputs
-    ]
+
+    def texts(nb):
+        return [
+            {kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
+            for c in nb.cells
+            if c.cell_type == 'code'
+            for o in c.outputs
+        ]
+
     assert texts(executed(stored)) == texts(stored), 'the results changed: run `make readme`'

@@ -58,7 +58,10 @@ DATA = {'long': samples('long', 20, 12), 'short': samples('short', 30, 6)}
 
 def collate(batch):
     longest = max(len(sample.input_ids) for sample in batch)
-    pad = lambda ids, fill: [*ids, *[fill] * (longest - len(ids))]
+
+    def pad(ids, fill):
+        return [*ids, *[fill] * (longest - len(ids))]
+
     return {
         'input_ids': torch.tensor([pad(s.input_ids, 0) for s in batch]),
         'labels': torch.tensor([pad(s.labels, -100) for s in batch]),

@@ -18,16 +18,17 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core import registry
-from ..core.keys import code_of_functions, code_of_table
+from ..core.keys import code_of_functions, code_of_table, library_versions
 from ..core.recipe import Recipe
 from ..core.settings import project_root, settings
 from ..core.variation import split_row
 from .engine import Result, check_parameters
-from .journal import Journal, library_versions, unit_key
+from .journal import Journal, unit_key
 from .progress import Display
-from .publish import comparison, is_published, publish
+from .publish import is_published, publish
 from .tracking import Tracker
 from .worker import Order, Outcome, supervise
+from ..tables.reporting import comparison
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #4ae39ff4
 @dataclass
@@ -85,7 +86,7 @@ def start_orders(
 ) -> list[Order]:
     "A job for each thing that these units start from and that is not trained yet."
     chapter = registry.recipes_of(paper)
-    if not todo or not hasattr(chapter, 'starts'):
+    if not todo or chapter.starts is None:
         return []
     notebook, found = project_root() / 'nbs' / 'pipelines' / 'teach_start.ipynb', {}
     for order in todo:

@@ -30,7 +30,7 @@ from ..core.settings import project_root, settings
 from .journal import git_commit, processor
 from .worker import environment
 from ..tables.published import paper_folder, tables_of
-from ..tables.results import LOST, Record, read_results
+from ..tables.results import Record, read_results
 from ..tables.validity import Verification, append_ledger, read_ledger, stale
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #b0db5259

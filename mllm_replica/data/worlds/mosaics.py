@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .world import COLORS, TONES, Scene, World, pick, texture
+from .world import COLORS, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #14095af4
 def draw_mosaic(

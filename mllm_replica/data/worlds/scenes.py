@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .tiles import TILES
 from .world import COLORS, HEIGHTS, SIDES, TONES, WIDTHS, Ask, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #a0155c4b
