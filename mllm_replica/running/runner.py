@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Submit', 'ENGINES', 'TIMEOUTS', 'Plan', 'make_plan', 'start_orders', 'local_engine', 'ray_engine', 'run_orders',
-           'Books', 'Summary', 'run_tables', 'run_table']
+           'Books', 'Summary', 'run_tables']
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #d89ba639
 import hashlib, json, signal, threading, time
@@ -362,16 +362,6 @@ def run_tables(
         _run(plan, active, orders, todo, summary, engine, workers or chosen.workers, made, Display(len(todo), console))
     summary.seconds = time.monotonic() - begin
     return summary
-
-
-def run_table(
-    paper: str,
-    table: str,
-    scale: str | None = None,
-    **options,  # as of `run_tables`
-) -> Summary:
-    "Run what is not finished of one table, track it and report it."
-    return run_tables(paper, [table], scale, **options)
 
 
 def _run(
