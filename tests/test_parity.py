@@ -280,7 +280,7 @@ def test_a_file_known_by_its_parts_alone(tmp_path, capsys):
     assert parity.main([str(tmp_path / 'a.safetensors')]) == 0 and parity.main([str(tmp_path / 'b.safetensors')]) == 1
     assert 'unknown kind of case' in capsys.readouterr().out
     free, few = (
-        parity._golden_of('mm1').parity_cases['parts'](config | {'capacity': c}, parity.Given(golden.tensors))
+        parity.cases_of('mm1').parity_cases['parts'](config | {'capacity': c}, parity.Given(golden.tensors))
         for c in (None, 1)
     )
     assert torch.equal(few['out.moe.gate1'], free['out.moe.gate1']) and not few['out.moe.kept_top1'].all()
