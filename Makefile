@@ -43,8 +43,9 @@ bench: env  ## timings, compared with those of the same kind of processor; `make
 quick: env  ## the tests of the package without the slowest
 	$(PYTEST) -m 'not slow and not nightly'
 
-lint: env  ## unused and undefined names, broken syntax
-	$(BIN)/ruff check
+lint: env  ## unused and undefined names, broken syntax, and the layout that `ruff format` makes
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --check --no-cache
 
 readme: env  ## run nbs/index.ipynb and write README.md from it
 	$(BIN)/python -c 'from mllm_replica.tables.readme import write_readme; print(write_readme())'

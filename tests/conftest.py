@@ -25,3 +25,33 @@ def few_objects():
     "Training collects garbage after each stage; what was imported so far is left out of the search."
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "The project of `toyproject`, with this process working in it."
+    import toyproject
+    from mllm_replica.core import registry
+    from mllm_replica.core.settings import project_root, settings
+
+    monkeypatch.syspath_prepend(str(toyproject.HERE))
+    made = toyproject.make_project(tmp_path / 'project')
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv('MLLM_REPLICA_RUNS', raising=False)
+    monkeypatch.setitem(registry.CHAPTERS, 'mm1', 'toychapter')
+    for cached in project_root, settings:
+        cached.cache_clear()
+    yield made
+    for cached in project_root, settings:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    "Notebooks are executed in this process: for what is run and kept, not for how processes end."
+    from mllm_replica.running import publish, worker
+    from toyproject import Inline
+
+    for module in (worker, publish):
+        monkeypatch.setattr(module, 'start_job', Inline)

@@ -192,7 +192,9 @@ def test_a_clip_has_one_color_and_the_answer_names_it(frames):
 
 @pytest.mark.parametrize('frames', [4, 8])
 def test_a_clip_is_told_as_an_album_is(frames):
-    head = lambda sample: sample['conversations'][0]['value'].split('\n')[0]
+    def head(sample):
+        return sample['conversations'][0]['value'].split('\n')[0]
+
     made, albums = clips(frames=frames, size=100), album(images=[frames, frames], size=1)
     assert {head(sample) for sample in made} == {head(albums[0])}
     assert {asked(s)[0] for s in made} == {asked(s)[0] for s in album(images=[1, 1], tasks=['shape'], size=100)}

@@ -69,9 +69,10 @@ def test_scores_do_not_depend_on_the_order_of_rows():
 
 def test_scienceqa_reads_the_last_option_and_draws_the_rest():
     problems = {str(i): dict(choices=['north', 'south', 'east'], answer=2) for i in range(300)}
-    says = lambda text: b.scienceqa(problems, [dict(question_id=k, pred=text, image_path=None) for k in problems])[
-        'acc'
-    ]
+
+    def says(text):
+        return b.scienceqa(problems, [dict(question_id=k, pred=text, image_path=None) for k in problems])['acc']
+
     assert says('north, then east.') == 100 and says('(C).') == 100 and says('A') == 0
     assert 20 < says('nothing of that') < 47 and 20 < says('E') < 47  # E is no option here
 

@@ -8,8 +8,9 @@ import pytest
 
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.tables import claims
-from mllm_replica.tables.claims import ClaimError, Interval, cell_verdict, comparisons, holds, interval, parse, verdict
+from mllm_replica.tables.claims import ClaimError, comparisons, holds, parse
 from mllm_replica.tables.published import Claim, Column, Reading, Replication, Scope, Table, load_table, tables_of
+from mllm_replica.tables.verdicts import Interval, cell_verdict, interval, verdict
 
 ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
 
@@ -297,14 +298,18 @@ def test_a_further_reading_asks_its_own_measurements():
         columns=columns, stands_for={'score': 'own'}, also={'again': Reading(stands_for={'score': 'other'})}
     )
     table = Table(**table_of(dict(a=None, b=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}})
-    claim = lambda **scope: Claim(
-        id='c', statement='s', test='a.score > b.score', scales={'tiny': Scope(testable=True, **scope)}
-    )
+
+    def claim(**scope):
+        return Claim(id='c', statement='s', test='a.score > b.score', scales={'tiny': Scope(testable=True, **scope)})
+
     samples = {
         'a': {'own': {0: 2.0, 1: 2.1}, 'other': {0: 1.0, 1: 1.1}},
         'b': {'own': {0: 1.0, 1: 1.1}, 'other': {0: 2.0, 1: 2.1}},
     }
-    judge = lambda claim, reading: verdict(claim, table, 'tiny', samples, reading=reading)
+
+    def judge(claim, reading):
+        return verdict(claim, table, 'tiny', samples, reading=reading)
+
     assert [judge(claim(), reading).word for reading in (None, 'again')] == ['supported', 'contradicted']
     restated = claim(stands_for={'score': 'third'})
     assert [judge(restated, reading).evidence[0].text for reading in (None, 'again')] == [
@@ -322,9 +327,9 @@ def test_rows_that_do_not_solve_the_control_are_not_compared():
     table = Table(
         **table_of(dict(a=None, b=None, c=None)).model_dump() | {'replication': {'tiny': measured.model_dump()}}
     )
-    claim = lambda test: Claim(
-        id='c', statement='s', test=test, scales={'tiny': Scope(testable=True, test=test, note='n')}
-    )
+
+    def claim(test):
+        return Claim(id='c', statement='s', test=test, scales={'tiny': Scope(testable=True, test=test, note='n')})
 
     def judge(easy, test='a.score > b.score'):
         samples = {

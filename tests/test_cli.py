@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mllm_replica.cli import app
-from mllm_replica.core.registry import PAPERS
+from mllm_replica.core.registry import PAPERS, Chapter, Search
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.tables.published import load_table, tables_of
 
@@ -31,8 +31,8 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
-    monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
-    monkeypatch.setattr('mllm_replica.tables.validity.stale', lambda paper, records: {})
+    for module in ('report', 'plain', 'validity'):
+        monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', lambda paper, records: {})
     for cached in (project_root, settings):
         cached.cache_clear()
     yield tmp_path
@@ -41,18 +41,25 @@ def project(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
+def with_chapter(monkeypatch, **given):
+    "A chapter that gives this and nothing else, in place of every paper's."
+    chapter = Chapter(**dict.fromkeys(('rows', 'tables', 'recipe', 'build', 'measure')) | given)
+    monkeypatch.setattr('mllm_replica.core.registry.recipes_of', lambda paper: chapter)
+    return chapter
+
+
 @pytest.fixture
 def recipes(monkeypatch):
     "A chapter of which two tables can run."
-    rows = lambda table, scale: (
-        dict(cabs_144=None, linear_144='a linear projector keeps every token')
-        if table in ('3', '8')
-        else dict(cabs_144='no task yet')
-    )
-    module = SimpleNamespace(tables=lambda scale: ['3', '8'] if scale != 'paper' else [], rows=rows)
-    for place in 'core.registry', 'cli':
-        monkeypatch.setattr(f'mllm_replica.{place}.recipes_of', lambda paper: module)
-    return module
+
+    def rows(table, scale):
+        return (
+            dict(cabs_144=None, linear_144='a linear projector keeps every token')
+            if table in ('3', '8')
+            else dict(cabs_144='no task yet')
+        )
+
+    return with_chapter(monkeypatch, tables=lambda scale: ['3', '8'] if scale != 'paper' else [], rows=rows)
 
 
 @pytest.fixture
@@ -143,21 +150,21 @@ def found_sets(exit_code):
 def test_search_starts_from_development_seeds_and_prints_its_rounds(monkeypatch):
     asked = []
 
-    def find(scale, **options):
-        asked.append((scale, options))
+    def find(search, scale, **options):
+        asked.append((search, scale, options))
         return found_sets(exit_code=3)
 
-    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace(search=find))
+    monkeypatch.setattr('mllm_replica.running.study.run_search', find)
+    search = Search(start=('clip',), candidates=('sam',), recipe_of=None, metric='mean')
+    with_chapter(monkeypatch, search=search)
     result = call('search', 'eagle', '--rounds', '1')
     assert result.exit_code == 3 and 'clip, sam' in said(result) and 'See search.csv' in said(result)
     call('search', 'eagle', '--seeds', '5,6', '--scale', 'smoke', '--metric', 'letter')
-    assert (
-        'seeds' not in asked[0][1]
-        and asked[0][1]['rounds'] == 1
-        and asked[1][0] == 'smoke'
-        and asked[1][1]['seeds'] == (5, 6)
-    )
-    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: SimpleNamespace())
+    (first, _, usual), (second, scale, told) = asked
+    assert first is second is search and search.seeds == (0, 1, 2) and scale == 'smoke'
+    assert (usual['seeds'], usual['metric'], usual['rounds']) == (None, None, 1)  # the search's own seeds and metric
+    assert (told['seeds'], told['metric'], told['rounds']) == ((5, 6), 'letter', None)
+    with_chapter(monkeypatch)
     refused = call('search', 'honeybee')
     assert refused.exit_code == 2 and 'nothing is searched for in Honeybee' in said(refused)
 
@@ -212,13 +219,15 @@ def test_run_without_a_table_runs_all_that_can(runs):
 def test_run_without_a_table_searches_where_the_paper_does(runs, recipes, monkeypatch):
     asked = []
 
-    def search(scale, **options):
-        asked.append((scale, options['seeds']))
+    def find(search, scale, **options):
+        asked.append((search.metric, scale, options['seeds']))
         return found_sets(exit_code=3)
 
-    monkeypatch.setattr(recipes, 'search', search, raising=False)
+    monkeypatch.setattr('mllm_replica.running.study.run_search', find)
+    search = Search(start=(), candidates=('sam',), recipe_of=None, metric='mean')
+    with_chapter(monkeypatch, tables=recipes.tables, rows=recipes.rows, search=search)
     result = call('run', 'honeybee', '--scale', 'smoke', '--seeds', '10,11')
-    assert result.exit_code == 3 and asked == [('smoke', (10, 11))] and 'See search.csv' in said(result)
+    assert result.exit_code == 3 and asked == [('mean', 'smoke', (10, 11))] and 'See search.csv' in said(result)
     assert call('run', 'honeybee', '3', '--scale', 'smoke').exit_code == 0 and len(asked) == 1
 
 

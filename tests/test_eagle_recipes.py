@@ -137,7 +137,7 @@ def test_the_search_asks_for_mixtures(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, '_run', run)
     monkeypatch.setattr(study, '_keep', lambda found, recipe, draw: found)
-    found = search('smoke', seeds=[0], rounds=2)
+    found = study.run_search(search, 'smoke', seeds=[0], rounds=2)
     assert asked[0] == [('clip', 'convnext')] and len(asked[1]) == 4 and len(asked[2]) == 3
     assert {*found.frame[found.frame['chosen']].iloc[-1]['set'].split(', ')} == {'clip', 'convnext', *best}
     assert all(list(made) == [name for name in _TOWERS if name in made] for mixtures in asked for made in mixtures)

@@ -232,7 +232,9 @@ def test_several_peoples_answers_are_used(world, tmp_path):
 
 
 def test_wrong_samples_and_files(world, tmp_path):
-    run = lambda samples, bench=ASK, name='bad': evaluate(world.model, world.processor, bench, samples, tmp_path / name)
+    def run(samples, bench=ASK, name='bad'):
+        return evaluate(world.model, world.processor, bench, samples, tmp_path / name)
+
     first = world.samples[0]
     with pytest.raises(ValueError, match="two samples have the id 's0'"):
         run([first, first])

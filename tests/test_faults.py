@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from mllm_replica.running.runner import run_tables
-from toyproject import PARAMETERS, RESULT, project, until, write_notebook
+from toyproject import PARAMETERS, RESULT, until, write_notebook
 
 ROWS = ['good', 'raises', 'exits', 'killed', 'hangs', 'late']
 
@@ -34,7 +34,10 @@ def iter_until(stream, word):
 
 def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
     project.faults.touch()
-    run = lambda **kw: run_tables('mm1', ['faults'], 'smoke', workers=2, pipeline=project.pipeline, report=False, **kw)
+
+    def run(**kw):
+        return run_tables('mm1', ['faults'], 'smoke', workers=2, pipeline=project.pipeline, report=False, **kw)
+
     first, hung = run(rows=[row for row in ROWS if row != 'hangs']), run(rows=['hangs'], timeout=5.0)
     found = {o.unit.split('/')[2]: o for o in first.outcomes + hung.outcomes}
     statuses = dict(good='finished', raises='failed', exits='failed', killed='failed', hangs='timeout', late='failed')
@@ -75,10 +78,12 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
 
 
 def test_bad_parameters_stop_everything_before_a_process_starts(project):
-    run = lambda pipeline: run_tables('mm1', ['faults'], 'smoke', rows=['good'], pipeline=pipeline)
-    notebook = lambda source, tags=('parameters',): write_notebook(
-        project.root / 'bad.ipynb', source, RESULT, tags=tags
-    )
+    def run(pipeline):
+        return run_tables('mm1', ['faults'], 'smoke', rows=['good'], pipeline=pipeline)
+
+    def notebook(source, tags=('parameters',)):
+        return write_notebook(project.root / 'bad.ipynb', source, RESULT, tags=tags)
+
     with pytest.raises(ValueError, match='0 cells tagged `parameters`'):
         run(notebook(PARAMETERS, ()))
     with pytest.raises(ValueError, match='the notebook wants steps'):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mllm_replica.core.metrics import word_accuracy
 from mllm_replica.core.settings import settings
 from mllm_replica.data.sources import load_source
-from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader, word_accuracy
+from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader
 from mllm_replica.owl2.building import linear_probe
 from mllm_replica.owl2.recipes import build, recipe, tables
 from mllm_replica.owl2.stages import _stage, layerwise_decay, mixture_of, published_stages

@@ -2,13 +2,13 @@
 
 import json, runpy, sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mllm_replica.core.registry import Cases
 from mllm_replica.models import parity
 
 GOLDEN = sorted((Path(__file__).parent / 'golden' / 'honeybee').glob('*.safetensors'))
@@ -40,7 +40,7 @@ def altered(golden, name, seed=0, by=1e-2):
 
 def cases(path):
     golden = parity.read_golden(path)
-    return golden, parity._golden_of(parity.paper_of(golden)).parity_cases
+    return golden, parity.cases_of(parity.paper_of(golden)).parity_cases
 
 
 @pytest.mark.parametrize('path', GOLDEN, **NAMES)
@@ -122,11 +122,11 @@ def toy(monkeypatch):
         raise RuntimeError('no such layer')
 
     chapters = dict(
-        toy=SimpleNamespace(ORIGIN='someone/toy', parity_cases=dict(double=double, ignores=ignores, fails=fails)),
-        other=SimpleNamespace(ORIGIN='someone/other', parity_cases=dict(double=ignores)),
+        toy=Cases(ORIGIN='someone/toy', parity_cases=dict(double=double, ignores=ignores, fails=fails)),
+        other=Cases(ORIGIN='someone/other', parity_cases=dict(double=ignores)),
     )
-    monkeypatch.setattr(parity, 'CHAPTERS', {name: name for name in chapters})
-    monkeypatch.setattr(parity, '_golden_of', chapters.__getitem__)
+    monkeypatch.setattr(parity, 'PAPERS', {name: name for name in chapters})
+    monkeypatch.setattr(parity, 'cases_of', chapters.__getitem__)
 
 
 def write(path, tensors=None, metadata=None, **config):
@@ -280,7 +280,7 @@ def test_a_file_known_by_its_parts_alone(tmp_path, capsys):
     assert parity.main([str(tmp_path / 'a.safetensors')]) == 0 and parity.main([str(tmp_path / 'b.safetensors')]) == 1
     assert 'unknown kind of case' in capsys.readouterr().out
     free, few = (
-        parity._golden_of('mm1').parity_cases['parts'](config | {'capacity': c}, parity.Given(golden.tensors))
+        parity.cases_of('mm1').parity_cases['parts'](config | {'capacity': c}, parity.Given(golden.tensors))
         for c in (None, 1)
     )
     assert torch.equal(few['out.moe.gate1'], free['out.moe.gate1']) and not few['out.moe.kept_top1'].all()
@@ -294,7 +294,10 @@ def test_a_file_known_by_its_parts_alone(tmp_path, capsys):
 )
 def test_gradients_are_measured_by_their_file(largest, scale, passes, fails):
     recorded = torch.tensor([largest, -largest / 2])
-    problem = lambda by: parity.compare('grad.x', recorded, recorded + by, scale).problem
+
+    def problem(by):
+        return parity.compare('grad.x', recorded, recorded + by, scale).problem
+
     assert not problem(passes) and problem(fails)
 
 

@@ -1,13 +1,13 @@
 "Plans: what is counted agrees with what runs, scales as it must, and costs nothing itself."
 
 import json, resource, sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mllm_replica.cli import app
+from mllm_replica.core.registry import Chapter
 from mllm_replica.core.recipe import Benchmark, Recipe, Source, Stage
 from mllm_replica.mm1.experts import insert_experts
 from mllm_replica.models.cost import count
@@ -103,10 +103,12 @@ def chapter(monkeypatch):
         )
 
     reasons = dict(a=None, b=None, same_as_a=None, d='its data was never published')
-    module = SimpleNamespace(rows=lambda table, scale: reasons, tables=lambda scale: ['3'], recipe=recipe, build=build)
+    module = Chapter(
+        rows=lambda table, scale: reasons, tables=lambda scale: ['3'], recipe=recipe, build=build, measure=None
+    )
     monkeypatch.setattr(planning, 'recipes_of', lambda paper: module)
     monkeypatch.setattr(planning, 'earlier_seconds', lambda *args: None)
-    monkeypatch.setattr('mllm_replica.cli.recipes_of', lambda paper: module)
+    monkeypatch.setattr('mllm_replica.core.registry.recipes_of', lambda paper: module)
     return module
 
 

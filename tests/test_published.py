@@ -52,7 +52,10 @@ def test_order_of_the_paper():
 @pytest.mark.skipif(not (GIVEN / 'papers').is_dir(), reason='the given tables lie beside the repository, not in it')
 def test_every_given_value_is_kept():
     "Tables as they were given, or as they were completed later."
-    title = lambda text: ' '.join(text.split()).split(', 3 connectors')[0]  # one was given another end
+
+    def title(text):
+        return ' '.join(text.split()).split(', 3 connectors')[0]  # one was given another end
+
     ours = {(paper, title(load_table(paper, key).title)): load_table(paper, key) for paper, key in ALL}
     later = {(path.parts[-3], path.stem.removeprefix('table_')): path for path in GIVEN.glob('updates/*/tables/*.yaml')}
     compared, completed = 0, set()

@@ -51,7 +51,10 @@ def test_a_plan_trains_nothing(paper, table, row, empty):
 def test_what_units_start_from_is_all_that_building_trains(row, empty):
     eagle = recipes_of('eagle')
     made = eagle.recipe('4', row, 'smoke', 0)
-    trained = lambda: {file.parent.name for file in (empty / 'pretrained').glob('*/weights.safetensors')}
+
+    def trained():
+        return {file.parent.name for file in (empty / 'pretrained').glob('*/weights.safetensors')}
+
     for count, start in enumerate(eagle.starts(made), 1):
         eagle.teach(made, start)
         assert len(trained()) == count, start

@@ -11,8 +11,8 @@ from mllm_replica.core.registry import PAPERS, recipes_of
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.tables import results, validity
 from mllm_replica.tables.published import load_table, tables_of
+from mllm_replica.tables.plain import as_json
 from mllm_replica.tables.report import (
-    as_json,
     escape,
     figure,
     markdown,
@@ -25,7 +25,7 @@ from mllm_replica.tables.report import (
     verdict_frame,
     verdicts,
 )
-from mllm_replica.tables.results import Record, read_results, results_path, summarise, write_results
+from mllm_replica.tables.results import Record, read_results, results_path, summary, write_results
 
 BASE = dict(
     table='3',
@@ -52,7 +52,8 @@ def project(tmp_path, monkeypatch):
     shutil.copy(project_root() / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
-    monkeypatch.setattr('mllm_replica.tables.report.stale', lambda paper, records: {})
+    for module in ('report', 'plain'):
+        monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', lambda paper, records: {})
     for cached in project_root, settings:
         cached.cache_clear()
     yield tmp_path
@@ -102,7 +103,9 @@ def test_writing_is_idempotent_and_ordered(project):
 def test_an_earlier_design_goes_when_its_row_is_run_again(project):
     from mllm_replica.running.publish import write_records
 
-    now = lambda row, seed: recipes_of('honeybee').recipe('5d', row, 'tiny', seed)
+    def now(row, seed):
+        return recipes_of('honeybee').recipe('5d', row, 'tiny', seed)
+
     old, kept = (
         record(row, 10, 'open', 0.1, table='5d', digest=digest)
         for row, digest in (('multi_turn', 'another recipe'), ('single_turn', 'another recipe'))
@@ -194,8 +197,8 @@ def test_records_of_another_table_are_not_written(project):
 
 
 def test_summary(project):
-    line = summarise(run()).set_index(['row', 'metric']).loc['cabs_144', 'spatial']
-    assert line['mean'] == pytest.approx(0.63) and line['n'] == 3 and line['low'] < 0.63 < line['high']
+    line = summary(run())['cabs_144', 'spatial']
+    assert line.mean == pytest.approx(0.63) and line.n == 3 and line.low < 0.63 < line.high
 
 
 def test_published_beside_replicated(project):
@@ -257,9 +260,13 @@ def test_contradictions_inside_a_paper_are_shown():
 
 
 def test_stale_rows_are_marked(project, monkeypatch):
-    monkeypatch.setattr('mllm_replica.tables.report.stale', validity.stale)
+    for module in ('report', 'plain'):
+        monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', validity.stale)
     digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest', 'resampler_256': 'digest'}
-    recipe = lambda table, row, scale, seed: SimpleNamespace(digest=lambda: digests[row])
+
+    def recipe(table, row, scale, seed):
+        return SimpleNamespace(digest=lambda: digests[row])
+
     monkeypatch.setattr(validity, 'recipes_of', lambda paper: SimpleNamespace(recipe=recipe))
     monkeypatch.setattr(validity, 'code_of', lambda recipe: 'source')
     others = [record('linear_256'), record('cabs_256', code='older'), record('resampler_256', code=results.LOST)]

@@ -9,10 +9,10 @@ from mllm_replica.core.settings import settings
 from mllm_replica.running import journal, runner, worker
 from mllm_replica.running.engine import notebook_parameters, read_result
 from mllm_replica.running.journal import Journal, git_commit
-from mllm_replica.running.publish import report_folder
 from mllm_replica.running.runner import make_plan, run_tables
+from mllm_replica.tables.reporting import report_folder
 from mllm_replica.tables.results import read_results, results_path
-from toyproject import FAULT, HERE, PARAMETERS, PIPELINES, RESULT, inline, project, write_notebook
+from toyproject import FAULT, PARAMETERS, PIPELINES, RESULT, write_notebook
 
 
 def with_chapter(project):
@@ -95,7 +95,9 @@ def test_a_real_unit_is_shown_tracked_and_reported(project):
 
 
 def test_equal_units_run_once_and_serve_both_tables(project, inline):
-    run = lambda: run_tables('mm1', ['first', 'second'], seeds=[10], pipeline=project.pipeline)
+    def run():
+        return run_tables('mm1', ['first', 'second'], seeds=[10], pipeline=project.pipeline)
+
     summary = run()
     assert summary.exit_code == 0, str(summary)
     assert summary.plan.not_run == {'first/other': 'needs a telescope'}
@@ -228,11 +230,14 @@ def test_a_unit_is_offline_and_writes_below_the_run_folder_unless_the_user_says_
 
 def test_results_alone_do_not_mark_a_commit_as_changed(tmp_path, monkeypatch):
     files = [tmp_path / 'papers/x/results/3.tiny.csv', tmp_path / 'papers/x/paper.yaml']
-    git = lambda *words: subprocess.run(
-        ['git', '-C', str(tmp_path), '-c', 'user.name=x', '-c', 'user.email=x@y', *words],
-        check=True,
-        capture_output=True,
-    )
+
+    def git(*words):
+        return subprocess.run(
+            ['git', '-C', str(tmp_path), '-c', 'user.name=x', '-c', 'user.email=x@y', *words],
+            check=True,
+            capture_output=True,
+        )
+
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('before')

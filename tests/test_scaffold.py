@@ -1,6 +1,6 @@
 "The house rules that a machine can check: notebooks and package agree, files are small, code keeps its style, nothing names this machine."
 
-import ast, configparser, difflib, json, os, re, shutil, subprocess, sys, tomllib
+import ast, configparser, difflib, io, json, os, re, shutil, subprocess, sys, tokenize, tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -83,7 +83,10 @@ def test_settings_ini_equals_pyproject():
 
 def test_constraints_pin_every_direct_dependency():
     toml = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-    canonical = lambda name: re.sub(r'[-_.]+', '-', name).lower()
+
+    def canonical(name):
+        return re.sub(r'[-_.]+', '-', name).lower()
+
     wanted = {
         canonical(re.match(r'[\w.-]+', r)[0]) for r in toml['dependencies'] + toml['optional-dependencies']['dev']
     }
@@ -156,18 +159,6 @@ def test_cell_ids_are_unique_and_exported():
     assert not lost, '\n'.join(lost)
 
 
-def test_notebooks_that_register_worlds_give_the_packages_own_back():
-    "nbdev-test runs many notebooks in one process; a world of a notebook has no source file for those that come after it."
-    sources = {
-        path: [''.join(c['source']) for c in cells if c['cell_type'] == 'code'] for path, cells in notebooks().items()
-    }
-    registers = [
-        path for path, cells in sources.items() if any(re.search(r'^WORLDS(\[| \|=)', cell, re.M) for cell in cells)
-    ]
-    assert len(registers) >= 4
-    assert not [name_of(path) for path in registers if 'reload(import_module(' not in sources[path][-1]]
-
-
 # --- import ---------------------------------------------------------------------------------------------------------------
 IMPORTED = """
 import importlib, sys
@@ -195,20 +186,131 @@ def test_what_is_to_start_quickly_loads_no_heavy_library():
     assert len(loaded['mllm_replica']) <= 5, 'the package itself imports nothing: ' + ' '.join(loaded['mllm_replica'])
 
 
+# --- rooms ----------------------------------------------------------------------------------------------------------------
+ROOMS = (  # a module imports from its own room and from those before it
+    'core',
+    'data',
+    'models',
+    'training',
+    'scoring',
+    'tables',
+    'running',
+    'planning',
+    'owl2',
+    'honeybee',
+    'mm1',
+    'eagle',
+    'owl3',
+    'commands',
+    'cli',
+)
+
+
+def named(path):
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+
+
+def imports_of(path, tree):
+    "Modules of the package that a module imports, at its top or within a function."
+    known, package = {named(other) for other in modules()}, named(path).split('.')[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = '.'.join([*base, *([node.module] if node.module else [])])
+            yield from known & ({base} | {f'{base}.{alias.name}' for alias in node.names})
+
+
+def test_no_import_runs_upwards():
+
+    def room(name):
+        return ROOMS.index(name.split('.')[1])
+
+    up = [
+        f'{named(path)} imports {other}'
+        for path, (_, tree) in modules().items()
+        for other in imports_of(path, tree)
+        if room(other) > room(named(path))
+    ]
+    assert not up, '\n'.join(up)
+
+
+def test_no_imports_run_in_a_circle():
+    left = {named(path): set(imports_of(path, tree)) for path, (_, tree) in modules().items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f'in a circle, or above one: {sorted(left)}'
+
+
+def registrations(source, tree):
+    "What a module changes elsewhere when it is imported; making a model known to the Auto classes is all that may."
+    own = {name.asname or name.name for node in tree.body if hasattr(node, 'names') for name in node.names}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        for target in targets:
+            root = target
+            while isinstance(root, (ast.Subscript, ast.Attribute)):
+                root = root.value
+            changes = root is not target or isinstance(node, ast.AugAssign)
+            if changes and isinstance(root, ast.Name) and root.id in own:
+                yield node.lineno
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func).split('.')
+            if called[0] in own and called[-1] != 'register':
+                yield node.lineno
+    yield from (number for number, line in enumerate(source.splitlines(), 1) if 'noqa: F401' in line)
+
+
+def test_importing_a_module_changes_no_other():
+    found = [
+        f'{name_of(path)}:{number}'
+        for path, (source, tree) in modules().items()
+        for number in registrations(source, tree)
+    ]
+    assert not found, '\n'.join(found)
+
+
 # --- size and style -------------------------------------------------------------------------------------------------------
 def test_notebooks_are_small():
     assert not [name_of(path) for path in notebooks() if path.stat().st_size > 300 * 1024]
 
 
+def lines_of_text(source):
+    "Numbers of the lines that begin with a string, or lie within one: what cannot be broken."
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    strings = [t for t in tokens if t.type == tokenize.STRING]
+    within = {number for t in strings for number in range(t.start[0] + 1, t.end[0] + 1)}
+    return within | {t.start[0] for t in strings if not t.line[: t.start[1]].strip()}
+
+
 def test_modules_are_short_and_narrow():
     problems = []
     for path, (source, _) in modules().items():
-        lines = source.splitlines()
-        if len(lines) > 400:
+        lines, text = source.splitlines(), lines_of_text(source)
+        if len(lines) > 450:
             problems.append(f'{name_of(path)} has {len(lines)} lines')
-        wide = [number for number, line in enumerate(lines, 1) if len(line) > 150 and not line.startswith('__all__')]
-        problems += [f'{name_of(path)}:{number} has more than 150 columns' for number in wide]
+        code = [(number, line) for number, line in enumerate(lines, 1) if not line.startswith('__all__')]
+        wide = [number for number, line in code if len(line) > 120 and number not in text]
+        problems += [f'{name_of(path)}:{number} has more than 120 columns' for number in wide]
     assert not problems, '\n'.join(problems)
+
+
+def test_most_functions_are_short():
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for _, tree in modules().values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    assert lengths[int(0.9 * len(lengths))] <= 40 and lengths[-1] <= 80
+
+
+def test_ruff_format_changes_nothing():
+    command = [Path(sys.executable).with_name('ruff'), 'format', '--check', '--no-cache', '.']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f'run `ruff format`:\n{done.stdout[-2000:]}'
 
 
 def definitions(tree):
@@ -305,10 +407,13 @@ def test_index_outputs_are_current():
     from mllm_replica.tables.readme import executed
 
     stored = nbformat.read(ROOT / 'nbs/index.ipynb', 4)
-    texts = lambda nb: [
-        {kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
-        for c in nb.cells
-        if c.cell_type == 'code'
-        for o in c.outputs
-    ]
+
+    def texts(nb):
+        return [
+            {kind: data for kind, data in o.get('data', {}).items() if kind.startswith('text/markdown')}
+            for c in nb.cells
+            if c.cell_type == 'code'
+            for o in c.outputs
+        ]
+
     assert texts(executed(stored)) == texts(stored), 'the results changed: run `make readme`'

@@ -14,9 +14,9 @@ from mllm_replica.running.runner import make_plan, run_tables
 from mllm_replica.running.study import ablation, greedy_search, run_ablation
 from mllm_replica.tables.effects import differences, effects, effects_figure, effects_table, pairs
 from mllm_replica.tables.published import load_table
-from mllm_replica.tables.results import read_results, results_path
+from mllm_replica.tables.results import results_path
 from test_runner import with_chapter
-from toyproject import PARAMETERS, inline, project, until, write_notebook
+from toyproject import PARAMETERS, until, write_notebook
 
 FINISHED = sorted(
     (path.parts[-3], path.name.split('.')[0]) for path in (project_root() / 'papers').glob('*/results/*.tiny.csv')
@@ -24,7 +24,8 @@ FINISHED = sorted(
 PARTS = """from pathlib import Path
 import os, time
 from mllm_replica.core.recipe import Recipe
-from mllm_replica.running.engine import Metric, Result, write_atomic
+from mllm_replica.core.writing import write_atomic
+from mllm_replica.running.engine import Metric, Result
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 parts = recipe.model['row'].split('-')
 if 'broken' in parts and Path(os.environ['TOY_FAULTS']).exists(): 1/0
@@ -91,9 +92,9 @@ def test_effects_of_every_finished_table(paper):
 
 
 def test_pairs_of_known_tables():
-    found = lambda paper, table: {
-        (p.factor, p.before, p.after) for p in pairs({r.key: r.params for r in load_table(paper, table).rows})
-    }
+    def found(paper, table):
+        return {(p.factor, p.before, p.after) for p in pairs({r.key: r.params for r in load_table(paper, table).rows})}
+
     assert found('owl3', '10') == {
         ('adaptive_gate', 'base', 'gate'),
         ('shared_norm', 'gate', 'gate_norm'),
@@ -174,9 +175,12 @@ def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base, 
 def test_an_ablation_shares_units_is_tracked_and_goes_on(project, unit, base, inline):
     assert run_tables('mm1', ['second'], rows=['wide'], seeds=[10, 11], pipeline=unit, report=False).exit_code == 0
     project.faults.touch()
-    run = lambda: run_ablation(
-        base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit
-    )
+
+    def run():
+        return run_ablation(
+            base, {'stages.0.lr': [1e-3, 0.1], 'model.row': ['wide-broken']}, 'toy', [10, 11], pipeline=unit
+        )
+
     first = run()
     assert first.exit_code == 1 and first.summaries[0].skipped == 2 and len(first.summaries[0].failed) == 2
     assert 'mm1/second/wide+model.row=wide-broken/smoke/10: ' in str(first) and 'ZeroDivisionError' in str(first)
@@ -226,9 +230,10 @@ def test_ablate_on_the_command_line(project, unit, inline):
     from mllm_replica.cli import app
 
     (project.root / 'nbs' / 'pipelines' / 'replicate_row.ipynb').write_text(unit.read_text())
-    call = lambda *more: CliRunner().invoke(
-        app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more]
-    )
+
+    def call(*more):
+        return CliRunner().invoke(app, ['ablate', 'mm1', 'second', 'wide', '--scale', 'smoke', '--seeds', '10', *more])
+
     result = call('--vary', 'stages.0.lr=1e-3,0.1', '--metric', 'toy')
     assert result.exit_code == 0, result.output
     text = ' '.join(result.output.replace('│', ' ').split())
@@ -277,15 +282,18 @@ def test_a_search_killed_between_rounds_goes_on(project, unit):
 
 def test_an_undecided_round_ends_the_search(project, unit, base, inline):
     project.faults.touch()
-    search = lambda **how: greedy_search(
-        ['broken', 'good'],
-        ['wide'],
-        lambda parts: vary(base, {'model.row': '-'.join(parts)}),
-        'toy',
-        seeds=[10],
-        pipeline=unit,
-        **how,
-    )
+
+    def search(**how):
+        return greedy_search(
+            ['broken', 'good'],
+            ['wide'],
+            lambda parts: vary(base, {'model.row': '-'.join(parts)}),
+            'toy',
+            seeds=[10],
+            pipeline=unit,
+            **how,
+        )
+
     stopped = search()
     assert stopped.exit_code == 1 and 'wide-broken' in str(stopped)
     assert stopped.frame[['round', 'set', 'chosen']].values.tolist() == [[0, 'wide', True], [1, 'wide, good', False]]

@@ -95,7 +95,10 @@ def test_the_page_shows_runs_and_artifacts(store, tmp_path):
         start_new_session=True,
     )
     try:
-        ask = lambda path: urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=60).read().decode()
+
+        def ask(path):
+            return urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=60).read().decode()
+
         page = None
         while page is None:  # the test's own limit ends it
             assert server.poll() is None

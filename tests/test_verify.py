@@ -41,7 +41,10 @@ def house(tmp_path, monkeypatch):
     git('init', '-q', root=tmp_path)
     commit(tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
-    clear = lambda: [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
+
+    def clear():
+        return [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
+
     clear()
     yield tmp_path
     monkeypatch.undo()

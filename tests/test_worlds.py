@@ -17,7 +17,7 @@ from mllm_replica.data.sources import check_images, load_source
 from mllm_replica.data.worlds.world import COLORS
 from mllm_replica.data.worlds import documents, mosaics, shelves, making  # noqa: F401  whose worlds are known once they are imported
 from mllm_replica.data.worlds.easy_vqa import easy_vqa
-from mllm_replica.data.worlds.making import build_world, read_world, samples
+from mllm_replica.data.worlds.making import build_world, samples
 from mllm_replica.data.worlds.table import WORLDS
 from mllm_replica.data.worlds.vocabulary import vocabulary, words_of
 
@@ -49,7 +49,10 @@ def nearest(pixel, names):
 def grid_of(sample, size, pixels=64):
     "The colours of a tiles picture, read from the middle of each tile."
     image, tile = np.asarray(open_image(sample['images'][0])), pixels // size
-    middle = lambda i: slice(i * tile + tile // 4, (i + 1) * tile - tile // 4)
+
+    def middle(i):
+        return slice(i * tile + tile // 4, (i + 1) * tile - tile // 4)
+
     return [
         [nearest(image[middle(r), middle(c)].mean((0, 1)), list(COLORS)[:6]) for c in range(size)] for r in range(size)
     ]
@@ -77,7 +80,10 @@ def expected_tiles_answer(question, grid, border):
     color = grid[row - 1][column - 1]
     if not question.startswith('name') or 'place' not in question:
         return color
-    part = lambda at, names: names[0] if at < (size + 1) / 2 else names[2] if at > (size + 1) / 2 else names[1]
+
+    def part(at, names):
+        return names[0] if at < (size + 1) / 2 else names[2] if at > (size + 1) / 2 else names[1]
+
     return f'{color} tile in the {part(row, ("top", "middle", "bottom"))} {part(column, ("left", "center", "right"))}'
 
 
@@ -97,7 +103,9 @@ def test_tiles_answers_follow_from_the_pixels(style, grid, colors):
 
 
 def test_coarse_names_share_their_question():
-    ask = lambda task: [re.sub(r'\d', 'N', asked(s)[0][0]) for s in samples('tiles', 'train', 0, 20, tasks=[task])]
+    def ask(task):
+        return [re.sub(r'\d', 'N', asked(s)[0][0]) for s in samples('tiles', 'train', 0, 20, tasks=[task])]
+
     assert set(ask('coarse_name')) == set(ask('coarse_name_place')) == {'name row N column N .'}
     assert len(set(ask('name') + ask('name_place'))) == 2
 

@@ -3,11 +3,8 @@
 import io, json, os, shutil, subprocess, sys, time, traceback
 from pathlib import Path
 
-import pytest
 import yaml
 
-from mllm_replica.core import registry, settings as settings_module
-from mllm_replica.running import publish, worker
 from mllm_replica.running.journal import Journal
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +28,8 @@ if row == 'exits' and broken: sys.exit(0)
 if row == 'killed' and broken: os.kill(os.getpid(), signal.SIGKILL)
 if row == 'hangs' and broken: time.sleep(600)
 while Path(os.environ.get('TOY_GATE', 'none')).exists(): time.sleep(0.1)"""
-RESULT = """from mllm_replica.running.engine import Metric, Result, write_atomic
+RESULT = """from mllm_replica.core.writing import write_atomic
+from mllm_replica.running.engine import Metric, Result
 from mllm_replica.core.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0)
@@ -163,21 +161,6 @@ def make_project(root):
     return Project(root)
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    "The project, with this process working in it."
-    monkeypatch.syspath_prepend(str(HERE))
-    made = make_project(tmp_path / 'project')
-    for name, value in made.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv('MLLM_REPLICA_RUNS', raising=False)
-    monkeypatch.setitem(registry.CHAPTERS, 'mm1', 'toychapter')
-    clear = lambda: [f.cache_clear() for f in (settings_module.project_root, settings_module.settings)]
-    clear()
-    yield made
-    clear()
-
-
 class Inline:
     "What `start_job` returns, for a notebook whose cells are executed here and now instead of in a kernel."
 
@@ -210,10 +193,3 @@ class Inline:
 
     def poll(self):
         return self.returncode
-
-
-@pytest.fixture
-def inline(monkeypatch):
-    "Notebooks are executed in this process: for what is run and kept, not for how processes end."
-    for module in (worker, publish):
-        monkeypatch.setattr(module, 'start_job', Inline)

@@ -6,6 +6,7 @@
 __all__ = ['FreshModules']
 
 # %% ../../nbs/foundations/core/00_exporting.ipynb #f81f985d
+import os
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -26,10 +27,9 @@ class FreshModules(Processor):
         if exp_to is None or exp_to in self.started:
             return
         self.started.add(exp_to)
-        config = get_config()
-        path = config.lib_path / (exp_to.replace('.', '/') + '.py')
+        path = get_config().lib_path / (exp_to.replace('.', '/') + '.py')
         path.parent.mkdir(parents=True, exist_ok=True)
-        nb = Path('..') / Path(self.nb.path_).resolve().relative_to(config.config_path)
+        nb = Path(os.path.relpath(Path(self.nb.path_).resolve(), path.parent)).as_posix()
         path.write_text(_HEADER.format(nb=nb), encoding='utf-8')
 
     _exporti_ = _export_

@@ -9,7 +9,7 @@ __all__ = ['Source', 'Stage', 'Benchmark', 'Recipe']
 import hashlib, json
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from .settings import Scale, Strict
 

@@ -8,11 +8,14 @@ __all__ = ['IMAGE', 'ROLES', 'COLUMNS', 'FORMAT', 'features', 'check_sample', 'a
 # %% ../../nbs/foundations/data/11_samples.ipynb #5ddebb54
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .images import ImageError
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #74ca3be9
 IMAGE = '<image>'  # the placeholder

@@ -9,12 +9,15 @@ __all__ = ['PLANNED', 'data_files', 'read_files', 'load_source', 'check_images']
 import hashlib, json, os, tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.recipe import Source
 from ..core.settings import settings
 from .images import ImageError, open_image, resolve_image
 from .samples import FORMAT, as_sample, choose, features
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #2bdc0c87
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # %% ../../nbs/foundations/models/35_layers.ipynb #d9a9fb96
-# Shapes: B images, N features of an image, M tokens, s side of a square map, T tokens of a sequence, C or D width, H heads.
+# Shapes: B images, N features of an image, M tokens, s side of a square map,
+# T tokens of a sequence, C or D width, H heads.
 
 
 def side_of(

@@ -7,7 +7,7 @@ __all__ = ['Case', 'ABSOLUTE', 'RELATIVE', 'SINGLE', 'ZERO', 'Partial', 'Given',
            'compare', 'Report', 'check', 'paper_of', 'check_file', 'main']
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #b8f338ab
-import argparse, importlib, importlib.util, json, sys
+import argparse, importlib, json, sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.registry import CHAPTERS
+from ..core.registry import PAPERS, Cases, cases_of
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #55f19df9
 class Partial(NamedTuple):
@@ -214,30 +214,24 @@ def check(
     return report
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #f493253f
-def _golden_of(paper: str) -> Any:
-    "The chapter's `golden` module, None if it has none."
-    name = CHAPTERS[paper] + '.golden'
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
 def paper_of(
     golden: Golden,
 ) -> str:
     "The paper whose official code made the file."
-    chapters = {paper: module for paper in CHAPTERS if (module := _golden_of(paper))}
-    for paper, module in chapters.items():
-        if module.ORIGIN in golden.metadata:
+    chapters = {paper: cases for paper in PAPERS if (cases := cases_of(paper))}
+    for paper, cases in chapters.items():
+        if cases.ORIGIN in golden.metadata:
             return paper
     folder = golden.path.resolve().parent.name
     if folder in chapters:
         return folder
     names = set(golden.tensors)
-    knows = lambda module: (
-        golden.kind in module.parity_cases
-        if golden.kind
-        else hasattr(module, 'recognises') and module.recognises(names)
-    )
-    knowing = [paper for paper, module in chapters.items() if knows(module)]
+
+    def knows(cases: Cases) -> bool:
+        "Whether a chapter has a case for the file."
+        return golden.kind in cases.parity_cases if golden.kind else bool(cases.recognises and cases.recognises(names))
+
+    knowing = [paper for paper, cases in chapters.items() if knows(cases)]
     if len(knowing) == 1:
         return knowing[0]
     if not knowing:
@@ -247,9 +241,9 @@ def paper_of(
     )
 
 
-def _kind(golden: Golden, chapter: Any) -> str:
+def _kind(golden: Golden, chapter: Cases) -> str:
     "The kind of a file that does not name it, by the names of its tensors."
-    if not hasattr(chapter, 'kind_of'):
+    if chapter.kind_of is None:
         raise ValueError(
             "the metadata names no kind of case; expected the entry 'kind', or 'kind' in the configuration"
         )
@@ -263,7 +257,7 @@ def check_file(
     "The report of one file; an exception on the way is a problem, not a crash."
     try:
         golden = read_golden(path)
-        chapter = _golden_of(paper or paper_of(golden))
+        chapter = cases_of(paper or paper_of(golden))
         if not golden.kind:
             golden = golden._replace(kind=_kind(golden, chapter))
         return check(golden, chapter.parity_cases)
@@ -279,7 +273,7 @@ def main(
         'mllm_replica.models.parity', description='Compare our modules with recorded outputs of the official code.'
     )
     parser.add_argument('files', nargs='+', type=Path, metavar='FILE', help='golden .safetensors file')
-    parser.add_argument('--paper', choices=CHAPTERS, help='whose files these are, where their metadata does not say it')
+    parser.add_argument('--paper', choices=PAPERS, help='whose files these are, where their metadata does not say it')
     options = parser.parse_args(arguments)
     reports = [check_file(path, options.paper) for path in options.files]
     for report in reports:
@@ -296,6 +290,4 @@ def main(
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #82da284f
 if __name__ == '__main__':
-    from mllm_replica.models import parity
-
-    sys.exit(parity.main())
+    sys.exit(importlib.import_module('mllm_replica.models.parity').main())

@@ -17,12 +17,21 @@ def _mismatch(found: list[int], images: int, per_image: int) -> str:
     left = images
     for i, count in enumerate(found):
         if count % per_image:
-            return f'sample {i}: found {count} image positions, expected a multiple of {per_image}, the visual tokens of one image'
+            return (
+                f'sample {i}: found {count} image positions, '
+                f'expected a multiple of {per_image}, the visual tokens of one image'
+            )
         if count // per_image > left:
-            return f'sample {i}: found {count} image positions, expected {left * per_image}: {left} of {images} images are left for it'
+            return (
+                f'sample {i}: found {count} image positions, '
+                f'expected {left * per_image}: {left} of {images} images are left for it'
+            )
         left -= count // per_image
     expected = found[-1] + left * per_image
-    return f'sample {len(found) - 1}: found {found[-1]} image positions, expected {expected}: {left} of {images} images are left over'
+    return (
+        f'sample {len(found) - 1}: found {found[-1]} image positions, '
+        f'expected {expected}: {left} of {images} images are left over'
+    )
 
 
 def place_images(

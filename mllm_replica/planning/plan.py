@@ -252,7 +252,7 @@ def measured_lengths(
     return found
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #4d36cfed
-STARTUP = 8.0  # seconds a unit (7 to 10 measured) until its process and its kernel run; the seconds in results begin after that
+STARTUP = 8.0  # seconds until a unit's process and kernel run (7 to 10 measured); those in results begin after that
 
 
 class UnitPlan(Strict):

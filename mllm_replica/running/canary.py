@@ -127,7 +127,10 @@ def hooks(
     packages: tuple[str, ...],  # names of our own
 ) -> dict[str, list[str]]:
     "Class -> those of its methods that a class of a library, of which it is made, has too."
-    own = lambda thing: str(getattr(thing, '__module__', '')).partition('.')[0] in packages
+
+    def own(thing):
+        return str(getattr(thing, '__module__', '')).partition('.')[0] in packages
+
     modules = [module for name, module in sorted(sys.modules.items()) if name.partition('.')[0] in packages]
     classes = {thing for module in modules for thing in vars(module).values() if isinstance(thing, type) and own(thing)}
     foreign = {made: {name for base in made.__mro__ if not own(base) for name in vars(base)} for made in classes}

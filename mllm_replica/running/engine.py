@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RowParameters', 'StartParameters', 'TableParameters', 'Job', 'notebook_parameters', 'check_parameters', 'Metric',
-           'Result', 'write_atomic', 'read_result', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
+           'Result', 'read_result', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #1da28b3f
 import ast, json, logging, os, signal, socket, sys, threading
@@ -112,19 +112,6 @@ class Result(Strict):
     threads: int = 1
 
 
-def write_atomic(
-    path: Path,  # the file to write or replace
-    text: str,  # its whole content
-) -> None:
-    "Write a file so that a reader, or a crash, sees the old content or the new, never a part."
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
-    with open(partial, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def read_result(
     folder: Path,  # a unit's folder
     digest: str,  # the recipe's digest
@@ -204,7 +191,10 @@ def execute(
             return client.execute()
 
     papermill_engines.register('remembering', Remembering)
-    plain = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
+
+    def plain(path):
+        return str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
+
     try:
         papermill.execute_notebook(
             plain(job.notebook),

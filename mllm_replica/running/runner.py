@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Submit', 'ENGINES', 'TIMEOUTS', 'Plan', 'make_plan', 'start_orders', 'local_engine', 'ray_engine', 'run_orders',
-           'Books', 'Summary', 'run_tables', 'run_table']
+           'Books', 'Summary', 'run_tables']
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #d89ba639
 import hashlib, json, signal, threading, time
@@ -18,16 +18,17 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core import registry
-from ..core.keys import code_of_functions, code_of_table
+from ..core.keys import code_of_functions, code_of_table, library_versions
 from ..core.recipe import Recipe
 from ..core.settings import project_root, settings
 from ..core.variation import split_row
 from .engine import Result, check_parameters
-from .journal import Journal, library_versions, unit_key
+from .journal import Journal, unit_key
 from .progress import Display
-from .publish import comparison, is_published, publish
+from .publish import is_published, publish
 from .tracking import Tracker
 from .worker import Order, Outcome, supervise
+from ..tables.reporting import comparison
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #4ae39ff4
 @dataclass
@@ -85,7 +86,7 @@ def start_orders(
 ) -> list[Order]:
     "A job for each thing that these units start from and that is not trained yet."
     chapter = registry.recipes_of(paper)
-    if not todo or not hasattr(chapter, 'starts'):
+    if not todo or chapter.starts is None:
         return []
     notebook, found = project_root() / 'nbs' / 'pipelines' / 'teach_start.ipynb', {}
     for order in todo:
@@ -361,16 +362,6 @@ def run_tables(
         _run(plan, active, orders, todo, summary, engine, workers or chosen.workers, made, Display(len(todo), console))
     summary.seconds = time.monotonic() - begin
     return summary
-
-
-def run_table(
-    paper: str,
-    table: str,
-    scale: str | None = None,
-    **options,  # as of `run_tables`
-) -> Summary:
-    "Run what is not finished of one table, track it and report it."
-    return run_tables(paper, [table], scale, **options)
 
 
 def _run(

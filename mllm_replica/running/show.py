@@ -50,7 +50,10 @@ def samples_figure(
 ) -> 'Figure':
     "The first samples: images, and the conversation beside them."
     chosen = [samples[i] for i in range(min(count, len(samples)))]
-    said = lambda s: ' | '.join(t['value'].replace('\n', ' ') for t in s['conversations'] or ()) or str(s['document'])
+
+    def said(s):
+        return ' | '.join(t['value'].replace('\n', ' ') for t in s['conversations'] or ()) or str(s['document'])
+
     return _grid([(s['images'], said(s)) for s in chosen])
 
 # %% ../../nbs/foundations/running/76_show.ipynb #28af24ca

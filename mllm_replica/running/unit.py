@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from ..core import registry
+from ..core.keys import library_versions
 from ..core.recipe import Recipe
 from ..core.settings import project_root, settings
+from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
 from ..data.packing import arrange, truncate
 from ..data.sources import load_source
 from ..models.vision import FeatureCache, encoder_key, image_key
-from .engine import Metric, Result, write_atomic
-from .journal import library_versions, processor
+from .engine import Metric, Result
+from .journal import processor
 from .progress import ProgressFile
 from ..scoring.evaluation import evaluate
 from ..training.loop import History, train
@@ -79,7 +81,7 @@ def load(
     "Load the sources and build the model with its processor."
     chapter = registry.recipes_of(unit.recipe.paper)
     unit.progress('loading data')
-    read = getattr(chapter, 'load_source', load_source)
+    read = chapter.load_source or load_source
     unit.sources = {
         name: read(source, unit.recipe.seed, project_root() / 'data') for name, source in unit.recipe.sources.items()
     }
@@ -138,7 +140,10 @@ def cache_features(
         std=processor.image_std,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = lambda batch: processor.image_tensor(batch).to(model.device)
+
+    def pixels(batch):
+        return processor.image_tensor(batch).to(model.device)
+
     with open(folder / f'{key}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         unit.features = FeatureCache.compute(
@@ -154,14 +159,17 @@ def fit(
     unit: Unit,
 ) -> History:
     "Train all stages, or what is left of them."
-    arranged = getattr(registry.recipes_of(unit.recipe.paper), 'arrange', arrange)(
+    arranged = (registry.recipes_of(unit.recipe.paper).arrange or arrange)(
         unit.recipe.stages,
         unit.encoded,
         pad_token_id=unit.processor.tokenizer.pad_token_id,
         features=unit.features,
         image_tensor=None if unit.features else unit.processor.image_tensor,
     )
-    say = lambda step, steps, loss: unit.progress('training', step=step, steps=steps, loss=loss)
+
+    def say(step, steps, loss):
+        return unit.progress('training', step=step, steps=steps, loss=loss)
+
     unit.history = train(
         unit.model, unit.recipe.stages, **arranged, out_dir=unit.folder, seed=unit.recipe.seed, progress=say
     )
@@ -173,7 +181,10 @@ def score(
 ) -> dict[str, Metric]:
     "Run every benchmark, then the chapter's own measurements."
     for benchmark in unit.recipe.benchmarks:
-        say = lambda answered, total: unit.progress(f'evaluating {benchmark.name}', step=answered, steps=total)
+
+        def say(answered, total):
+            return unit.progress(f'evaluating {benchmark.name}', step=answered, steps=total)
+
         file = unit.folder / 'predictions' / f'{benchmark.name}.jsonl'
         file.parent.mkdir(exist_ok=True)
         found = evaluate(

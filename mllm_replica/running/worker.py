@@ -14,6 +14,7 @@ import psutil
 
 from ..core.recipe import Recipe
 from ..core.settings import Strict, project_root
+from ..core.writing import write_atomic
 from mllm_replica.running.engine import (
     Job,
     Result,
@@ -22,7 +23,6 @@ from mllm_replica.running.engine import (
     kill_tree,
     read_result,
     this_process,
-    write_atomic,
 )
 from .journal import Journal, git_commit, unit_lock
 from .progress import ProgressFile

@@ -228,7 +228,10 @@ def scienceqa(
     every = right[True] + right[False]
     if not every:
         raise ValueError('ScienceQA: no prediction belongs to a problem')
-    percent = lambda values: sum(values) / len(values) * 100 if values else 0
+
+    def percent(values):
+        return sum(values) / len(values) * 100 if values else 0
+
     return {
         'acc': percent(every),
         'correct': sum(every),

@@ -42,7 +42,7 @@ class History:
 
     points: list[Point]  # the whole curve, earlier runs included
     seconds: float  # spent training, earlier runs included
-    notes: tuple[str, ...] = ()  # why the run may differ from an uninterrupted one in the last bits
+    notes: tuple[str, ...] = ()  # why the last bits may not be those of an uninterrupted run; none if they are
 
     @property
     def steps(self) -> int:
@@ -53,11 +53,6 @@ class History:
     def losses(self) -> list[float]:
         "Loss per step."
         return [point.loss for point in self.points]
-
-    @property
-    def bit_exact(self) -> bool:
-        "False after a resume on another device, thread count or number of processes."
-        return not self.notes
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #1d331608
 def supervised(

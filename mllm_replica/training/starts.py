@@ -13,14 +13,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core.keys import code_of_functions
+from ..core.keys import code_of_functions, library_versions
 from ..core.recipe import Recipe, Stage
 from ..core.registry import recipes_of
 from ..core.settings import project_root, settings
 from ..data import sources as data
 from ..data.packing import arrange
 from ..models.vision import encoder_key
-from ..running.journal import library_versions
 from .loop import train
 
 # %% ../../nbs/foundations/training/48_starts.ipynb #d2d50ca4
@@ -38,7 +37,7 @@ def pretrained(
         )
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
     chapter, sources = recipes_of(recipe.paper), {name: recipe.sources[name].model_dump() for name in names}
-    read, order = getattr(chapter, 'load_source', data.load_source), getattr(chapter, 'arrange', arrange)
+    read, order = chapter.load_source or data.load_source, chapter.arrange or arrange
     code = code_of_functions(type(model), type(processor), read, order, train, content=sources)
     decides = [recipe.seed, [stage.model_dump() for stage in stages], sources, code, library_versions(), settings_of]
     key = hashlib.sha256(json.dumps([encoder_key(model), decides], sort_keys=True).encode()).hexdigest()[:16]

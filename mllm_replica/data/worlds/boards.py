@@ -38,7 +38,10 @@ def draw_board(
     size, palette = options['grid'], list(COLORS)[: options['colors']]
     if not 2 <= size <= len(FILES):
         raise ValueError(f'grid is {size}; a board has 2 to {len(FILES)} rows')
-    names = lambda: [[palette[i] for i in row] for row in rng.integers(len(palette), size=(size, size)).tolist()]
+
+    def names():
+        return [[palette[i] for i in row] for row in rng.integers(len(palette), size=(size, size)).tolist()]
+
     tiles, dots = names(), names()
     marks = {}
     for mark, row, column in zip(MARKS, rng.permutation(size)[:2].tolist(), rng.permutation(size)[:2].tolist()):
@@ -67,7 +70,10 @@ def render_board(
         )
     half, image = side // size // 2, Image.new('RGB', (side, side))
     draw, light = ImageDraw.Draw(image), GROUNDS[scene['tint']]
-    paint = lambda name: tuple(int(light * channel) for channel in COLORS[name])
+
+    def paint(name):
+        return tuple(int(light * channel) for channel in COLORS[name])
+
     for row in range(size):
         for column in range(size):
             x, y, corner = column * 2 * half, row * 2 * half, scene['corners'][row][column]

@@ -8,10 +8,14 @@ __all__ = ['easy_vqa']
 # %% ../../../nbs/foundations/data/worlds/32_easy_vqa.ipynb #d8576457
 import importlib.util, json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..samples import IMAGE, choose, features
 from .asking import conversation
 from .world import SPLITS
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../../nbs/foundations/data/worlds/32_easy_vqa.ipynb #87e79319
 def _easy_vqa_folder() -> Path:

@@ -9,7 +9,7 @@ __all__ = ['samples', 'build_world', 'read_world']
 import hashlib, json, os, zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from .asking import ask_all, conversation, draw_scene
 from .table import world_options
 from .vocabulary import vocabulary, words_of
 from .world import World
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../../nbs/foundations/data/worlds/31_making.ipynb #aba1842e
 def samples(

@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .mosaics import LETTERS, SIGNS
-from .table import WORLDS
 from .world import COLORS, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/25_shelves.ipynb #ad0eefac
@@ -97,4 +96,3 @@ def _ask(topic: str) -> Any:
 
 
 SHELVES = World(draw_shelf, render_shelf, {'name': ask_names} | {topic: _ask(topic) for topic in TOPICS}, dict(side=3))
-WORLDS['shelves'] = SHELVES

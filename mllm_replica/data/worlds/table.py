@@ -8,13 +8,35 @@ __all__ = ['WORLDS', 'world_options']
 # %% ../../../nbs/foundations/data/worlds/29_table.ipynb #ce645bfb
 from typing import Any
 
+from .albums import ALBUMS, FRAMES
 from .asking import find_task
 from .boards import BOARD
-from .scenes import SCENE_WORLDS
+from .documents import FACTS, PAGES, SHEETS
+from .mosaics import LISTS, MOSAICS, POSTERS
+from .scenes import CLIPS, PAGE, PAIRS, SHAPE_BOARD, TEXT
+from .shelves import SHELVES
+from .tiles import TILES
 from .world import World
 
 # %% ../../../nbs/foundations/data/worlds/29_table.ipynb #798f8aa6
-WORLDS = {**SCENE_WORLDS, 'boards': BOARD}
+WORLDS = {
+    'tiles': TILES,
+    'shapes': SHAPE_BOARD,
+    'glyphs': PAGE,
+    'pairs': PAIRS,
+    'clips': CLIPS,
+    'text': TEXT,
+    'boards': BOARD,
+    'mosaics': MOSAICS,
+    'posters': POSTERS,
+    'lists': LISTS,
+    'shelves': SHELVES,
+    'albums': ALBUMS,
+    'frames': FRAMES,
+    'pages': PAGES,
+    'sheets': SHEETS,
+    'facts': FACTS,
+}
 
 # %% ../../../nbs/foundations/data/worlds/29_table.ipynb #e2955346
 def world_options(

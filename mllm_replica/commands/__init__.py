@@ -1,0 +1,1 @@
+"""The commands of `mllm-replica`, one module per group; `cli` puts them together."""
