@@ -22,17 +22,9 @@ from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.owl2.abstractor import sine_grid, sine_positions
 from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
 from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions
-from mllm_replica.owl2.model import (
-    Owl2Config,
-    Owl2Model,
-    both_ways,
-    convert_official,
-    encoder_from_clip,
-    load_official,
-    official_config,
-    paper_config,
-)
+from mllm_replica.owl2.model import Owl2Config, Owl2Model, paper_config
 from mllm_replica.owl2.processor import Owl2Processor
+from mllm_replica.owl2.released import both_ways, convert_official, encoder_from_clip, load_official, official_config
 from mllm_replica.owl2.stages import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
 from mllm_replica.training.loop import train
 from mllm_replica.training.optimiser import freeze_all_but, make_optimizer, trainable_names

@@ -12,16 +12,8 @@ from mllm_replica.models import parity
 from mllm_replica.models.vlm import VisionLanguageConfig
 from mllm_replica.owl3.components import GATES, HyperAttention
 from mllm_replica.owl3.media import Media, Sight, image_attention
-from mllm_replica.owl3.model import (
-    ConcatModel,
-    Owl3Config,
-    Owl3Model,
-    convert_official,
-    gate_of,
-    load_official,
-    official_config,
-    paper_config,
-)
+from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
+from mllm_replica.owl3.released import convert_official, gate_of, load_official, official_config, paper_config
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / 'golden/owl3'

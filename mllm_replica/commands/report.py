@@ -38,7 +38,9 @@ def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
     if not own and scale != 'smoke' and len(yours := own_frame(paper, table, scale)):
         console.print(frame_table(yours, 'Your run beside ours'))
         console.print(frame_table(own_verdicts(paper, table, scale), ''))
-        console.print('The same kind of processor gives the same digits; on another kind the verdicts should agree, within seed noise.')
+        console.print(
+            'The same kind of processor gives the same digits; on another kind the verdicts should agree, within seed noise.'
+        )
     seeds, commits, units = (sorted({getattr(r, name) for r in records}) for name in ('seed', 'commit', 'unit'))
     dates, n = (
         sorted(r.date[:10] for r in records),

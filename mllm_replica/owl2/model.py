@@ -17,14 +17,6 @@ from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
 from .encoder import WholeCheckpoint
 from .processor import Owl2Processor
-from mllm_replica.owl2.released import (  # offered here, too
-    both_ways,
-    convert_official,
-    encoder_from_clip,
-    is_owl21,
-    load_official,
-    official_config,
-)
 
 # %% ../../nbs/papers/01_owl2.ipynb #87ea7669
 class Owl2Config(VisionLanguageConfig):

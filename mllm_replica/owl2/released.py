@@ -7,7 +7,7 @@ __all__ = ['is_owl21', 'convert_official', 'official_config', 'load_official', '
 import json, re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from ..models.official import OfficialWeightsError, check_keys, read_weights
 from .abstractor import abstractor_fields, sine_grid, sine_positions
 from .encoder import Owl2VisionConfig, resize_positions
-
-if TYPE_CHECKING:  # `model` imports this module
-    from mllm_replica.owl2.model import Owl2Config, Owl2Model
+from .model import Owl2Config, Owl2Model
 
 # %% ../../nbs/papers/01_owl2.ipynb #1a0cedfd
 _OWL2 = ((r'^model\.(vision_model|visual_abstractor)\.', r'\1.'), (r'^(model\.|lm_head\.)', r'language_model.\1'))
@@ -44,7 +42,7 @@ def is_owl21(
     return any(name.startswith('transformer.') for name in names)
 
 
-def _fixed_table(name: str, config: 'Owl2Config') -> Tensor:
+def _fixed_table(name: str, config: Owl2Config) -> Tensor:
     "Our values of a table that a file may hold."
     abstractor, text = config.connector_config, config.text_config
     if name.endswith('q_pos_embed'):
@@ -57,7 +55,7 @@ def _fixed_table(name: str, config: 'Owl2Config') -> Tensor:
 
 def convert_official(
     state: Mapping[str, Tensor],  # official names
-    config: 'Owl2Config',
+    config: Owl2Config,
 ) -> dict[str, Tensor]:
     "The same tensors under our names."
     if is_owl21(state) != (config.text_config.model_type == 'qwen2'):
@@ -139,10 +137,8 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def official_config(
     config: Mapping[str, Any],  # content of an official config.json
-) -> 'Owl2Config':
+) -> Owl2Config:
     "Our configuration of an official checkpoint."
-    from mllm_replica.owl2.model import Owl2Config
-
     visual = config.get('visual_config') or {}
     if set(visual) != {'visual_model', 'visual_abstractor'}:
         raise ValueError(
@@ -158,10 +154,8 @@ def official_config(
 def load_official(
     folder: str | Path,  # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
-) -> 'Owl2Model':
+) -> Owl2Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
-    from mllm_replica.owl2.model import Owl2Model
-
     folder = Path(folder)
     config, state = official_config(json.loads((folder / 'config.json').read_text())), read_weights(folder)
     state = convert_official(state, config)
@@ -211,7 +205,7 @@ def encoder_from_clip(
 # %% ../../nbs/papers/01_owl2.ipynb #52d5fd35
 def both_ways(
     state: Mapping[str, Tensor],  # of a language model of transformers
-    config: 'Owl2Config',
+    config: Owl2Config,
 ) -> dict[str, Tensor]:
     "A language model's weights under our names, adaptive parts twice."
     parts = re.compile(rf'^(.*\.layers\.\d+\.)({"|".join(map(re.escape, config.adaptive)) or "(?!)"})(\.\w+)$')

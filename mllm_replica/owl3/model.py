@@ -18,16 +18,6 @@ from .components import FUSIONS, GATES, insert_layers
 from .media import Media, Sight
 from .pictures import IMAGE_TOKENS
 from .processor import Owl3Processor
-from mllm_replica.owl3.released import (  # offered here, too
-    SIGLIP,
-    SIZES,
-    UNUSED_KEYS,
-    convert_official,
-    gate_of,
-    load_official,
-    official_config,
-    paper_config,
-)
 
 # %% ../../nbs/papers/05_owl3.ipynb #ec34151f
 NEW_PARTS = (

@@ -7,16 +7,14 @@ __all__ = ['SIGLIP', 'SIZES', 'UNUSED_KEYS', 'paper_config', 'official_config', 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.official import check_keys, read_weights
 from .pictures import IMAGE_TOKENS
-
-if TYPE_CHECKING:  # `model` imports this module
-    from mllm_replica.owl3.model import Owl3Config, Owl3Model
+from .model import Owl3Config, Owl3Model
 
 # %% ../../nbs/papers/05_owl3.ipynb #1bf8e84e
 SIGLIP = dict(
@@ -82,10 +80,8 @@ SIZES = {  # language model, layers (from 0), gate
 def paper_config(
     size: str = '7B',  # '7B' (240728), '2B' or '1B' (241014)
     **changes: Any,  # fields of `Owl3Config`
-) -> 'Owl3Config':
+) -> Owl3Config:
     "The configuration of a released model."
-    from mllm_replica.owl3.model import Owl3Config
-
     if size not in SIZES:
         raise KeyError(f'size {size!r} is not released; expected one of {list(SIZES)}')
     text, layers, gate = SIZES[size]
@@ -120,10 +116,8 @@ def official_config(
     config: Mapping[str, Any],  # content of an official config.json
     gate: str = 'adaptive',  # the files do not say it: `load_official` reads it off the keys
     placeholder_ids: Sequence[int] = IMAGE_TOKENS,
-) -> 'Owl3Config':
+) -> Owl3Config:
     "Our configuration of an official checkpoint."
-    from mllm_replica.owl3.model import Owl3Config
-
     missing = [name for name in (*_TEXT_FIELDS, 'hyper_layers', 'vision_config') if config.get(name) is None]
     if missing:
         raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
@@ -160,7 +154,7 @@ def gate_of(
 
 def convert_official(
     state: Mapping[str, Tensor],  # official names
-    config: 'Owl3Config',
+    config: Owl3Config,
 ) -> tuple[dict[str, Tensor], list[str]]:
     "The tensors that our model has, and the names of those that nothing uses."
     unused = [name for name in state if name.startswith(UNUSED_KEYS)]
@@ -174,10 +168,8 @@ def convert_official(
 def load_official(
     folder: str | Path,  # an official checkpoint: config.json and weights
     dtype: torch.dtype | None = None,  # None: as stored
-) -> 'Owl3Model':
+) -> Owl3Model:
     "An official checkpoint as our model; nothing is loaded unless every key fits."
-    from mllm_replica.owl3.model import Owl3Model
-
     folder = Path(folder)
     state = read_weights(folder)
     config = official_config(json.loads((folder / 'config.json').read_text()), gate_of(list(state)))
