@@ -17,14 +17,13 @@ from mllm_replica.tables.report import (
     figure,
     markdown,
     matrix,
-    own_frame,
-    own_verdicts,
     png,
     scales_run,
     table_frame,
     verdict_frame,
     verdicts,
 )
+from mllm_replica.tables.reporting import own_frame, own_verdicts
 from mllm_replica.tables.results import Record, read_results, results_path, summary, write_results
 
 BASE = dict(

@@ -7,7 +7,7 @@ __all__ = []
 from typing import Any
 
 from ..core.recipe import Stage
-from ..data.worlds import mosaics, shelves  # noqa: F401  register the metric `word_accuracy` and a world
+from ..data.worlds import shelves
 
 # %% ../../nbs/papers/04_eagle.ipynb #321f98a7
 _VIT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=48)

@@ -7,7 +7,6 @@ __all__ = ['SHOTS', 'TINY']
 from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
-from ..data.worlds import documents  # noqa: F401  registers worlds
 
 # %% ../../nbs/papers/03_mm1.ipynb #a384e64f
 _ALL = (r'.',)

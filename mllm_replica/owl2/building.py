@@ -7,7 +7,6 @@ __all__ = ['build', 'linear_probe', 'measure']
 from typing import Any
 
 from ..core.recipe import Recipe
-from ..data.worlds import mosaics  # noqa: F401  registers worlds and the metric `word_accuracy`
 from .stages import _ALL, _stage
 
 _STRIPES = dict(rows=1, columns=5, colors=8)

@@ -7,7 +7,6 @@ __all__ = ['build', 'measure']
 from typing import Any
 
 from ..core.recipe import Recipe
-from ..data.worlds import albums  # noqa: F401  registers the world `albums`
 
 # %% ../../nbs/papers/05_owl3.ipynb #ad62658d
 _PLACEHOLDER = '<|'  # two words instead of five; the second is the first to see the image

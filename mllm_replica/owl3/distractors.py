@@ -14,7 +14,6 @@ import numpy as np
 
 from ..data.images import open_image
 from ..data.samples import COLUMNS, IMAGE, check_sample
-from ..data.worlds import albums  # noqa: F401  registers the world
 from ..data.worlds.making import samples
 from ..scoring.official_scorers import infer
 
