@@ -179,7 +179,13 @@ def executed(
     entries = [
         p for name in {part.module for part in found} for p in tree.module(name).parts if p.key and p not in found
     ]
-    return found | {p for p in entries if any(named in found for use in p.uses for named in tree.meant(p, *use))}
+    known = {
+        p: [named, *(x for what in named.uses for x in tree.meant(named, *what) if x.is_function > named.is_function)]
+        for p in entries
+        for use in p.uses
+        for named in tree.meant(p, *use)
+    }  # what an entry names and, where that is made of functions as a world is, those
+    return found | {p for p, named in known.items() if not found.isdisjoint(named)}
 
 
 def difference(
