@@ -127,12 +127,10 @@ def _doubt(paper: str, record: Record, ledger: list[Verification], codes: dict[t
         codes[row] = code_of(recipes_of(paper).recipe(*row, record.seed))
     if chain(ledger, record.code, codes[row]) is not None:
         return ''
-    partly = [line.uncovered for line in ledger if (line.before, line.after) == (record.code, codes[row])]
-    return (
-        f'the code has changed, and no verification ran {partly[-1]}'
-        if partly
-        else 'the code has changed and is not verified'
-    )
+    last = [line for line in ledger if line.after == codes[row] and chain(ledger, record.code, line.before) is not None]
+    if last:
+        return f'the code has changed, and no verification ran {last[-1].uncovered}'
+    return 'the code has changed and is not verified'
 
 
 def stale(
