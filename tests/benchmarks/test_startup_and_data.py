@@ -7,7 +7,6 @@ import sys
 import pytest
 from fullsize.answers import Thousand
 from timing import seconds_of
-from toyproject import inline, project  # noqa: F401  fixtures
 
 from mllm_replica.data.worlds.making import build_world, read_world
 from mllm_replica.running.runner import run_tables
