@@ -243,7 +243,8 @@ class CAbstractor(FeatureProjector):
         widths = [encoder_hidden_size] + [hidden_size] * (2 * depth)
         blocks = [BLOCKS[block](*pair) for pair in zip(widths, widths[1:])]
 
-        def row(part):
+        def row(part) -> 'nn.ModuleDict':
+            "Blocks under their official names."
             return nn.ModuleDict({f'b{i}': each for i, each in enumerate(part, 1)})
 
         self.net = nn.ModuleDict({'0': row(blocks[:depth]), '2': row(blocks[depth:])})
@@ -288,7 +289,8 @@ class DAbstractor(Projector):
         points = uniform_points(num_query_tokens, side_of(num_input_tokens, 'num_input_tokens'))
         self.reference_points = nn.Parameter(points if reference_points == 'uniform' else torch.full_like(points, 0.5))
 
-        def project(width_in, width_out):
+        def project(width_in, width_out) -> 'nn.Module':
+            "A projection, where the widths differ."
             return nn.Identity() if width_in == width_out else Linear(width_in, width_out)
 
         self.input_proj, self.output_proj = (

@@ -94,7 +94,8 @@ def paper_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
     mixture = instruction_mixture(params)
     names = {**PRETRAIN, **mixture}
 
-    def folder(name, split, options):
+    def folder(name, split, options) -> 'Source':
+        "A stored data set of the paper."
         return Source(kind='folder', name=f'honeybee/{name}', split=split, options=options)
 
     text = (

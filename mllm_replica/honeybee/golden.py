@@ -50,7 +50,8 @@ def reference_points_case(
     sizes = {name: re.fullmatch(r'out\.ref_n(\d+)_m(\d+)', name) for name in tensors.wanted}
     small = dict(projector_type='d-abs', d_model=8, decoder_layers=1)
 
-    def build(N, M):
+    def build(N, M) -> 'nn.Module':
+        "A small projector of N patches and M tokens."
         return build_projector(small | {'num_query_tokens': M}, 8, 8, N)
 
     return {name: build(int(match[1]), int(match[2])).reference_points for name, match in sizes.items() if match}
@@ -169,7 +170,8 @@ def full_case(
         logits=Partial(result.logits, real[..., None], 'at positions with a real token')
     )
 
-    def zeros(tensor):
+    def zeros(tensor) -> 'Tensor':
+        "The gradient, zero where the loss does not reach."
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad  # of what the loss does not see
 
     gradients = {name: zeros(tensor) for name, tensor in inputs.items() if tensor is not None}

@@ -101,7 +101,8 @@ def _questions(scale: str, **board: Any) -> tuple[dict[str, Source], tuple[Bench
     sources = {f'test_{task}': _world([task], scale, 'test', size, **board) for task in (*_SPATIAL, 'tint')}
     sources['test_easy_vqa'] = _easy_vqa(scale, 'test')
 
-    def ask(task, source):
+    def ask(task, source) -> 'Benchmark':
+        "A question with a one-word answer."
         return Benchmark(name=task, source=source, max_new_tokens=1)
 
     return sources, tuple(ask('control' if name == 'test_tint' else name[5:], name) for name in sources)

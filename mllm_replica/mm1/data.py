@@ -222,7 +222,8 @@ class Frozen(Mixture):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        def order(name, size):
+        def order(name, size) -> 'list[int]':
+            "A source's frozen order."
             return np.random.default_rng([self.seed, zlib.crc32(name.encode())]).permutation(size).tolist()
 
         object.__setattr__(self, '_orders', {name: order(name, size) for name, size in self.sizes.items()})
@@ -231,7 +232,8 @@ class Frozen(Mixture):
     def indices(self, step: int, batch_size: int) -> list[tuple[str, int]]:
         "(source, sequence) of each sequence of a step."
 
-        def names(step):
+        def names(step) -> 'list[str]':
+            "The sources of a step's samples."
             return [name for name, _ in super(Frozen, self).indices(step, batch_size)]
 
         before = self._taken.setdefault(batch_size, [Counter()])

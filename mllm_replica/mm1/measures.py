@@ -40,10 +40,12 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
 
     size, rng, pools = 300 if recipe.scale == 'tiny' else 8, np.random.default_rng(recipe.seed), {}
 
-    def drawn(split, size):
+    def drawn(split, size) -> 'list[dict]':
+        "Documents of pages with one picture each."
         return list(samples('pages', split, recipe.seed, size, tasks=['shots'], kind='interleaved', images=[1, 1]))
 
-    def topic(sample):
+    def topic(sample) -> 'str':
+        "What a document is about."
         return json.loads(sample['meta'])['topic']
 
     for shown in drawn('train', 10 * size):
@@ -52,7 +54,8 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
         pools.setdefault(topic(shown), []).append(shown)
     asked, template = drawn('test', size), Template('<image>', ' . ')
 
-    def prompts(shots):
+    def prompts(shots) -> 'list':
+        "Every question behind so many demonstrations."
         return [few_shot(query, pools[topic(query)], shots, recipe.seed, template) for query in asked]
 
     return {f'shot_{shots}': _among(model, processor, prompts(shots)) for shots in SHOTS}
@@ -181,7 +184,8 @@ def measure(
     "Further numbers of a unit: means of its tests, accuracy after demonstrations, parameters, the law."
     model.eval()
 
-    def mean(names):
+    def mean(names) -> 'float':
+        "The mean of some scores."
         return sum(scores[name] for name in names) / len(names)
 
     if 'law' in recipe.model:

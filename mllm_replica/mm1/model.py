@@ -245,7 +245,8 @@ class MM1Processor(VisionLanguageProcessor):
         seen = [self.views(image) for image in images]
         marks = iter([IMAGE * len(views) for views in seen])
 
-        def cut(text):
+        def cut(text) -> 'str':
+            "The text with numbered marks for its images."
             return re.sub(IMAGE, lambda _: next(marks), text)
 
         return sample | dict(

@@ -178,7 +178,8 @@ def cider_d(
     wanted = [[_grams(text) for text in texts] for texts in references]
     images = Counter(gram for texts in wanted for gram in {gram for text in texts for grams in text for gram in grams})
 
-    def rarity(gram):
+    def rarity(gram) -> 'float':
+        "The inverse document frequency of a run of words."
         return math.log(len(references) / max(1, images[gram]))
 
     return [

@@ -71,7 +71,8 @@ def _unit(
 ) -> Recipe:
     "A recipe; `words` names the tests, sources `test_…`, and how many words answer them."
 
-    def how(name):
+    def how(name) -> 'dict':
+        "Metric and length of an answer."
         return dict(metric='word_accuracy' if words[name] > 1 else 'exact_match', max_new_tokens=words[name])
 
     return Recipe(

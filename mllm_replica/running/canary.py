@@ -128,7 +128,8 @@ def hooks(
 ) -> dict[str, list[str]]:
     "Class -> those of its methods that a class of a library, of which it is made, has too."
 
-    def own(thing):
+    def own(thing) -> 'bool':
+        "Whether it was defined in our packages."
         return str(getattr(thing, '__module__', '')).partition('.')[0] in packages
 
     modules = [module for name, module in sorted(sys.modules.items()) if name.partition('.')[0] in packages]

@@ -192,7 +192,8 @@ def execute(
 
     papermill_engines.register('remembering', Remembering)
 
-    def plain(path):
+    def plain(path) -> 'str':
+        "A path that papermill does not format."
         return str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
 
     try:

@@ -67,7 +67,8 @@ def unit_key(
 def git_commit() -> str:
     "The commit of the project, with `+` when more than results and ledgers has changed since; empty outside git."
 
-    def run(*words):
+    def run(*words) -> 'subprocess.CompletedProcess':
+        "What git says, or how it fails."
         return subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
 
     head = run('rev-parse', '--short=12', 'HEAD')

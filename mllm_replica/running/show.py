@@ -51,7 +51,8 @@ def samples_figure(
     "The first samples: images, and the conversation beside them."
     chosen = [samples[i] for i in range(min(count, len(samples)))]
 
-    def said(s):
+    def said(s) -> 'str':
+        "All that a sample says, on one line."
         return ' | '.join(t['value'].replace('\n', ' ') for t in s['conversations'] or ()) or str(s['document'])
 
     return _grid([(s['images'], said(s)) for s in chosen])

@@ -141,7 +141,8 @@ def cache_features(
     )
     folder.mkdir(parents=True, exist_ok=True)
 
-    def pixels(batch):
+    def pixels(batch) -> 'torch.Tensor':
+        "Pictures as the encoder takes them."
         return processor.image_tensor(batch).to(model.device)
 
     with open(folder / f'{key}.lock', 'w') as lock:
@@ -167,7 +168,8 @@ def fit(
         image_tensor=None if unit.features else unit.processor.image_tensor,
     )
 
-    def say(step, steps, loss):
+    def say(step, steps, loss) -> 'None':
+        "Show how far training is."
         return unit.progress('training', step=step, steps=steps, loss=loss)
 
     unit.history = train(
@@ -182,7 +184,8 @@ def score(
     "Run every benchmark, then the chapter's own measurements."
     for benchmark in unit.recipe.benchmarks:
 
-        def say(answered, total):
+        def say(answered, total) -> 'None':
+            "Show how far a benchmark is."
             return unit.progress(f'evaluating {benchmark.name}', step=answered, steps=total)
 
         file = unit.folder / 'predictions' / f'{benchmark.name}.jsonl'

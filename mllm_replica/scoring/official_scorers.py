@@ -229,7 +229,8 @@ def scienceqa(
     if not every:
         raise ValueError('ScienceQA: no prediction belongs to a problem')
 
-    def percent(values):
+    def percent(values) -> 'float':
+        "The mean in per cent, 0 of nothing."
         return sum(values) / len(values) * 100 if values else 0
 
     return {

@@ -41,7 +41,8 @@ class Factor(NamedTuple):
     def levels(self) -> list[str]:
         "Its values as JSON: a missing one first, numbers ascending, others as the table has them."
 
-        def rank(v):
+        def rank(v) -> 'tuple':
+            "Missing values first, numbers by size."
             return (v is not None, v if isinstance(v, (int, float)) else 0)
 
         return list(dict.fromkeys(json.dumps(v) for v in sorted(self.values.values(), key=rank)))
@@ -167,10 +168,12 @@ def effects_table(
 ) -> pd.DataFrame:
     "The frame as readers see it."
 
-    def number(x):
+    def number(x) -> 'str':
+        "A signed number."
         return f'{x:+.3f}' if abs(x) < 10 else f'{x:+.1f}'
 
-    def spans(line):
+    def spans(line) -> 'str':
+        "An interval, or that there is none."
         return f' [{number(line["low"])}, {number(line["high"])}]' if line['seeds'] > 1 else ' (one seed)'
 
     shown = frame[['factor', 'change', 'where', 'metric']].copy()

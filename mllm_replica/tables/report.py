@@ -134,7 +134,8 @@ def readings(
 
 
 def _evidence(*found: Verdict) -> str:
-    def short(text):
+    def short(text) -> 'str':
+        "The text with long lists of cells cut."
         return re.sub(
             r'\(([^(),]+),[^()]{25,}, ([^(),]+)\)', r'(\1, …, \2)', text
         )  # of many cells the first and the last

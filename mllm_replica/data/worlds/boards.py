@@ -39,7 +39,8 @@ def draw_board(
     if not 2 <= size <= len(FILES):
         raise ValueError(f'grid is {size}; a board has 2 to {len(FILES)} rows')
 
-    def names():
+    def names() -> 'list[list[str]]':
+        "A grid of drawn colour names."
         return [[palette[i] for i in row] for row in rng.integers(len(palette), size=(size, size)).tolist()]
 
     tiles, dots = names(), names()
@@ -71,7 +72,8 @@ def render_board(
     half, image = side // size // 2, Image.new('RGB', (side, side))
     draw, light = ImageDraw.Draw(image), GROUNDS[scene['tint']]
 
-    def paint(name):
+    def paint(name) -> 'tuple[int, ...]':
+        "The colour in the picture's light."
         return tuple(int(light * channel) for channel in COLORS[name])
 
     for row in range(size):
