@@ -57,7 +57,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(two, file, damage):
 def test_every_byte_of_the_record_counts(two):
     path = two / 'step-00000020' / 'state.json'
     content = json.loads(path.read_text())
-    content['body']['record']['note'] = 21
+    content['body']['state']['note'] = 21
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match='state.json was altered'):
         load_checkpoint(path.parent)

@@ -176,7 +176,9 @@ def runs(monkeypatch, recipes):
     from mllm_replica.running import runner
     from mllm_replica.running.worker import Outcome
 
-    seen = SimpleNamespace(calls=[], outcomes=[Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='finished')])
+    seen = SimpleNamespace(
+        calls=[], outcomes=[Outcome(label='honeybee/3/cabs_144/tiny/10', unit_key='k', status='finished')]
+    )
 
     def run_tables(paper, tables, scale, **options):
         seen.calls.append((paper, list(tables), scale, options))
@@ -235,7 +237,9 @@ def test_a_failed_unit_is_told_and_ends_non_zero(runs):
     from mllm_replica.running.worker import Outcome
 
     runs.outcomes = [
-        Outcome(unit='honeybee/3/cabs_144/tiny/10', key='k', status='failed', reason='cell 3 raised ZeroDivisionError')
+        Outcome(
+            label='honeybee/3/cabs_144/tiny/10', unit_key='k', status='failed', reason='cell 3 raised ZeroDivisionError'
+        )
     ]
     result = call('run', 'honeybee', '3')
     assert result.exit_code == 1 and 'honeybee/3/cabs_144/tiny/10: cell 3 raised ZeroDivisionError' in result.output

@@ -39,7 +39,7 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
         return run_tables('mm1', ['faults'], 'smoke', workers=2, pipeline=project.pipeline, report=False, **kw)
 
     first, hung = run(rows=[row for row in ROWS if row != 'hangs']), run(rows=['hangs'], timeout=5.0)
-    found = {o.unit.split('/')[2]: o for o in first.outcomes + hung.outcomes}
+    found = {o.label.split('/')[2]: o for o in first.outcomes + hung.outcomes}
     statuses = dict(good='finished', raises='failed', exits='failed', killed='failed', hangs='timeout', late='failed')
     assert {row: o.status for row, o in found.items()} == statuses
     assert (first.exit_code, hung.exit_code) == (1, 1) and not first.problems + hung.problems
@@ -49,7 +49,7 @@ def test_faults_are_told_apart_and_only_the_rest_runs_again(project):
     assert found['hangs'].reason == 'it ran longer than 5 s'
     assert all(o.peak_memory_mb > 20 for o in found.values())
     assert 'ZeroDivisionError' in str(first) and any('ZeroDivisionError' in line for line in found['raises'].log_tail)
-    late = project.runs / 'units' / found['late'].key
+    late = project.runs / 'units' / found['late'].unit_key
     assert (late / 'result.rejected.json').exists() and not (
         late / 'result.json'
     ).exists()  # it had written a result, then failed

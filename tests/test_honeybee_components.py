@@ -65,12 +65,12 @@ def compare(case, limits=(1e-5, 1e-4)):
     projector = build_projector(config['projector_config'], *sizes).eval()
     weights = {name[2:]: t for name, t in tensors.items() if name.startswith('w.')}
     projector.load_state_dict(weights, strict=True)
-    features, record = tensors['in.visual_features'].clone().requires_grad_(), {}
-    output = projector(features, record)
+    features, trace = tensors['in.visual_features'].clone().requires_grad_(), {}
+    output = projector(features, trace)
     loss = (output * tensors['in.grad_output']).sum()
     loss.backward()
     assert torch.equal(projector(features), output) and torch.equal(features, tensors['in.visual_features'])
-    found = {f'out.{name}': t for name, t in record.items()} | {
+    found = {f'out.{name}': t for name, t in trace.items()} | {
         'out.last_hidden_state': output,
         'out.scalar_loss': loss[None],
     }
@@ -335,9 +335,9 @@ def test_maps_are_distributions_and_locality_orders_them():
 
 def test_a_d_abstractor_map_is_the_reading_of_a_marked_cell():
     projector, features = small('d-abs', decoder_layers=1), torch.randn(1, 16, 12)
-    record, maps = {}, attention_maps(projector, features)
-    projector(features, record)
-    weights, offsets = record['layer0.cross_weights'].squeeze(3), record['layer0.sampling_offsets'].view(1, 4, 4, 4, 2)
+    trace, maps = {}, attention_maps(projector, features)
+    projector(features, trace)
+    weights, offsets = trace['layer0.cross_weights'].squeeze(3), trace['layer0.sampling_offsets'].view(1, 4, 4, 4, 2)
     locations = projector.reference_points[:, :, None, None] + offsets / 4
     cells = torch.eye(16)[None]  # 16 channels, 4 per head: cell c is marked in channel c
     read = torch.stack([blocks.sample_values(cells.roll(shift, -1), locations, weights) for shift in (0, 4, 8, 12)])

@@ -97,6 +97,6 @@ def test_every_row_reaches_its_model_its_data_and_the_training(paper):
             worlds = {source.name for source in recipe.sources.values() if source.kind == 'world'}
             missing = {world for world in worlds if not any(name.endswith(f'WORLDS[{world}]') for name in names)}
             assert {'build', 'measure', 'load_source', 'score'} <= names and not missing, (
-                f'{recipe.unit} does not reach {missing}'
+                f'{recipe.label} does not reach {missing}'
             )
             assert 'train' in names or not recipe.stages

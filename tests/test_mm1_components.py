@@ -110,10 +110,10 @@ def test_cells_and_shapes(shape):
     for kind in CONNECTORS:
         connector = small(kind, side**2, shape['tokens'])
         assert connector(x).shape == (2, shape['tokens'], 12) and connector.num_visual_tokens == shape['tokens']
-    record, grid = {}, x.unflatten(1, (side, side))
-    small('avg', side**2, shape['tokens'])(x, record)
+    trace, grid = {}, x.unflatten(1, (side, side))
+    small('avg', side**2, shape['tokens'])(x, trace)
     by_hand = torch.stack([grid[:, a:b, c:d].mean((1, 2)) for a, b in cells for c, d in cells], 1)
-    assert torch.allclose(record['pooled'], by_hand, atol=1e-6)
+    assert torch.allclose(trace['pooled'], by_hand, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_local_start_of_queries(side, token_side, width, heads):
 
     own = (centre(token_side)[:, None] - centre(side)).abs().amax(-1) <= cell / 2
     for start in ('random', 'local'):
-        connector, record = AttentionPooling(width, 8, side**2, token_side**2, heads, start), {}
-        connector(torch.randn(4, side**2, width), record)
-        shares[start] = (record['attn'].mean((0, 1)) * own).sum(-1)
-        assert torch.allclose(record['attn'].sum(-1), torch.ones(()), atol=1e-5)
+        connector, trace = AttentionPooling(width, 8, side**2, token_side**2, heads, start), {}
+        connector(torch.randn(4, side**2, width), trace)
+        shares[start] = (trace['attn'].mean((0, 1)) * own).sum(-1)
+        assert torch.allclose(trace['attn'].sum(-1), torch.ones(()), atol=1e-5)
     uniform = own.float().mean(-1)
     assert (shares['random'] < 1.3 * uniform).all()
     assert (shares['local'] > 2.5 * uniform).all() and shares['local'].mean() > 0.3

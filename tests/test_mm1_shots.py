@@ -11,7 +11,7 @@ from PIL import Image
 from mllm_replica.core.metrics import vqa_accuracy
 from mllm_replica.data.images import encode_png
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.data.samples import COLUMNS, IMAGE, check_sample
+from mllm_replica.data.samples import COLUMNS, IMAGE_MARK, check_sample
 from mllm_replica.mm1.shots import CAPTION, VQA, Template, cider_d, demonstrations, few_shot, resolutions
 from mllm_replica.models.vlm import VisionLanguageProcessor
 
@@ -21,7 +21,7 @@ MIXED = yaml.safe_load((GOLDEN / 'high_resolution.yaml').read_text())['mixed_res
 
 
 def asked(id, color, question='what color is it ?', **more):
-    turns = [{'from': 'human', 'value': f'{IMAGE}\n{question}'}, {'from': 'gpt', 'value': color}]
+    turns = [{'from': 'human', 'value': f'{IMAGE_MARK}\n{question}'}, {'from': 'gpt', 'value': color}]
     content = (
         id,
         [dict(bytes=encode_png(Image.new('RGB', (8, 8), color)), path=f'{id}.png')],
@@ -36,7 +36,7 @@ def asked(id, color, question='what color is it ?', **more):
 
 
 def captioned(id, color):
-    return asked(id, color, conversations=[], document=f'{IMAGE} a {color} ground', options=[], answer='')
+    return asked(id, color, conversations=[], document=f'{IMAGE_MARK} a {color} ground', options=[], answer='')
 
 
 def text_of(sample):
@@ -118,7 +118,9 @@ def test_a_prompt_is_its_demonstrations_and_the_query(pool, shots):
     check_sample(made)
     drawn = [by_id[name] for name in shots_of(made)]
     assert len({row['id'] for row in drawn}) == len(drawn) == shots
-    lines = [f'<image> Question: {text_of(row).split(IMAGE)[1].strip()} Short answer: {row["answer"]}' for row in drawn]
+    lines = [
+        f'<image> Question: {text_of(row).split(IMAGE_MARK)[1].strip()} Short answer: {row["answer"]}' for row in drawn
+    ]
     assert text_of(made) == '\n'.join([*lines, '<image> Question: which ? Short answer:'])
     assert made['images'] == [row['images'][0] for row in [*drawn, QUERY]]
     assert [made[key] for key in ('id', 'task', 'answer', 'options')] == [
@@ -238,7 +240,7 @@ def test_worked_budgets_of_mixed_resolution(pool, case):
 
 def test_the_last_demonstrations_keep_their_crops(pool):
     made = few_shot(QUERY, pool, 3, 0, views=lambda image: [image, dict(image, path='crop')], high=1)
-    assert [line.count(IMAGE) for line in text_of(made).split('\n')] == [1, 1, 2, 2]
+    assert [line.count(IMAGE_MARK) for line in text_of(made).split('\n')] == [1, 1, 2, 2]
     assert [image['path'] == 'crop' for image in made['images']] == [False, False, False, True, False, True]
     assert shots_of(made) == shots_of(few_shot(QUERY, pool, 3, 0))
     for wrong in (-1, 4):

@@ -114,7 +114,7 @@ def chapter(monkeypatch):
 
 def test_rows_seeds_and_reasons(chapter):
     found = planning.plan('honeybee', '3', 'paper')
-    assert [u.unit for u in found.units] == ['honeybee/3/a/paper/10', 'honeybee/3/b/paper/10']
+    assert [u.label for u in found.units] == ['honeybee/3/a/paper/10', 'honeybee/3/b/paper/10']
     assert (found.shared, found.seeds) == (1, 1) and found.skipped == {'3/d': 'its data was never published'}
     assert found.units[1].flops < found.units[0].flops
     assert 'twenty-four text tokens a caption' in found.assumptions and any('ZeRO 2' in a for a in found.assumptions)

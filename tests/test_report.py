@@ -116,7 +116,7 @@ def test_an_earlier_design_goes_when_its_row_is_run_again(project):
     (project / 'unit/commit').write_text('abc123+')
     metrics = {name: SimpleNamespace(value=value, n=500) for name, value in (('open', 0.4), ('dots', 0.8))}
     found = SimpleNamespace(digest='x', seconds=1.0, metrics=metrics, processor='p', threads=1, versions={'torch': '2'})
-    order = SimpleNamespace(key='new', folder=project / 'unit', result=lambda: found)
+    order = SimpleNamespace(unit_key='new', folder=project / 'unit', result=lambda: found)
     with pytest.raises(ValueError, match='abc123[+], which nobody else can check out'):
         write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)], own=False)
     assert write_records('honeybee', '5d', 'tiny', [(now('multi_turn', 20), order)]).is_relative_to(project / 'runs')

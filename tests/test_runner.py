@@ -56,7 +56,7 @@ def test_pipelines_keep_their_typed_parameters():
 def test_a_real_unit_is_shown_tracked_and_reported(project):
     summary = run_tables('mm1', ['second'], rows=['wide'], seeds=[10], pipeline=with_chapter(project))
     assert summary.exit_code == 0, str(summary)
-    unit = project.runs / 'units' / summary.outcomes[0].key
+    unit = project.runs / 'units' / summary.outcomes[0].unit_key
     recipe = Recipe.model_validate_json((unit / 'recipe.json').read_bytes())
     result = read_result(unit, recipe.digest())
     assert set(result.metrics) == {'toy', 'size'} and result.metrics['toy'].n == 6 and result.steps == 3
@@ -191,21 +191,21 @@ def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
     active, most, pair = [], [], threading.Barrier(2)
 
     def pretend(order, stop=None):
-        active.append(order.key)
+        active.append(order.unit_key)
         pair.wait(60)  # two are at work, or it fails
         most.append(len(active))
         pair.wait(60)
-        active.remove(order.key)
-        return worker.Outcome(unit=order.recipe.unit, key=order.key, status='finished')
+        active.remove(order.unit_key)
+        return worker.Outcome(label=order.recipe.label, unit_key=order.unit_key, status='finished')
 
     monkeypatch.setattr(runner, 'supervise', pretend)
     orders = [
-        worker.Order(recipe=r[0], key=key, notebook=project.pipeline, run_folder=project.runs, timeout=None)
+        worker.Order(recipe=r[0], unit_key=key, notebook=project.pipeline, run_folder=project.runs, timeout=None)
         for key, r in make_plan('mm1', ['faults'], 'smoke').places.items()
     ]
     ended = []
-    runner.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.key))
-    assert max(most) == 2 and sorted(ended) == sorted(o.key for o in orders)
+    runner.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.unit_key))
+    assert max(most) == 2 and sorted(ended) == sorted(o.unit_key for o in orders)
     env = worker.environment(1, project.runs)
     assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'1'}
 

@@ -33,7 +33,7 @@ if recipe.model['row'] == os.environ.get('TOY_HANGS'): time.sleep(600)
 worth = dict(wide=0.5, good=0.1, bad=-0.1, broken=0.05)
 metrics = dict(toy=sum(worth[part] for part in parts) + recipe.stages[0].lr + seed / 100 * len(parts), size=float(len(parts)))
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0, versions={})
-result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={k: Metric(value=v) for k, v in metrics.items()}, **numbers)
+result = Result(label=recipe.label, digest=recipe.digest(), metrics={k: Metric(value=v) for k, v in metrics.items()}, **numbers)
 write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 SEARCH = """import sys
 from mllm_replica.core import registry
@@ -162,7 +162,7 @@ def test_a_varied_row_runs_in_the_real_notebook_and_in_no_report(project, base, 
     varied = vary(base, {'stages.0.lr': 0.01, 'stages.0.trainable': [r"(connector|isn't)\."]})
     summary = run_tables('mm1', ['second'], rows=[varied.row], seeds=[10], pipeline=with_chapter(project))
     assert summary.exit_code == 0, str(summary)
-    folder = project.runs / 'units' / summary.outcomes[0].key
+    folder = project.runs / 'units' / summary.outcomes[0].unit_key
     assert Recipe.model_validate_json((folder / 'recipe.json').read_bytes()) == varied
     assert read_result(folder, varied.digest()).steps == 3
     assert project.tracked()[varied.row][0] == 'FINISHED'

@@ -18,7 +18,7 @@ from mllm_replica.models.vision import (
     FeatureCache,
     clip_pixels,
     encoder_key,
-    features,
+    patch_features,
     hidden_states,
     interpolate_positions,
 )
@@ -63,7 +63,7 @@ def test_features_of_every_layer(kind):
         reference = encoder(pixels, output_hidden_states=True).hidden_states
         assert len(hidden_states(encoder, pixels)) == 4
         for layer in range(-4, 4):
-            torch.testing.assert_close(features(encoder, pixels, layer), reference[layer][:, skip:])
+            torch.testing.assert_close(patch_features(encoder, pixels, layer), reference[layer][:, skip:])
 
 
 def load(names):

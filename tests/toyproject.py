@@ -33,7 +33,7 @@ from mllm_replica.running.engine import Metric, Result
 from mllm_replica.core.recipe import Recipe
 recipe = Recipe.model_validate_json((Path(out_dir)/'recipe.json').read_bytes())
 numbers = dict(steps=1, train_seconds=1.0, seconds=1.0, peak_memory_mb=1.0)
-result = Result(unit=recipe.unit, digest=recipe.digest(), metrics={'toy': Metric(value=0.5 + seed/100, n=10)}, versions={}, **numbers)
+result = Result(label=recipe.label, digest=recipe.digest(), metrics={'toy': Metric(value=0.5 + seed/100, n=10)}, versions={}, **numbers)
 (Path(out_dir)/'curve.csv').write_text('step,stage,loss\\n1,joint,2.5\\n2,joint,1.5\\n')
 write_atomic(Path(out_dir)/'result.json', result.model_dump_json())"""
 LATE = "if row == 'late' and broken: 1/0"

@@ -54,7 +54,7 @@ def _plan_table(found) -> Table:
         title_justify='left',
     )
     for unit in found.units:
-        first = ['/'.join(unit.unit.split('/')[1:3]), _amount(unit.parameters), str(unit.visual_tokens)]
+        first = ['/'.join(unit.label.split('/')[1:3]), _amount(unit.parameters), str(unit.visual_tokens)]
         for s in unit.stages:
             parts, total = ' + '.join(f'{size:.3g}' for size in s.memory.values()), sum(s.memory.values())
             size = f'{total:.3g}' if total <= found.machine.memory_gb else f'[red]{total:.3g}, too much[/]'

@@ -81,12 +81,12 @@ class Recipe(Strict):
         missing = sorted(used - set(self.sources))
         if missing:
             raise ValueError(
-                f'{self.unit}: sources {missing} are used but not defined (defined: {sorted(self.sources)})'
+                f'{self.label}: sources {missing} are used but not defined (defined: {sorted(self.sources)})'
             )
         return self
 
     @property
-    def unit(self) -> str:
+    def label(self) -> str:
         "Readable name: `honeybee/3/cabs_144/tiny/10`."
         return f'{self.paper}/{self.table}/{self.row}/{self.scale}/{self.seed}'
 

@@ -77,7 +77,7 @@ def value_at(
     path: str,  # like 'stages.0.lr'
 ) -> Any:
     "What the recipe has there, as plain data; an unknown path is an error that names what exists."
-    above, key = _place(recipe.model_dump(mode='json'), path, recipe.unit)
+    above, key = _place(recipe.model_dump(mode='json'), path, recipe.label)
     return above[key]
 
 
@@ -90,11 +90,11 @@ def vary(
         return recipe
     data = recipe.model_dump(mode='json')
     for path, value in changes.items():
-        above, key = _place(data, path, recipe.unit)
+        above, key = _place(data, path, recipe.label)
         above[key] = value
     data['row'] = row_name(recipe.row, changes)
     try:
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         wrong = '; '.join(f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors())
-        raise ValueError(f'{recipe.unit} cannot become {data["row"]!r}: {wrong}') from error
+        raise ValueError(f'{recipe.label} cannot become {data["row"]!r}: {wrong}') from error

@@ -57,31 +57,31 @@ def to_rgb(
 
 # %% ../../nbs/foundations/data/10_images.ipynb #ca49a2ba
 def image_name(
-    source: str | Path | bytes | dict | Image.Image,  # as for `open_image`
+    image: str | Path | bytes | dict | Image.Image,  # as for `open_image`
 ) -> str:
     "What to call an image in a message."
-    if isinstance(source, dict):
-        return str(source.get('path') or 'unnamed image')
-    return str(source) if isinstance(source, (str, Path)) else 'unnamed image'
+    if isinstance(image, dict):
+        return str(image.get('path') or 'unnamed image')
+    return str(image) if isinstance(image, (str, Path)) else 'unnamed image'
 
 
-def _content(source: str | Path | bytes | dict, root: Path | None) -> io.BytesIO | Path:
-    "The bytes of a source, or the file that holds them."
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, (str, Path)):
+def _content(image: str | Path | bytes | dict, root: Path | None) -> io.BytesIO | Path:
+    "The bytes of an image, or the file that holds them."
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if isinstance(image, (str, Path)):
         if root is None:
-            raise ImageError(f'image path {str(source)!r} needs the folder it is relative to: pass root=')
-        return resolve_image(source, root)
-    if isinstance(source, dict) and source.get('bytes') is not None:
-        return io.BytesIO(source['bytes'])
-    if isinstance(source, dict) and source.get('path'):
-        return resolve_image(source['path'], root) if root else Path(source['path'])
-    raise ImageError(f"expected a path, bytes or a dictionary with 'bytes' or 'path', found {type(source).__name__}")
+            raise ImageError(f'image path {str(image)!r} needs the folder it is relative to: pass root=')
+        return resolve_image(image, root)
+    if isinstance(image, dict) and image.get('bytes') is not None:
+        return io.BytesIO(image['bytes'])
+    if isinstance(image, dict) and image.get('path'):
+        return resolve_image(image['path'], root) if root else Path(image['path'])
+    raise ImageError(f"expected a path, bytes or a dictionary with 'bytes' or 'path', found {type(image).__name__}")
 
 # %% ../../nbs/foundations/data/10_images.ipynb #77d69cb2
 def open_image(
-    source: str
+    image: str
     | Path
     | bytes
     | dict
@@ -90,21 +90,21 @@ def open_image(
     max_pixels: int = MAX_PIXELS,  # width x height
 ) -> Image.Image:
     "Decode one image into upright 8-bit RGB, or raise an `ImageError` naming it."
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    name, content = image_name(source), _content(source, root)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    name, content = image_name(image), _content(image, root)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             opened = Image.open(content, formats=FORMATS)
-        with opened as image:
-            width, height = image.size
+        with opened as decoded:
+            width, height = decoded.size
             if width * height > max_pixels:
                 raise ImageError(
                     f'{width} x {height} pixels are more than the limit of {max_pixels}; shrink it or raise max_pixels'
                 )
-            image.load()
-            return to_rgb(image)
+            decoded.load()
+            return to_rgb(decoded)
     except Image.UnidentifiedImageError as error:
         raise ImageError(
             f'{name}: not a readable {", ".join(FORMATS)} image, whatever its name says; replace or remove it'

@@ -18,7 +18,7 @@ import torch
 from ..core.recipe import Stage
 from .encoded import Encoded
 from .mixture import Mixture
-from .samples import IMAGE
+from .samples import IMAGE_MARK
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #ad2dd3a0
 def encode_document(
@@ -33,7 +33,7 @@ def encode_document(
     if not sample['document']:
         raise ValueError(f"sample {sample['id']!r} has no document; conversations are encoded by the model's processor")
     ids, labels, spans = [bos], [-100], []
-    for number, piece in enumerate(sample['document'].split(IMAGE)):
+    for number, piece in enumerate(sample['document'].split(IMAGE_MARK)):
         if number:
             length = visual_tokens(sample['images'][number - 1])
             spans.append((len(ids), len(ids) + length))

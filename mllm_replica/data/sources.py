@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 from ..core.recipe import Source
 from ..core.settings import settings
 from .images import ImageError, open_image, resolve_image
-from .samples import FORMAT, as_sample, choose, features
+from .samples import FORMAT, as_sample, choose, schema
 
 if TYPE_CHECKING:
     import datasets
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #2bdc0c87
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    "(where, record) of a JSON list or of JSON lines; bad text is reported with its line."
+    "(where, entry) of a JSON list or of JSON lines; bad text is reported with its line."
     if path.suffix == '.json':
         try:
-            records = json.loads(path.read_text('utf-8-sig'))
+            entries = json.loads(path.read_text('utf-8-sig'))
         except ValueError as error:
             raise ValueError(f'{path.name}: not valid JSON: {error}') from error
-        if not isinstance(records, list):
-            raise ValueError(f'{path.name}: expected a list of records, found {type(records).__name__}')
-        yield from ((f'{path.name}: record {i}', record) for i, record in enumerate(records))
+        if not isinstance(entries, list):
+            raise ValueError(f'{path.name}: expected a list of entries, found {type(entries).__name__}')
+        yield from ((f'{path.name}: entry {i}', entry) for i, entry in enumerate(entries))
         return
     with path.open('rb') as lines:
         for number, line in enumerate(lines, 1):
@@ -54,9 +54,9 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _tar_records(path: Path) -> Iterator[tuple[str, Any]]:
-    "(where, record) of a webdataset shard; members of one sample follow each other and share the name up to the first dot."
+    "(where, entry) of a webdataset shard; members of one sample follow each other and share the name up to the first dot."
 
-    def record(key: str, files: dict[str, bytes]) -> tuple[str, Any]:
+    def entry(key: str, files: dict[str, bytes]) -> tuple[str, Any]:
         "One sample from its members."
         key = key.rpartition('/')[2]
         where = f'{path.name}: {key}'
@@ -78,23 +78,23 @@ def _tar_records(path: Path) -> Iterator[tuple[str, Any]]:
     key, files = None, {}
     for base, ending, content in _members(path):
         if files and base != key:
-            yield record(key, files)
+            yield entry(key, files)
             files = {}
         key, files[ending] = base, content
     if files:
-        yield record(key, files)
+        yield entry(key, files)
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    "(where, record) of a parquet file."
+    "(where, entry) of a parquet file."
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     row = 0
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                yield f'{path.name}: row {row}', record
+            for entry in batch.to_pylist():
+                yield f'{path.name}: row {row}', entry
                 row += 1
     except (ArrowException, OSError) as error:
         raise ValueError(
@@ -143,8 +143,8 @@ def read_files(
                 return {'bytes': image['bytes'], 'path': image.get('path')}
             return {'bytes': None, 'path': str(resolve_image(str(image.get('path')), path.parent))}
 
-        for where, record in _READERS[source.kind][1](path):
-            sample = as_sample(record, where, place)
+        for where, entry in _READERS[source.kind][1](path):
+            sample = as_sample(entry, where, place)
             if sample['id'] in seen:
                 raise ValueError(f'{where}: id {sample["id"]!r} is already used in {seen[sample["id"]]}')
             seen[sample['id']] = where
@@ -163,7 +163,7 @@ def _read_cached(source: Source, data_root: Path) -> 'datasets.Dataset':
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f'.{os.getpid()}.tmp')
         try:
-            with ArrowWriter(path=str(temporary), features=features()) as writer:
+            with ArrowWriter(path=str(temporary), features=schema()) as writer:
                 for sample in read_files(source, data_root):
                     writer.write(sample)
                 count, _ = writer.finalize()

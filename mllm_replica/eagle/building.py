@@ -59,7 +59,7 @@ def build(
     if recipe.scale == 'paper':
         if not meta:
             raise NotImplementedError(
-                f'{recipe.unit}: loading weights for training at scale paper is not wired; planned only'
+                f'{recipe.label}: loading weights for training at scale paper is not wired; planned only'
             )
         return EagleModel(paper_config(**made)), None
     tokenizer = word_tokenizer(vocabulary())

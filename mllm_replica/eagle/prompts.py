@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import open_image
 from ..data.language import text_ids
-from ..data.samples import IMAGE, ROLES
+from ..data.samples import IMAGE_MARK, ROLES
 from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
 from ..models.vlm import VisionLanguageConfig, VisionLanguageProcessor
 from ..owl2.processor import SYSTEM, image_first, to_square
@@ -62,7 +62,7 @@ def rounds(
     out = []
     for asked, answered in zip_longest(turns[::2], turns[1::2]):
         text = asked['value']
-        part = ('{}', IMAGE * text.count(IMAGE)) if template == 'plain' and answered else (question, text)
+        part = ('{}', IMAGE_MARK * text.count(IMAGE_MARK)) if template == 'plain' and answered else (question, text)
         out.append(([part], answered and (answer, answered['value'])))
     if opening:
         out[0][0].insert(0, (opening, ''))
@@ -105,7 +105,7 @@ def part_ids(
         if i % 2:
             ids.append(_mark_id(tokenizer, piece))
         else:
-            for number, chunk in enumerate(piece.split(IMAGE)):
+            for number, chunk in enumerate(piece.split(IMAGE_MARK)):
                 ids += [None] * (number > 0) + text_ids(tokenizer, chunk)
     return ids
 
@@ -145,14 +145,16 @@ def with_images(
     for i, turn in enumerate(turns[1::2]):
         if not turn['value'].strip():
             raise ValueError(f'{name}: the answer in turn {2 * i + 1} is empty; write it or drop the turn')
-        if IMAGE in turn['value']:
-            raise ValueError(f'{name}: the answer in turn {2 * i + 1} contains {IMAGE}; images belong in human turns')
+        if IMAGE_MARK in turn['value']:
+            raise ValueError(
+                f'{name}: the answer in turn {2 * i + 1} contains {IMAGE_MARK}; images belong in human turns'
+            )
     values = [turn['value'] for turn in turns]
-    found = sum(value.count(IMAGE) for value in values)
+    found = sum(value.count(IMAGE_MARK) for value in values)
     if not found:
-        values[0] = IMAGE * images + values[0]
+        values[0] = IMAGE_MARK * images + values[0]
     elif found != images:
-        raise ValueError(f'{name}: {found} {IMAGE} placeholders, {images} images; they must be equal')
+        raise ValueError(f'{name}: {found} {IMAGE_MARK} placeholders, {images} images; they must be equal')
     return [dict(turn, value=image_first(value)) for turn, value in zip(turns, values)]
 
 # %% ../../nbs/papers/04_eagle.ipynb #362032b0
@@ -261,7 +263,7 @@ def encode(
             ids += new
             labels += new if supervised else [IGNORED] * len(new)
     if len(spans) != len(images):
-        raise ValueError(f'{name}: {len(spans)} {IMAGE} placeholders, {len(images)} images; they must be equal')
+        raise ValueError(f'{name}: {len(spans)} {IMAGE_MARK} placeholders, {len(images)} images; they must be equal')
     unknown = self.tokenizer.unk_token_id
     if unknown is not None and unknown in ids and unknown != self.tokenizer.pad_token_id:
         texts = [sample['document']] if sample.get('document') else [turn['value'] for turn in sample['conversations']]
@@ -269,7 +271,7 @@ def encode(
             {
                 word
                 for text in texts
-                for word in text.replace(IMAGE, ' ').split()
+                for word in text.replace(IMAGE_MARK, ' ').split()
                 if unknown in text_ids(self.tokenizer, word)
             }
         )

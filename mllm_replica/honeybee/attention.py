@@ -36,15 +36,15 @@ def attention_maps(
     "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; else its `influence_maps`."
     if not isinstance(projector, (Resampler, DAbstractor)):
         return influence_maps(projector, features)
-    record, (B, N, _), M = {}, features.shape, projector.num_query_tokens
-    projector(features, record)
+    trace, (B, N, _), M = {}, features.shape, projector.num_query_tokens
+    projector(features, trace)
     if isinstance(projector, Resampler):
-        maps = sum(t.mean(1)[..., M:] for name, t in record.items() if name.endswith('.attn'))
+        maps = sum(t.mean(1)[..., M:] for name, t in trace.items() if name.endswith('.attn'))
     else:
         side, maps = math.isqrt(N), features.new_zeros(B, M, N)
         for i in range(len(projector.layers)):
-            weights = record[f'layer{i}.cross_weights'].squeeze(3)
-            offsets = record[f'layer{i}.sampling_offsets'].view(*weights.shape, 2)
+            weights = trace[f'layer{i}.cross_weights'].squeeze(3)
+            offsets = trace[f'layer{i}.sampling_offsets'].view(*weights.shape, 2)
             index, corner = bilinear(projector.reference_points[:, :, None, None] + offsets / side, side)
             maps.scatter_add_(-1, index.flatten(2), (corner * weights.unsqueeze(-1)).flatten(2).to(maps.dtype))
     return maps / maps.sum(-1, keepdim=True)

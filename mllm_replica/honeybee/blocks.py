@@ -51,7 +51,7 @@ class ResamplerLayer(nn.Module):
         self.norm1, self.normk = LayerNorm(width), LayerNorm(width)
 
     def forward(
-        self, queries: Tensor, features: Tensor, record: dict[str, Tensor] | None = None, name: str = ''
+        self, queries: Tensor, features: Tensor, trace: dict[str, Tensor] | None = None, name: str = ''
     ) -> Tensor:
         "Queries [B, M, D], features [B, N, D] → [B, M, D]."
         x = self.norm1(queries)
@@ -59,8 +59,8 @@ class ResamplerLayer(nn.Module):
         query, key, value = (
             split_heads(self.attention[n](y), self.num_heads) for n, y in (('query', x), ('key', both), ('value', both))
         )
-        if record is not None:
-            record[f'{name}.attn'] = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        if trace is not None:
+            trace[f'{name}.attn'] = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         x = x + self.output['out_proj'](mixed.transpose(1, 2).flatten(2))
         return x + self.output['mlp'](self.output['norm2'](x))
@@ -111,11 +111,11 @@ class Bottleneck(nn.Module):
         self.se, self.conv3 = SqueezeExcite(channels, round(in_channels / 4)), ConvNorm(channels, channels, act=False)
         self.downsample = nn.Identity() if in_channels == channels else ConvNorm(in_channels, channels, act=False)
 
-    def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(self, x: Tensor, trace: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
         "[B, s, s, in_channels] → [B, s, s, channels]."
         y = self.se(self.conv2(self.conv1(x)))
-        if record is not None:
-            record[f'{name}.after_se'] = y.permute(0, 3, 1, 2)
+        if trace is not None:
+            trace[f'{name}.after_se'] = y.permute(0, 3, 1, 2)
         return F.silu(self.conv3(y) + self.downsample(x))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e2f872a5
@@ -129,7 +129,7 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv1, self.pwconv2 = Linear(channels, 4 * channels), Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
-    def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(self, x: Tensor, trace: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
         "[B, s, s, in_channels] → [B, s, s, channels]."
         x = self.downsample(x)
         return x + self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(self.dwconv(x)))))
@@ -141,7 +141,7 @@ class PlainBlock(ConvNorm):
     def __init__(self, in_channels: int, channels: int):
         super().__init__(in_channels, channels, 3)
 
-    def forward(self, x: Tensor, record: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
+    def forward(self, x: Tensor, trace: dict[str, Tensor] | None = None, name: str = '') -> Tensor:
         "[B, s, s, in_channels] → [B, s, s, channels]."
         return super().forward(x)
 
@@ -231,14 +231,14 @@ class DeformableAttention(nn.Module):
         self.value_proj, self.output_proj = Linear(width, width), Linear(width, width)
 
     def forward(
-        self, query: Tensor, features: Tensor, points: Tensor, record: dict[str, Tensor] | None = None, name: str = ''
+        self, query: Tensor, features: Tensor, points: Tensor, trace: dict[str, Tensor] | None = None, name: str = ''
     ) -> Tensor:
         "Query [B, M, D], features [B, N, D], points [1, M, 2] → [B, M, D]."
         (B, M, D), N, H, K = query.shape, features.shape[1], self.num_heads, self.num_points
         offsets = self.sampling_offsets(query)
         weights = self.attention_weights(query).view(B, M, H, K).softmax(-1)
-        if record is not None:
-            record[f'{name}.sampling_offsets'], record[f'{name}.cross_weights'] = offsets, weights.unsqueeze(3)
+        if trace is not None:
+            trace[f'{name}.sampling_offsets'], trace[f'{name}.cross_weights'] = offsets, weights.unsqueeze(3)
         locations = points[:, :, None, None] + offsets.view(B, M, H, K, 2) / math.isqrt(N)
         if (N - M) * D > _READ_COST * 4 * M * H * K and type(self.value_proj) is Linear:
             return self.output_proj(sample_then_project(features, self.value_proj, locations, weights))
@@ -295,16 +295,16 @@ class DeformableLayer(nn.Module):
         positions: Tensor,
         features: Tensor,
         points: Tensor,
-        record: dict[str, Tensor] | None = None,
+        trace: dict[str, Tensor] | None = None,
         name: str = '',
     ) -> Tensor:
         "x and positions [B, M, D], features [B, N, D], points [1, M, 2] → [B, M, D]."
         dropout = partial(F.dropout, p=self.dropout, training=self.training)
         mixed = self.self_attn(x, positions)
         x = self.self_attn_layer_norm(x + dropout(mixed))
-        read = self.encoder_attn(x + positions, features, points, record, name)
+        read = self.encoder_attn(x + positions, features, points, trace, name)
         x = self.encoder_attn_layer_norm(x + dropout(read))
         x = self.final_layer_norm(x + dropout(self.fc2(F.relu(self.fc1(x)))))
-        if record is not None:
-            record.update({f'{name}.self_out': mixed, f'{name}.cross_out': read, name: x})
+        if trace is not None:
+            trace.update({f'{name}.self_out': mixed, f'{name}.cross_out': read, name: x})
         return x

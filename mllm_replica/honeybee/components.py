@@ -119,13 +119,13 @@ class FeatureProjector(Projector):
         self.pos_emb = _table(num_input_tokens * pos_emb, encoder_hidden_size)
         self.eos_tokens = _table(num_eos_tokens, output_hidden_size)
 
-    def forward(self, features: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, features: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
         "[B, N, D] → [B, M+E, output_hidden_size]."
         self.check(features)
         x = self.prenorm(features)
         if self.pos_emb is not None:
             x = x + self.pos_emb
-        return _append(self.project(x, record), self.eos_tokens)
+        return _append(self.project(x, trace), self.eos_tokens)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fa7f4a5f
 class MLPProjector(FeatureProjector):
@@ -152,7 +152,7 @@ class MLPProjector(FeatureProjector):
         self.net = mlp(encoder_hidden_size, output_hidden_size, depth)
         initialise(self)
 
-    def project(self, x: Tensor, record: dict[str, Tensor] | None) -> Tensor:
+    def project(self, x: Tensor, trace: dict[str, Tensor] | None) -> Tensor:
         "[B, N, D] → [B, N, output_hidden_size]."
         return self.net(x)
 
@@ -188,7 +188,7 @@ class Resampler(Projector):
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(layers)})
         initialise(self)
 
-    def forward(self, features: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, features: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
         "[B, N, D] → [B, M+E, output_hidden_size]."
         self.check(features)
         if self.pos_emb is not None:
@@ -196,22 +196,22 @@ class Resampler(Projector):
         features = self.visual_input_fc(features)
         x = self.query_tokens.expand(len(features), -1, -1)
         for i, layer in enumerate(self.encoder['layers']):
-            x = layer['crossattention'](x, features, record, f'layer{i}')
-            if record is not None:
-                record[f'layer{i}'] = x
+            x = layer['crossattention'](x, features, trace, f'layer{i}')
+            if trace is not None:
+                trace[f'layer{i}'] = x
         return _append(self.visual_output_fc(x), self.vit_eos)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ebca5dc7
 BLOCKS = {'resnet': Bottleneck, 'convnext': ConvNeXtBlock, 'conv3x3': PlainBlock}
 
 # %% ../../nbs/papers/02_honeybee.ipynb #6e6d5636
-def _stage(x: Tensor, side: int, blocks: nn.ModuleDict, record: dict[str, Tensor] | None, name: str) -> Tensor:
+def _stage(x: Tensor, side: int, blocks: nn.ModuleDict, trace: dict[str, Tensor] | None, name: str) -> Tensor:
     "A row of blocks: [B, s·s, D] → [B, s·s, D']."
     x = x.unflatten(1, (side, side))
     for key, block in blocks.items():
-        x = block(x, record, f'{name}.{key}')
-        if record is not None:
-            record[f'{name}.{key}'] = record[name] = x.permute(0, 3, 1, 2)
+        x = block(x, trace, f'{name}.{key}')
+        if trace is not None:
+            trace[f'{name}.{key}'] = trace[name] = x.permute(0, 3, 1, 2)
     return x.flatten(1, 2)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #82693345
@@ -251,13 +251,13 @@ class CAbstractor(FeatureProjector):
         self.readout = mlp(widths[-1], output_hidden_size, mlp_depth)
         initialise(self)
 
-    def project(self, x: Tensor, record: dict[str, Tensor] | None) -> Tensor:
+    def project(self, x: Tensor, trace: dict[str, Tensor] | None) -> Tensor:
         "[B, N, D] → [B, M, output_hidden_size]."
-        x = _stage(x, self.side, self.net['0'], record, 'stage1')
+        x = _stage(x, self.side, self.net['0'], trace, 'stage1')
         x = grid_pool(x, self.num_query_tokens)
-        if record is not None:
-            record['pooled'] = x.unflatten(1, (self.pooled_side, -1)).permute(0, 3, 1, 2)
-        return self.readout(_stage(x, self.pooled_side, self.net['2'], record, 'stage2'))
+        if trace is not None:
+            trace['pooled'] = x.unflatten(1, (self.pooled_side, -1)).permute(0, 3, 1, 2)
+        return self.readout(_stage(x, self.pooled_side, self.net['2'], trace, 'stage2'))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fe6f6433
 class DAbstractor(Projector):
@@ -310,7 +310,7 @@ class DAbstractor(Projector):
 def forward(
     self: DAbstractor,
     features: Tensor,  # [B, N, D]
-    record: dict[str, Tensor] | None = None,  # filled with intermediate results
+    trace: dict[str, Tensor] | None = None,  # filled with intermediate results
 ) -> Tensor:
     "[B, N, D] → [B, M+E, output_hidden_size]."
     self.check(features)
@@ -326,7 +326,7 @@ def forward(
             pooled = grid_pool(values, self.num_query_tokens)
             positions, x = (pooled, table) if self.pooled_v_target == 'query' else (table, pooled)
         for i, layer in enumerate(self.layers):
-            x = layer(x, positions, values, self.reference_points.to(dtype), record, f'layer{i}')
+            x = layer(x, positions, values, self.reference_points.to(dtype), trace, f'layer{i}')
         return self.output_proj(_append(x, self.eos_tokens)).to(features.dtype)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #77e9eea8

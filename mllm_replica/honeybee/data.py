@@ -7,7 +7,7 @@ __all__ = ['examples_of', 'in_template']
 import json, random
 from typing import TYPE_CHECKING, Any
 
-from ..data.samples import IMAGE as PLACEHOLDER
+from ..data.samples import IMAGE_MARK
 from .prompts import TEMPLATES, bbox_text, drawn, group_turns, optionize, templatize, vsr_question
 from ..models.vision import image_key
 
@@ -28,7 +28,7 @@ def examples_of(
     "The template's fields, for every question of a sample."
     given, turns, found = json.loads(sample['meta'] or '{}'), sample['conversations'], []
     for i, (asked, said) in enumerate(zip(turns[::2], turns[1::2])):
-        question, answer = asked['value'].replace(PLACEHOLDER, '').strip(), said['value']
+        question, answer = asked['value'].replace(IMAGE_MARK, '').strip(), said['value']
         name = f'{sample["id"]}.{i}' if len(turns) > 2 else sample['id']
         fields = {'context': given.get('hint') or 'N/A'} | given | dict(id=name, question=question, answer=answer)
         if template in ('vsr', 'eval-vsr'):
@@ -82,7 +82,7 @@ def in_template(
             prompt = templatize(template, examples, first['seen'], pattern)
         except KeyError as error:
             raise ValueError(
-                f'sample {first["id"]!r}: template {template!r} wants {error}, the record has {sorted(first)}'
+                f'sample {first["id"]!r}: template {template!r} wants {error}, the entry has {sorted(first)}'
             ) from error
         except ValueError as error:
             raise ValueError(f'sample {first["id"]!r}: {error}') from error

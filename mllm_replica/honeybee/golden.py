@@ -27,13 +27,13 @@ def projector_case(
 ) -> dict[str, Tensor]:
     "Output, intermediate results and gradients of one projector."
     sizes = (config[name] for name in ('encoder_hidden_size', 'output_hidden_size', 'num_input_tokens'))
-    projector, record = build_projector(config['projector_config'], *sizes).eval(), {}
+    projector, trace = build_projector(config['projector_config'], *sizes).eval(), {}
     projector.load_state_dict(tensors.weights())
     features = tensors['in.visual_features'].clone().requires_grad_()
-    output = projector(features, record)
+    output = projector(features, trace)
     loss = (output * tensors['in.grad_output']).sum()
     loss.backward()
-    outputs = {'last_hidden_state': output, 'scalar_loss': loss[None], **record}
+    outputs = {'last_hidden_state': output, 'scalar_loss': loss[None], **trace}
     weights = {f'grad.w.{name}': parameter.grad for name, parameter in projector.named_parameters()}
     return (
         {f'out.{name}': tensor for name, tensor in outputs.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.language import IMAGE, Piece
+from ..data.language import IMAGE_PIECE, Piece
 from .components import build_projector, projector_fields
 from .prompts import SYSTEM_DETAIL, conversation_pieces, prompt_pieces
 from ..models.official import check_keys, read_weights
@@ -132,7 +132,9 @@ class HoneybeeProcessor(VisionLanguageProcessor):
             return super().pieces(sample, training)
         if self.style == 'conversation':
             return conversation_pieces(sample['conversations'], self.system, training)
-        bare = [piece if piece is IMAGE else piece._replace(end=False) for piece in super().pieces(sample, training)]
+        bare = [
+            piece if piece is IMAGE_PIECE else piece._replace(end=False) for piece in super().pieces(sample, training)
+        ]
         return [Piece(self.system)] * bool(self.system) + bare
 
 

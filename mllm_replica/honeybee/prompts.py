@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoded import IGNORED
-from ..data.language import IMAGE, Piece, tokenize
+from ..data.language import IMAGE_PIECE, Piece, tokenize
 
 # %% ../../nbs/papers/02_honeybee.ipynb #8dbfe9cf
 SYSTEM = 'The following is a conversation between a curious human and AI assistant.'
@@ -106,11 +106,11 @@ def prompt_pieces(
 ) -> list[Piece]:
     "The pieces of a prompt text, answers supervised."
     if prompt.startswith(NO_PROMPT):
-        return [IMAGE, Piece(prompt.removeprefix(NO_PROMPT), supervised=True, end=True)]
+        return [IMAGE_PIECE, Piece(prompt.removeprefix(NO_PROMPT), supervised=True, end=True)]
     parts = [part for part in _PARTS.split(prompt) if part]
     answers = [before == '\nAI: ' for before in ('', *parts)]
     return [
-        IMAGE if part == '<image>' else Piece(part, supervised=answer, end=answer)
+        IMAGE_PIECE if part == '<image>' else Piece(part, supervised=answer, end=answer)
         for part, answer in zip(parts, answers)
     ]
 
@@ -146,7 +146,9 @@ def conversation_pieces(
         else:
             lines = [part for part in re.split(r'\n?(<image>)\n?', turn['value']) if part]
             pieces += [
-                piece for line in lines for piece in (Piece('\nHuman: '), IMAGE if line == '<image>' else Piece(line))
+                piece
+                for line in lines
+                for piece in (Piece('\nHuman: '), IMAGE_PIECE if line == '<image>' else Piece(line))
             ]
     return pieces if training else [*pieces, Piece('\nAI: ')]
 
@@ -264,7 +266,7 @@ def vsr_question(
 def sqa_question(
     text: str,  # 'question\nContext: …\nOptions: (A) … (B) …'
 ) -> dict[str, Any]:
-    "question, context and options of a ScienceQA record."
+    "question, context and options of a ScienceQA entry."
     found = re.search(r'(.+?)\nContext: (.*?)\nOptions: (.+)', text, re.DOTALL)
     if not found:
         raise ValueError(f'ScienceQA question {text[:60]!r} is not of the form question, Context:, Options:')
@@ -275,7 +277,7 @@ def sqa_question(
 def sqa_answer(
     text: str,  # 'LECTURE: …\nSOLUTION: …\n###\nANSWER: B.'
 ) -> dict[str, Any]:
-    "lecture, solution, answer and answer_index of a ScienceQA record; parts that are absent are None."
+    "lecture, solution, answer and answer_index of a ScienceQA entry; parts that are absent are None."
     parts = re.split(r'(LECTURE:|SOLUTION:|###\nANSWER:)', text)
     names = {'LECTURE:': 'lecture', 'SOLUTION:': 'solution', '###\nANSWER:': 'answer'}
     fields = dict.fromkeys(names.values()) | {

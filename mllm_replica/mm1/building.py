@@ -79,7 +79,7 @@ def build(
     if recipe.scale == 'paper':
         if not meta:
             raise NotImplementedError(
-                f'{recipe.unit}: MM1 has no weights to start from, and training at scale paper is planned only'
+                f'{recipe.label}: MM1 has no weights to start from, and training at scale paper is planned only'
             )
         fields = {name: value for name, value in made.items() if name not in ('preset', 'in_stage')}
         return MM1Model(paper_config(made['preset'], **fields)), None

@@ -35,12 +35,12 @@ class AveragePooling(Projector):
         self.proj = Linear(encoder_hidden_size, output_hidden_size)
         initialise(self, 'scaled')
 
-    def forward(self, features: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, features: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
         "[B,N,D] → [B,M,output_hidden_size]."
         self.check(features)
         pooled = grid_pool(features, self.num_query_tokens)
-        if record is not None:
-            record['pooled'] = pooled
+        if trace is not None:
+            trace['pooled'] = pooled
         return self.proj(pooled)
 
 # %% ../../nbs/papers/03_mm1.ipynb #9fd555a5
@@ -112,7 +112,7 @@ def reset(self: AttentionPooling) -> None:
 
 
 @patch
-def forward(self: AttentionPooling, features: Tensor, record: dict[str, Tensor] | None = None) -> Tensor:
+def forward(self: AttentionPooling, features: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
     "[B,N,D] → [B,M,output_hidden_size]."
     self.check(features)
     values = keys = self.norm_kv(features)
@@ -120,8 +120,8 @@ def forward(self: AttentionPooling, features: Tensor, record: dict[str, Tensor] 
         keys = keys + self.waves(self.side).to(keys)
     query = split_heads(self.q(self.query.to(keys.dtype))[None], self.num_heads).expand(len(features), -1, -1, -1)
     key, value = split_heads(self.k(keys), self.num_heads), split_heads(self.v(values), self.num_heads)
-    if record is not None:
-        record['attn'] = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+    if trace is not None:
+        trace['attn'] = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
     context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return self.proj(self.norm_out(self.o(context)))
 

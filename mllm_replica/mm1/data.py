@@ -17,7 +17,7 @@ import torch
 from ..data.encoded import IGNORED, Encoded
 from ..data.mixture import Mixture
 from ..data.packing import collate, truncate
-from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..data.samples import COLUMNS, IMAGE_MARK, check_sample
 
 # %% ../../nbs/papers/03_mm1.ipynb #b36bac9a
 MAX_IMAGES = 16  # of a sequence
@@ -48,7 +48,7 @@ def check_example(
     if kind not in KINDS:
         raise ValueError(f'unknown kind of data {kind!r}; known: {sorted(KINDS)}')
     name = f'document {sample["id"]!r}'
-    if not (sample.get('document') or '').replace(IMAGE, '').strip():
+    if not (sample.get('document') or '').replace(IMAGE_MARK, '').strip():
         raise ValueError(f'{name} has no text, so nothing can be learnt from it; write some or leave it out')
     sample = sample | {'images': sample.get('images') or []}
     check_sample(dict.fromkeys(COLUMNS, '') | sample)

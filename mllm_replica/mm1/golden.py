@@ -37,9 +37,9 @@ def pooling_results(
     connector.load_state_dict(_part(tensors, part))
     if part == 'att':
         connector.norm_kv.eps = connector.norm_out.eps = config['ln_eps']
-    record = {}
-    return {f'out.{part}.y': connector(tensors[f'in.{part}.x'], record)} | {
-        f'out.{part}.{name}': tensor for name, tensor in record.items()
+    trace = {}
+    return {f'out.{part}.y': connector(tensors[f'in.{part}.x'], trace)} | {
+        f'out.{part}.{name}': tensor for name, tensor in trace.items()
     }
 
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import open_image
 from ..data.language import Piece
-from ..data.samples import IMAGE
+from ..data.samples import IMAGE_MARK
 from .components import SubImages, build_connector, letterboxed, resize_positions
 from .experts import auxiliary_loss, insert_experts, record_routing
 from .shots import Template
-from ..models.vision import CLIP_MEAN, CLIP_STD, features
+from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 from ..owl2.encoder import WholeCheckpoint
 
@@ -105,7 +105,10 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
         pixel_values: Tensor,  # [N,3,height,width]
     ) -> Tensor:
         "Patch features, those of the last block after the final norm: [N,3,h,w] → [N,S,Dv]."
-        layer, states = self.config.feature_layer, features(self.vision_model, pixel_values, self.config.feature_layer)
+        layer, states = (
+            self.config.feature_layer,
+            patch_features(self.vision_model, pixel_values, self.config.feature_layer),
+        )
         return (
             self.vision_model.post_layernorm(states)
             if layer in (-1, self.config.vision_config.num_hidden_layers)
@@ -223,7 +226,7 @@ class MM1Processor(VisionLanguageProcessor):
 
     def views(
         self,
-        image: Any,  # PIL image or undecoded source
+        image: Any,  # PIL image or anything as for `open_image`
     ) -> list[Any]:
         "What the encoder reads of an image: itself, or an overview and crops."
         return [image] if self.sub_images is None else self._tiles.cut(open_image(image))
@@ -240,14 +243,14 @@ class MM1Processor(VisionLanguageProcessor):
             sample.get('document') or '',
             sample.get('conversations') or [],
         )
-        if ''.join([document, *(turn['value'] for turn in turns)]).count(IMAGE) != len(images):
+        if ''.join([document, *(turn['value'] for turn in turns)]).count(IMAGE_MARK) != len(images):
             return sample  # `encode` says so
         seen = [self.views(image) for image in images]
-        marks = iter([IMAGE * len(views) for views in seen])
+        marks = iter([IMAGE_MARK * len(views) for views in seen])
 
         def cut(text) -> 'str':
             "The text with numbered marks for its images."
-            return re.sub(IMAGE, lambda _: next(marks), text)
+            return re.sub(IMAGE_MARK, lambda _: next(marks), text)
 
         return sample | dict(
             document=cut(document),
@@ -284,7 +287,7 @@ class MM1Processor(VisionLanguageProcessor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or undecoded sources
+        images: Sequence[Any],  # PIL images or anything as for `open_image`s
     ) -> Tensor:
         "Pixel values, squashed to a square or, with sub-images, padded to one: N images → [N,3,S,S]."
         if self.sub_images is not None:
@@ -303,7 +306,7 @@ def _around(text: str, supervised: bool) -> list[Piece]:
     "Text around `<image>` marks, as it stands, and the images."
     pieces = [
         piece
-        for part in text.split(IMAGE)
+        for part in text.split(IMAGE_MARK)
         for piece in (Piece(None), Piece(part, supervised))
         if part or piece.text is None
     ]

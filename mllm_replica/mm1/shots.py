@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..data.samples import COLUMNS, IMAGE_MARK, check_sample
 from ..models.vision import image_keys
 
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
@@ -38,7 +38,7 @@ VQA = Template('<image> Question: {question} Short answer:')
 def _spoken(sample: dict[str, Any]) -> tuple[str, str]:
     "Question and answer of a sample; of a captioned image ('', caption)."
     turns = (
-        [{'value': ''}, {'value': sample['document'].replace(IMAGE, '')}]
+        [{'value': ''}, {'value': sample['document'].replace(IMAGE_MARK, '')}]
         if sample.get('document')
         else sample['conversations']
     )
@@ -46,7 +46,7 @@ def _spoken(sample: dict[str, Any]) -> tuple[str, str]:
         raise ValueError(f'sample {sample["id"]!r} has {len(turns)} turns; a shot is one question and its answer')
     if not turns[1]['value'].strip():
         raise ValueError(f'sample {sample["id"]!r} has no caption or answer to show; write one or leave the sample out')
-    return turns[0]['value'].replace(IMAGE, '').strip(), turns[1]['value'].strip()
+    return turns[0]['value'].replace(IMAGE_MARK, '').strip(), turns[1]['value'].strip()
 
 
 def _images(sample: dict[str, Any]) -> set[str]:
@@ -56,14 +56,14 @@ def _images(sample: dict[str, Any]) -> set[str]:
 
 def _line(sample: dict[str, Any], template: Template, views: Callable[[Any], Sequence[Any]]) -> tuple[str, list[Any]]:
     "The sample as the template asks for it, without its answer, and its images."
-    around, images = template.query.split(IMAGE), sample.get('images') or []
+    around, images = template.query.split(IMAGE_MARK), sample.get('images') or []
     if len(images) != len(around) - 1:
         raise ValueError(
             f'sample {sample["id"]!r} has {len(images)} images, the template shows {len(around) - 1}; '
             'restore them or drop the sample'
         )
     seen = [list(views(image)) for image in images]
-    text = around[0] + ''.join(IMAGE * len(view) + part for view, part in zip(seen, around[1:]))
+    text = around[0] + ''.join(IMAGE_MARK * len(view) + part for view, part in zip(seen, around[1:]))
     return text.replace('{question}', _spoken(sample)[0]), [image for view in seen for image in view]
 
 # %% ../../nbs/papers/03_mm1.ipynb #8f4aa177

@@ -129,7 +129,7 @@ class PageProcessor(MM1Processor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or undecoded sources
+        images: Sequence[Any],  # PIL images or anything as for `open_image`s
     ) -> Tensor:
         "Pixel values with the noise that belongs to each picture: N images → [N,3,S,S]."
         pixels = super().image_tensor(images)

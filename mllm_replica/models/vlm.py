@@ -31,9 +31,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import open_image
-from ..data.language import IMAGE, Piece, text_ids, tokenize
+from ..data.language import IMAGE_PIECE, Piece, text_ids, tokenize
 from .placing import answer_loss, mask_and_positions, pad_left, place_images
-from .vision import CLIP_MEAN, CLIP_STD, clip_pixels, features, image_keys
+from .vision import CLIP_MEAN, CLIP_STD, clip_pixels, patch_features, image_keys
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #0f16adf3
 class VisionLanguageConfig(PreTrainedConfig):
@@ -138,7 +138,7 @@ def visual_features(
     pixel_values: Tensor,  # [N,3,height,width]
 ) -> Tensor:
     "What the connector reads: [N,3,h,w] → [N,S,Dv]."
-    return features(self.vision_model, pixel_values, self.config.feature_layer)
+    return patch_features(self.vision_model, pixel_values, self.config.feature_layer)
 
 
 @patch
@@ -316,7 +316,9 @@ def split_images(
 ) -> list[Piece]:
     "Text around `<image>` markers and the images as pieces."
     parts = [part.strip() for part in text.split('<image>')]
-    pieces = [piece for part in parts for piece in (IMAGE, Piece(part, supervised)) if piece is IMAGE or part]
+    pieces = [
+        piece for part in parts for piece in (IMAGE_PIECE, Piece(part, supervised)) if piece is IMAGE_PIECE or part
+    ]
     return pieces[1:]
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #4c260efc

@@ -72,7 +72,7 @@ class AbstractorLayer(nn.Module):
         queries: Tensor,  # [N,K,C]
         image: Tensor,  # [N,S,C]
         positions: Tensor,  # [K+S,C] of queries, then image tokens
-        record: dict[str, Tensor] | None = None,
+        trace: dict[str, Tensor] | None = None,
     ) -> Tensor:
         "[N,K,C] → [N,K,C]."
         normed, read = self.norm1(queries), self.normk(image)
@@ -90,8 +90,8 @@ class AbstractorLayer(nn.Module):
             .transpose(1, 2)
             .flatten(2)
         )
-        if record is not None:
-            record |= dict(norm1=normed, normk=read, context=context)
+        if trace is not None:
+            trace |= dict(norm1=normed, normk=read, context=context)
         attended = normed + self.output['out_proj'](context)
         return attended + self.output['mlp'](self.output['norm2'](attended))
 
@@ -177,7 +177,7 @@ class VisualAbstractor(nn.Module):
     def forward(
         self,
         image: Tensor,  # [N,S,C]
-        record: list[dict[str, Tensor]] | None = None,
+        trace: list[dict[str, Tensor]] | None = None,
     ) -> Tensor:
         "[N,S,C] → [N,K+1,D]."
         if image.shape[1] != self.num_image_tokens:
@@ -187,8 +187,8 @@ class VisualAbstractor(nn.Module):
             )
         queries, positions = self.query_embeds.expand(len(image), -1, -1), self.positions(image)
         for layer in self.encoder['layers']:
-            notes: dict[str, Tensor] | None = None if record is None else {}
+            notes: dict[str, Tensor] | None = None if trace is None else {}
             queries = layer['crossattention'](queries, image, positions, notes)
-            if record is not None:
-                record.append(notes | {'out': queries})
+            if trace is not None:
+                trace.append(notes | {'out': queries})
         return torch.cat([self.visual_fc(queries), self.vit_eos.expand(len(image), -1, -1)], 1)

@@ -40,7 +40,7 @@ def build(
     if recipe.scale == 'paper':
         if not meta:
             raise NotImplementedError(
-                f'{recipe.unit}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only'
+                f'{recipe.label}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only'
             )
         return Owl2Model(paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))), None
     tokenizer = word_tokenizer(vocabulary())

@@ -66,7 +66,7 @@ def abstractor_case(
 ) -> dict[str, Tensor]:
     "The abstractor alone; the sine tables of the file must be ours."
     fields, weights = abstractor_fields(config['abstractor']), tensors.weights()
-    module, record = VisualAbstractor(fields, config['language_hidden_size']).eval(), []
+    module, trace = VisualAbstractor(fields, config['language_hidden_size']).eval(), []
     queries = fields['num_learnable_queries']
     positions = module.positions(module.query_embeds.detach())
     for name in [n for n in weights if n.endswith('_pos_embed')]:
@@ -75,15 +75,15 @@ def abstractor_case(
             raise ValueError(f'{name} is not our table of sines')
     module.load_state_dict(weights)
     image = tensors['in.encoder_hidden_states'].clone().requires_grad_()
-    last = module(image, record)
+    last = module(image, trace)
     (loss := (last * tensors['in.loss_weight']).sum()).backward()
-    found = {f'out.layer{i}.{name}': state for i, layer in enumerate(record) for name, state in layer.items()}
+    found = {f'out.layer{i}.{name}': state for i, layer in enumerate(trace) for name, state in layer.items()}
     return (
         found
         | {
             'out.last_hidden_state': last,
             'out.loss': loss,
-            'out.pooler_output': record[-1]['out'][:, 0],
+            'out.pooler_output': trace[-1]['out'][:, 0],
             'grad.in.encoder_hidden_states': image.grad,
         }
         | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}

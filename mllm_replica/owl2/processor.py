@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import MAX_PIXELS, ImageError, image_name, open_image
 from ..data.language import text_ids
-from ..data.samples import IMAGE, ROLES
+from ..data.samples import IMAGE_MARK, ROLES
 from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels, image_keys
 from ..models.vlm import VisionLanguageProcessor
 
@@ -26,7 +26,7 @@ MODES = ('resize', 'pad', 'crop')
 
 
 def to_square(
-    image: Any,  # PIL image, or a source as for `open_image`
+    image: Any,  # PIL image, or anything as for `open_image`
     size: int,  # side of the encoder's input, pixels
     mode: str = 'resize',  # one of `MODES`
     mean: Sequence[float] = CLIP_MEAN,  # of the channels, 0…1: the colour around a padded picture
@@ -141,7 +141,7 @@ class Owl2Processor(VisionLanguageProcessor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or undecoded sources, of any size
+        images: Sequence[Any],  # PIL images or anything as for `open_image`s, of any size
     ) -> Tensor:
         "Pixel values: N images → [N,3,S,S]."
         squares = [to_square(image, self.image_size, self.mode, self.image_mean) for image in images]
@@ -183,7 +183,7 @@ def _with_pictures(texts: Sequence[str], sample: dict[str, Any], name: str) -> t
         "Note the pictures of a mark; the placeholders that stand for it."
         new = next(frames) if mark[0] == '<video>' else [next(shown)]
         pictures.extend(new)
-        return IMAGE * len(new)
+        return IMAGE_MARK * len(new)
 
     return [_ANY.sub(place, text) for text in texts], pictures
 
@@ -250,7 +250,7 @@ def encode(
             {
                 word
                 for text in texts
-                for word in text.replace(IMAGE, ' ').split()
+                for word in text.replace(IMAGE_MARK, ' ').split()
                 if unknown in text_ids(self.tokenizer, word)
             }
         )

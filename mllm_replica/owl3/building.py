@@ -65,7 +65,7 @@ def build(
     if recipe.scale == 'paper':
         if not meta:
             raise NotImplementedError(
-                f'{recipe.unit}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only'
+                f'{recipe.label}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only'
             )
         if 'size' in made:
             return Owl3Model(paper_config(made['size'])), None

@@ -65,15 +65,15 @@ class HyperAttention(Qwen2Attention):
         self,
         sight: Sight,
         norm: nn.Module,  # normalises image features
-        record: dict | None = None,
+        trace: dict | None = None,
     ) -> States:
         "Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice."
 
         def project(part: Tensor) -> States:
             "Keys and values of some images."
             projected = self.v_kv_proj(norm(part))
-            if record is not None:
-                record.setdefault('visual_kv_proj', []).append(projected)
+            if trace is not None:
+                trace.setdefault('visual_kv_proj', []).append(projected)
             return projected.unflatten(-1, (self.num_key_value_heads, 2, self.head_dim)).unbind(-2)
 
         return image_states(sight.media, project, sight.media.angles if self.mi_rope else None)
@@ -83,7 +83,7 @@ class HyperAttention(Qwen2Attention):
         context: Tensor,  # [B,T,H,d] self-attention
         visual: Tensor,  # [B,T,H,d] attention to images
         sees: Tensor,  # [B,T]
-        record: dict | None = None,
+        trace: dict | None = None,
     ) -> Tensor:
         "The gate: → [B,T,H,d]."
         visual = visual.to(context.dtype)
@@ -95,8 +95,8 @@ class HyperAttention(Qwen2Attention):
                 if self.gate_kind == 'adaptive'
                 else torch.sigmoid(self.gate.view(context.shape[2:]))
             )
-            if record is not None:
-                record['gate'] = gate
+            if trace is not None:
+                trace['gate'] = gate
             mixed = torch.lerp(context, visual, gate.expand_as(context).to(context.dtype))
         return torch.where(sees[..., None, None], mixed, context)
 
@@ -110,7 +110,7 @@ def forward(
     past_key_values: Any = None,
     sight: Sight | None = None,  # None: no images, Qwen2's own code
     norm: nn.Module | None = None,  # normalises image features; None: they are normalised already
-    record: dict | None = None,
+    trace: dict | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     "[B,T,D] → [B,T,D]."
@@ -138,12 +138,12 @@ def forward(
         sliding_window=self.sliding_window,
         **kwargs,
     )
-    keys, values = sight.states(self.layer_idx, lambda: self.visual_states(sight, norm or nn.Identity(), record))
+    keys, values = sight.states(self.layer_idx, lambda: self.visual_states(sight, norm or nn.Identity(), trace))
     visual = image_attention(query, keys, values, sight).transpose(1, 2)
-    mixed = self.mix(context, visual, sight.sees, record).flatten(2)
+    mixed = self.mix(context, visual, sight.sees, trace).flatten(2)
     output = self.o_proj(mixed)
-    if record is not None:
-        record |= dict(
+    if trace is not None:
+        trace |= dict(
             query_rope=query,
             self_context=context.flatten(2),
             keys=keys,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..data.images import open_image
-from ..data.samples import COLUMNS, IMAGE, check_sample
+from ..data.samples import COLUMNS, IMAGE_MARK, check_sample
 from ..data.worlds.making import samples
 from ..scoring.official_scorers import infer
 
@@ -113,9 +113,9 @@ def mmbench_questions(
 def _prompt(style: str, n_images: int, number: int, text: str, options: Sequence[str]) -> str:
     "The text of a prompt; `words` is that of an album."
     if style == 'words':
-        head = IMAGE if n_images == 1 else ' '.join(f'picture {i + 1} {IMAGE}' for i in range(n_images))
+        head = IMAGE_MARK if n_images == 1 else ' '.join(f'picture {i + 1} {IMAGE_MARK}' for i in range(n_images))
         return f'{head}\nof {" ".join(options)} {text.replace(_NUMBER, str(number))}'
-    head = ' '.join(f'Image {i + 1}: {IMAGE}' for i in range(n_images))
+    head = ' '.join(f'Image {i + 1}: {IMAGE_MARK}' for i in range(n_images))
     lines = '\n'.join(f'{letter}. {option}' for letter, option in zip(string.ascii_uppercase, options))
     return f'{head}. In Image {number}, {text.replace(_NUMBER, str(number))}\nOptions: {lines}\n{_LETTER}'
 

@@ -79,7 +79,7 @@ def layer_case(
     gate = 'static' if any(name.endswith('gate') for name in weights) else 'adaptive'
     module = (HyperLayer(fields, 0, gate) if whole else HyperAttention(fields, 0, gate)).eval()
     module.load_state_dict(weights)
-    positions, rotary, record = tensors['in.position_ids'], Qwen2RotaryEmbedding(fields), {}
+    positions, rotary, trace = tensors['in.position_ids'], Qwen2RotaryEmbedding(fields), {}
     media = Media(images, starts_of(tensors, x.shape[1]))
     media.rotary(rotary)
     sight = Sight.of(media, positions)
@@ -88,31 +88,31 @@ def layer_case(
         position_embeddings=rotary(x, positions),
         attention_mask=causal_mask(tensors['in.attention_mask']),
         sight=sight,
-        record=record,
+        trace=trace,
     )
     output = output if whole else output[0]
     (output * tensors['in.cotangent']).sum().backward()
     return (
-        _recorded(record, sight)
+        _recorded(trace, sight)
         | {'out.hidden_states': output}
         | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
         | {'grad.in.hidden_states': x.grad, 'grad.in.image_embeds': images.grad}
     )
 
 
-def _recorded(record: dict[str, Any], sight: Sight) -> dict[str, Tensor]:
+def _recorded(trace: dict[str, Any], sight: Sight) -> dict[str, Tensor]:
     "The intermediate results in the official shapes."
-    found = {f'out.{name}': record[name] for name in ('query_rope', 'self_context', 'fused_context')}
-    found['out.visual_kv_proj'] = torch.cat(record['visual_kv_proj'])
-    if 'gate' in record and record['gate'].ndim == 4:
-        found['out.gate'] = record['gate'].flatten(2)
-    repeat, at = record['query_rope'].shape[1] // record['keys'].shape[1], 0
+    found = {f'out.{name}': trace[name] for name in ('query_rope', 'self_context', 'fused_context')}
+    found['out.visual_kv_proj'] = torch.cat(trace['visual_kv_proj'])
+    if 'gate' in trace and trace['gate'].ndim == 4:
+        found['out.gate'] = trace['gate'].flatten(2)
+    repeat, at = trace['query_rope'].shape[1] // trace['keys'].shape[1], 0
     for b, starts in enumerate(sight.media.starts):
         part = slice(at, at := at + len(starts) * sight.media.embeds.shape[1])
-        for name, states in (('key_rope', record['keys']), ('value', record['values'])):
+        for name, states in (('key_rope', trace['keys']), ('value', trace['values'])):
             found[f'out.cross.{b}.{name}_repeated'] = states[part].transpose(0, 1).repeat_interleave(repeat, 0)[None]
         found[f'out.cross.{b}.blocked_mask'] = blocked(sight, b)
-        found[f'out.cross.{b}.context'] = record['visual'][b, sight.sees[b]][:, None]
+        found[f'out.cross.{b}.context'] = trace['visual'][b, sight.sees[b]][:, None]
     return found
 
 

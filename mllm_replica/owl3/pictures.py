@@ -51,7 +51,7 @@ IMAGE_TOKENS = (27, 91, 1805, 91, 29)  # it, in the tokens of Qwen2: < | image |
 
 
 def cut(
-    image: Any,  # PIL image, or a source as for `open_image`
+    image: Any,  # PIL image, or anything as for `open_image`
     size: int,  # side of a tile, pixels
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     "Tiles row by row and the global view last; and (rows, columns)."
@@ -145,7 +145,7 @@ def _sampled(file: BinaryIO, count: int, max_pixels: int) -> list[Image.Image]:
 
 
 def read_video(
-    source: str | Path | bytes | dict,  # path under `root`, bytes, or {'bytes', 'path'}
+    video: str | Path | bytes | dict,  # path under `root`, bytes, or {'bytes', 'path'}
     count: int,  # frames, evenly spread
     root: Path | None = None,  # folder that paths are relative to
     max_pixels: int = MAX_PIXELS,  # width x height of a frame
@@ -153,9 +153,9 @@ def read_video(
     "`count` frames of a video as upright RGB pictures, or a `VideoError` naming it."
     if count < 1:
         raise ValueError(f'{count} frames were asked for; a video needs at least one')
-    name = image_name(source).replace('unnamed image', 'unnamed video')
+    name = image_name(video).replace('unnamed image', 'unnamed video')
     try:
-        content = _content(source, root)
+        content = _content(video, root)
         with content if not isinstance(content, Path) else content.open('rb') as file:
             return _sampled(file, count, max_pixels)
     except ImportError:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import ImageError
 from ..data.language import Piece, text_ids
-from ..data.samples import IMAGE
+from ..data.samples import IMAGE_MARK
 from ..models.vision import image_keys
 from ..models.vlm import VisionLanguageProcessor
 from .pictures import PLACEHOLDER, VideoError, cut, cut_text, read_video
@@ -102,13 +102,13 @@ def _shown(
     "What replaces the mark of an image or a video, and its pictures."
     if kind == 'image':
         if not self.cropping:
-            return IMAGE, [item]
+            return IMAGE_MARK, [item]
         tiles, grid = cut(item, self.image_size)
-        return cut_text(*grid).replace(PLACEHOLDER, IMAGE), tiles
+        return cut_text(*grid).replace(PLACEHOLDER, IMAGE_MARK), tiles
     frames = list(item) if isinstance(item, (list, tuple)) else read_video(item, self.frames)
     if not frames:
         raise VideoError('a video has no frames; drop the sample')
-    return IMAGE * len(frames), frames
+    return IMAGE_MARK * len(frames), frames
 
 
 @patch
@@ -165,7 +165,7 @@ def _chat(
             yield header, False
             yield [*ids(turn['value']), end, over], True
         elif turn['from'] == 'human':
-            first, *others = turn['value'].split(IMAGE)
+            first, *others = turn['value'].split(IMAGE_MARK)
             yield [*ids('\n'), start, *ids('user\n' + first)], False
             for text in others:
                 yield from ((None, False), (ids(text), False))
@@ -217,7 +217,7 @@ def encode(
                 w
                 for text in [*texts, self.placeholder]
                 for w in text.split()
-                if w != IMAGE and unknown in text_ids(self.tokenizer, w)
+                if w != IMAGE_MARK and unknown in text_ids(self.tokenizer, w)
             }
         )
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')

@@ -258,7 +258,7 @@ STARTUP = 8.0  # seconds until a unit's process and kernel run (7 to 10 measured
 class UnitPlan(Strict):
     "What one unit takes."
 
-    unit: str
+    label: str
     parameters: int
     visual_tokens: int
     stages: tuple[StagePlan, ...]
@@ -327,7 +327,7 @@ def plan_unit(
     seconds = STARTUP + ((sum(s.flops for s in stages) + evaluation) / rate if earlier is None else earlier)
     most = max((s.trained for s in stages), default=0)
     return UnitPlan(
-        unit=recipe.unit,
+        label=recipe.label,
         parameters=parameters,
         visual_tokens=visual,
         stages=tuple(stages),

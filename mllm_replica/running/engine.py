@@ -100,7 +100,7 @@ class Metric(Strict):
 class Result(Strict):
     "What a unit leaves in `result.json`."
 
-    unit: str
+    label: str
     digest: str  # of the recipe
     metrics: dict[str, Metric]
     steps: int

@@ -50,7 +50,7 @@ def data_hash(
             place = (data_root or project_root() / 'data') / source.name
             if not place.exists():
                 raise FileNotFoundError(
-                    f'{recipe.unit}: source {key!r} ({source.kind}) wants {place}, which does not exist'
+                    f'{recipe.label}: source {key!r} ({source.kind}) wants {place}, which does not exist'
                 )
             seen[key] = _files_below(place)
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]

@@ -53,7 +53,7 @@ def write_records(
         {(r.row, r.seed, r.unit) for r in before},
         {(r.row, r.seed) for r in before if r.row in rows and outdated(paper, r)},
     )
-    new = [unit for unit in units if (unit[0].row, unit[0].seed, unit[1].key) not in known]
+    new = [unit for unit in units if (unit[0].row, unit[0].seed, unit[1].unit_key) not in known]
     records = [record for recipe, order in new for record in _records(recipe, order, own)]
     if records or dropped:
         write_results(paper, table, scale, records, dropped, own)
@@ -70,7 +70,7 @@ def _records(recipe: Recipe, order: Order, own: bool) -> list:
     )
     if not own and (not commit or commit.endswith('+')):
         raise ValueError(
-            f'{recipe.unit} was started at {commit or "no commit"}, which nobody else can check out, so its numbers are not published: '
+            f'{recipe.label} was started at {commit or "no commit"}, which nobody else can check out, so its numbers are not published: '
             'commit what has changed, then run it again'
         )
     date = datetime.fromtimestamp((order.folder / 'result.json').stat().st_mtime, UTC).isoformat(timespec='seconds')
@@ -79,7 +79,7 @@ def _records(recipe: Recipe, order: Order, own: bool) -> list:
         row=recipe.row,
         scale=recipe.scale,
         seed=recipe.seed,
-        unit=order.key,
+        unit=order.unit_key,
         digest=result.digest,
         code=code_of(recipe),
         commit=commit,

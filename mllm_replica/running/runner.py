@@ -94,7 +94,7 @@ def start_orders(
             code = code_of_functions(chapter.teach, content=order.recipe.model_dump())
             decides = [paper, order.recipe.scale, order.recipe.seed, start, code, library_versions()]
             key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
-            found.setdefault(key, order.model_copy(update=dict(key=key, start=start, notebook=notebook)))
+            found.setdefault(key, order.model_copy(update=dict(unit_key=key, start=start, notebook=notebook)))
     return [order for order in found.values() if not (order.folder / 'result.json').exists()]
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #1e249ab3
@@ -161,14 +161,14 @@ def run_orders(
         while waiting:
             done, _ = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
             for future, order in waiting.items():
-                if order.key not in begun and (future.running() or future in done):
-                    begun.add(order.key)
+                if order.unit_key not in begun and (future.running() or future in done):
+                    begun.add(order.unit_key)
                     started(order)
             for future in done:
                 order, error = waiting.pop(future), future.exception()
                 ended(
                     order,
-                    Outcome(unit=order.unit, key=order.key, status='failed', reason=repr(error))
+                    Outcome(label=order.label, unit_key=order.unit_key, status='failed', reason=repr(error))
                     if error
                     else future.result(),
                 )
@@ -201,7 +201,7 @@ class Books:
         }
 
     def _places(self, order: Order) -> list[Recipe]:
-        return [r for r in self.plan.places[order.key] if r.table in self.parents]
+        return [r for r in self.plan.places[order.unit_key] if r.table in self.parents]
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
@@ -221,9 +221,9 @@ class Books:
     ) -> None:
         "Open the unit's run under every table that shows it."
         for recipe in places or self._places(order):
-            with self._guarded(recipe.unit):
-                self.runs[order.key, recipe.unit] = self.tracker.start_unit(
-                    self.parents[recipe.table], recipe, order.key
+            with self._guarded(recipe.label):
+                self.runs[order.unit_key, recipe.label] = self.tracker.start_unit(
+                    self.parents[recipe.table], recipe, order.unit_key
                 )
 
     def end(
@@ -234,10 +234,10 @@ class Books:
         "Log what the unit left, or why it left nothing."
         result = order.result() if outcome.ok else None
         for recipe in self._places(order):
-            run = self.runs.pop((order.key, recipe.unit), None)
+            run = self.runs.pop((order.unit_key, recipe.label), None)
             if run is None:
                 continue
-            with self._guarded(recipe.unit):
+            with self._guarded(recipe.label):
                 if result:
                     self.tracker.finish_unit(run, result, order.folder, self._numbers(recipe, result))
                 else:
@@ -256,11 +256,11 @@ class Books:
         "Track finished units that this table's run does not have yet, e.g. because another table or an earlier run made them."
         known = {table: self.tracker.finished_units(parent, self.plan.paper) for table, parent in self.parents.items()}
         for order in orders:
-            missing = [r for r in self._places(order) if (order.key, r.row) not in known[r.table]]
+            missing = [r for r in self._places(order) if (order.unit_key, r.row) not in known[r.table]]
             if not missing:
                 continue
             self.start(order, missing)
-            self.end(order, Outcome(unit=order.recipe.unit, key=order.key, status='found'))
+            self.end(order, Outcome(label=order.recipe.label, unit_key=order.unit_key, status='found'))
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #a20e1b80
 @dataclass
@@ -291,8 +291,8 @@ class Summary:
         ]
         for o in self.failed:
             lines.append(
-                f'  {o.status} {o.unit}: {o.reason} (exit code {o.exit_code}, last cell {o.cell}, '
-                f'peak memory {o.peak_memory_mb:.0f} MB, unit {o.key})'
+                f'  {o.status} {o.label}: {o.reason} (exit code {o.exit_code}, last cell {o.cell}, '
+                f'peak memory {o.peak_memory_mb:.0f} MB, unit {o.unit_key})'
             )
             lines += [f'    | {line}' for line in o.log_tail[-5:]]
         return '\n'.join(lines + [f'  trouble: {p}' for p in self.problems])
@@ -344,7 +344,12 @@ def run_tables(
     limit = timeout if timeout is not None else TIMEOUTS[plan.scale]
     orders = [
         Order(
-            recipe=recipes[0], key=key, notebook=notebook, run_folder=chosen.run_folder, timeout=limit, threads=threads
+            recipe=recipes[0],
+            unit_key=key,
+            notebook=notebook,
+            run_folder=chosen.run_folder,
+            timeout=limit,
+            threads=threads,
         )
         for key, recipes in plan.places.items()
     ]
@@ -353,7 +358,7 @@ def run_tables(
     stale = [
         t for t in plan.tables if report and (publishing or not is_published(paper, t, plan.scale, plan.units_of(t)))
     ]
-    begun = {r.table for order in todo for r in plan.places[order.key]}
+    begun = {r.table for order in todo for r in plan.places[order.unit_key]}
     if todo or stale:
         for order in todo[:1]:
             check_parameters(notebook, order.parameters)
@@ -385,14 +390,14 @@ def _run(
 
         def started(order: Order) -> None:
             "A unit has begun: show and book it."
-            display.start(order.unit, order.folder)
+            display.start(order.label, order.folder)
             books.start(order)
 
         def ended(order: Order, outcome: Outcome) -> None:
             "A unit is over: count, book and show it."
             summary.outcomes.append(outcome)
             books.end(order, outcome)
-            display.end(order.unit, outcome.status, outcome.reason)
+            display.end(order.label, outcome.status, outcome.reason)
 
         starts = start_orders(plan.paper, todo)
         display.total += len(starts)
@@ -401,8 +406,8 @@ def _run(
                 starts,
                 engine,
                 workers,
-                lambda order: display.start(order.unit, order.folder),
-                lambda order, outcome: display.end(order.unit, outcome.status, outcome.reason),
+                lambda order: display.start(order.label, order.folder),
+                lambda order, outcome: display.end(order.label, outcome.status, outcome.reason),
                 display.refresh,
             )
             run_orders(todo, engine, workers, started, ended, display.refresh)
@@ -417,7 +422,7 @@ def _finish_table(
 ) -> None:
     "Have the table reported and close its run."
     plan, run = books.plan, books.parents[table]
-    orders = {order.key: order for order in finished}
+    orders = {order.unit_key: order for order in finished}
     units = [(recipe, orders[key]) for recipe, key in plan.units_of(table) if key in orders]
     status = 'FINISHED' if len(units) == len(plan.units_of(table)) else 'FAILED'
     try:

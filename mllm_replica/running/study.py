@@ -38,7 +38,7 @@ def ablation(
     varied = [vary(base, {path: value}) for path, values in factors.items() for value in values]
     changed = {recipe.row: recipe for recipe in varied if recipe.digest() != base.digest()}
     if not changed:
-        raise ValueError(f'{base.unit}: no value of {", ".join(factors) or "no factor"} differs from what the row has')
+        raise ValueError(f'{base.label}: no value of {", ".join(factors) or "no factor"} differs from what the row has')
     return {base.row: base} | changed
 
 # %% ../../nbs/foundations/running/75_study.ipynb #43145222
@@ -68,10 +68,10 @@ def _run(
     first = recipes[0]
     for r in recipes:
         if (r.paper, r.table, r.scale) != (first.paper, first.table, first.scale):
-            raise ValueError(f'{first.unit}, {r.unit}: a study has one table')
+            raise ValueError(f'{first.label}, {r.label}: a study has one table')
         if recipes_of(r.paper).recipe(r.table, r.row, r.scale, r.seed).digest() != r.digest():
             raise ValueError(
-                f'{r.unit}: the registry makes another recipe of this name; write what differs with `vary`'
+                f'{r.label}: the registry makes another recipe of this name; write what differs with `vary`'
             )
     summary = run_tables(
         first.paper,

@@ -68,7 +68,7 @@ def open_unit(
     ordered = folder / 'recipe.json'
     if ordered.exists() and (given := Recipe.model_validate_json(ordered.read_bytes())).digest() != recipe.digest():
         raise ValueError(
-            f'{recipe.unit}: the recipe is {recipe.digest()}, the runner ordered {given.digest()}: the code has changed meanwhile; '
+            f'{recipe.label}: the recipe is {recipe.digest()}, the runner ordered {given.digest()}: the code has changed meanwhile; '
             'start the run again'
         )
     ordered.write_text(recipe.model_dump_json(indent=1), encoding='utf-8')
@@ -98,7 +98,7 @@ def encode(
         for name in stage.mixture:
             if lengths.setdefault(name, stage.max_length) != stage.max_length:
                 raise NotImplementedError(
-                    f'{unit.recipe.unit}: source {name!r} is used with max_length {lengths[name]} and {stage.max_length}; '
+                    f'{unit.recipe.label}: source {name!r} is used with max_length {lengths[name]} and {stage.max_length}; '
                     'give the stages one length, or two sources'
                 )
     for name, length in lengths.items():
@@ -206,7 +206,7 @@ def score(
         registry.recipes_of(unit.recipe.paper).measure(unit.model, unit.processor, unit.recipe, scores).items()
     ):
         if name in unit.metrics:
-            raise ValueError(f'{unit.recipe.unit}: {name!r} is both a benchmark and a measurement; rename one')
+            raise ValueError(f'{unit.recipe.label}: {name!r} is both a benchmark and a measurement; rename one')
         unit.metrics[name] = Metric(value=float(value))
     return unit.metrics
 
@@ -217,7 +217,7 @@ def finish(
     "Write `result.json`, the last thing a unit does."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = Result(
-        unit=unit.recipe.unit,
+        label=unit.recipe.label,
         digest=unit.recipe.digest(),
         metrics=unit.metrics,
         steps=unit.history.steps if unit.history else 0,

@@ -32,7 +32,7 @@ class Order(Strict):
     "One unit to execute, or something that units start from."
 
     recipe: Recipe
-    key: str
+    unit_key: str
     notebook: Path  # the pipeline
     run_folder: Path  # shared by all machines
     timeout: float | None  # seconds
@@ -40,15 +40,15 @@ class Order(Strict):
     start: str = ''  # of the unit's starts, if only that is asked for
 
     @property
-    def unit(self) -> str:
+    def label(self) -> str:
         "Its name."
         r = self.recipe
-        return f'{r.paper}/start {self.start}/{r.scale}/{r.seed}' if self.start else r.unit
+        return f'{r.paper}/start {self.start}/{r.scale}/{r.seed}' if self.start else r.label
 
     @property
     def folder(self) -> Path:
         "Where everything is written."
-        return self.run_folder / ('starts' if self.start else 'units') / self.key
+        return self.run_folder / ('starts' if self.start else 'units') / self.unit_key
 
     @property
     def parameters(self) -> RowParameters:
@@ -68,8 +68,8 @@ class Order(Strict):
 class Outcome(Strict):
     "How an execution ended."
 
-    unit: str
-    key: str
+    label: str
+    unit_key: str
     status: Literal['finished', 'found', 'failed', 'timeout', 'killed']  # found: another run had finished it meanwhile
     seconds: float = 0.0
     reason: str = ''
@@ -194,13 +194,13 @@ def _judge(order: Order, code: int, why: str) -> dict:
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #d26b4a1c
 def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
-    folder, journal, unit = order.folder, Journal(order.run_folder), order.unit
+    folder, journal = order.folder, Journal(order.run_folder)
     (folder / 'result.json').unlink(missing_ok=True)
     write_atomic(folder / 'recipe.json', order.recipe.model_dump_json(indent=1))
     write_atomic(folder / 'commit', git_commit())
     log, start = folder / 'log', time.monotonic()
     offset = log.stat().st_size if log.exists() else 0
-    journal.append('started', unit=unit, key=order.key, process=this_process())
+    journal.append('started', unit=order.label, key=order.unit_key, process=this_process())
     ProgressFile(folder)('starting')
     job = Job(notebook=order.notebook, output=folder / 'notebook.ipynb', parameters=order.parameters)
     process = start_job(job, log, environment(order.threads, order.run_folder), (lock,))
@@ -216,8 +216,8 @@ def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
         verdict['reason'] = verdict['reason'] or (tail[-1] if tail else 'it said nothing')
         verdict['log_tail'] = tuple(tail)
     outcome = Outcome(
-        unit=unit,
-        key=order.key,
+        label=order.label,
+        unit_key=order.unit_key,
         exit_code=process.returncode,
         cell=cell,
         peak_memory_mb=round(peak, 1),
@@ -238,8 +238,10 @@ def supervise(
         with unit_lock(order.folder) as lock:
             if lock is not None:
                 if order.result():
-                    return Outcome(unit=order.unit, key=order.key, status='found', reason='another run finished it')
+                    return Outcome(
+                        label=order.label, unit_key=order.unit_key, status='found', reason='another run finished it'
+                    )
                 return _attempt(order, lock, stop)
         if stop is not None and stop.is_set():
-            return Outcome(unit=order.unit, key=order.key, status='killed', reason='stopped while waiting')
+            return Outcome(label=order.label, unit_key=order.unit_key, status='killed', reason='stopped while waiting')
         time.sleep(0.5)

@@ -92,10 +92,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(partial: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def _write(partial: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     file = partial / 'tensors.safetensors'
     save_file(dict(tensors), file)
-    body = {'step': step, 'record': dict(record), 'sha256': {file.name: _sha256(file)}}
+    body = {'step': step, 'state': dict(state), 'sha256': {file.name: _sha256(file)}}
     (partial / 'state.json').write_text(
         json.dumps({'body': body, 'sha256': _body_digest(body)}, indent=1), encoding='utf-8'
     )
@@ -107,7 +107,7 @@ def save_checkpoint(
     folder: Path,  # where this run's checkpoints lie
     step: int,  # optimiser steps done
     tensors: Mapping[str, Tensor],  # from `pack_state`
-    record: Mapping[str, Any],  # whatever else must come back; JSON values
+    state: Mapping[str, Any],  # whatever else must come back; JSON values
     keep: int = 2,  # newest checkpoints that stay
 ) -> Path:
     "Write `step-NNNNNNNN` atomically, delete the oldest beyond `keep`, return the new folder."
@@ -121,7 +121,7 @@ def save_checkpoint(
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
-        _write(partial, step, tensors, record)
+        _write(partial, step, tensors, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, 'errno', None) != errno.ENOSPC and 'No space left' not in str(error):
@@ -152,7 +152,7 @@ class Checkpoint:
 
     step: int  # optimiser steps done
     tensors: dict[str, Tensor]  # see `pack_state`
-    record: dict[str, Any]  # as given to `save_checkpoint`
+    state: dict[str, Any]  # as given to `save_checkpoint`
     path: Path  # its folder
 
 
@@ -171,7 +171,7 @@ def load_checkpoint(
         raise CheckpointError(f'{state} was altered or cut: its checksum is wrong')
     if not file.exists() or _sha256(file) != body['sha256'][file.name]:
         raise CheckpointError(f'{file} is missing, altered or cut: its checksum is wrong')
-    return Checkpoint(body['step'], load_file(file), body['record'], path)
+    return Checkpoint(body['step'], load_file(file), body['state'], path)
 
 
 def load_latest(

@@ -179,16 +179,16 @@ class _Run:
         self.curve = Curve(out_dir / 'curve.csv', self.done, self.accelerator.is_main_process)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        record = checkpoint.record
-        changed = differences(record['config'], self.config)
+        state = checkpoint.state
+        changed = differences(state['config'], self.config)
         if changed:
             raise CheckpointError(
                 f'{checkpoint.path} belongs to another run; changed: {"; ".join(changed[:8])}. '
                 'Restore the settings, or choose an empty folder to start anew'
             )
         unpack_state(checkpoint.tensors, self.model)
-        self.done, self.seconds, self.notes = checkpoint.step, record['seconds'], list(record['notes'])
-        moved = differences(record['environment'], self.environment)
+        self.done, self.seconds, self.notes = checkpoint.step, state['seconds'], list(state['notes'])
+        moved = differences(state['environment'], self.environment)
         if moved:
             self.notes.append(f'resumed at step {self.done} with {", ".join(moved)}: not bit-exact')
 
@@ -203,13 +203,13 @@ class _Run:
         if self.accelerator.is_main_process:
             self.curve.flush()
             names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
-            record = {
+            state = {
                 'config': self.config,
                 'environment': self.environment,
                 'seconds': self.spent(),
                 'notes': self.notes,
             }
-            save_checkpoint(self.folder, self.done, pack_state(self.model, names, optimizer), record)
+            save_checkpoint(self.folder, self.done, pack_state(self.model, names, optimizer), state)
         self.accelerator.wait_for_everyone()
         self.saved = self.done
 
@@ -261,7 +261,7 @@ def _seed_random(seed: int, device: torch.device) -> None:
 
 
 def _order(run: _Run, number: int, resumed: bool) -> Mixture:
-    "The stage's order of samples. A record of its first steps is kept; on resume it must come out again."
+    "The stage's order of samples. The names of its first steps is kept; on resume it must come out again."
     stage, path = run.stages[number], run.folder.parent / f'order-{number}.json'
     order = run.draw(
         {name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number)

@@ -33,7 +33,7 @@ def pretrained(
     "The model after its stages, trained on first use; one interrupted is gone on with."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise NotImplementedError(
-            f'{recipe.unit}: what a small model starts from is trained by one process; run this scale without a launcher'
+            f'{recipe.label}: what a small model starts from is trained by one process; run this scale without a launcher'
         )
     names = dict.fromkeys(name for stage in stages for name in stage.mixture)
     chapter, sources = recipes_of(recipe.paper), {name: recipe.sources[name].model_dump() for name in names}

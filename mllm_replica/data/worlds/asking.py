@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..samples import COLUMNS, IMAGE
+from ..samples import COLUMNS, IMAGE_MARK
 from .world import SPLITS, Ask, Scene, World, split_of
 
 # %% ../../../nbs/foundations/data/worlds/28_asking.ipynb #e6cbfbf7
@@ -105,7 +105,7 @@ def conversation(
 ) -> dict[str, Any]:
     "A sample with one turn per question; the images come before the first."
     if len(images) == 1:
-        head = IMAGE + '\n'
+        head = IMAGE_MARK + '\n'
     else:
         head = ' '.join(prefix.format(i + 1) for i in range(len(images))) + '\n' * bool(images)
     turns = []

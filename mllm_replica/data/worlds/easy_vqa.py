@@ -10,7 +10,7 @@ import importlib.util, json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..samples import IMAGE, choose, features
+from ..samples import IMAGE_MARK, choose, schema
 from .asking import conversation
 from .world import SPLITS
 
@@ -56,7 +56,9 @@ def easy_vqa(
     for picture, asked in grouped.items():
         image, asked = dict(bytes=None, path=str(folder / split / 'images' / f'{picture}.png')), list(asked.values())
         rows += [
-            conversation(f'easy_vqa-{split}-{picture}-{i}', [image], asked[i : i + turns], IMAGE, {'picture': picture})
+            conversation(
+                f'easy_vqa-{split}-{picture}-{i}', [image], asked[i : i + turns], IMAGE_MARK, {'picture': picture}
+            )
             for i in range(0, len(asked), turns)
         ]
-    return choose(Dataset.from_list(rows, features=features()), size, seed)
+    return choose(Dataset.from_list(rows, features=schema()), size, seed)

@@ -16,7 +16,7 @@ import numpy as np
 from ...core.keys import code_of_functions
 from ...core.settings import settings
 from ..images import encode_png
-from ..samples import IMAGE, features
+from ..samples import IMAGE_MARK, schema
 from .asking import ask_all, conversation, draw_scene
 from .table import world_options
 from .vocabulary import vocabulary, words_of
@@ -35,7 +35,7 @@ def samples(
 ) -> Iterator[dict[str, Any]]:
     "Conversations about random scenes, images as PNG bytes."
     world, options = world_options(name, options)
-    known, made, index = {*vocabulary(), IMAGE}, 0, -1
+    known, made, index = {*vocabulary(), IMAGE_MARK}, 0, -1
     stream = [seed, world.version, zlib.crc32(f'{name} {split}'.encode())]
     while made < size:
         index += 1
@@ -84,7 +84,7 @@ def build_world(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f'.{os.getpid()}.tmp')
     try:
-        made = Dataset.from_list(list(samples(name, split, seed, size, **options)), features=features())
+        made = Dataset.from_list(list(samples(name, split, seed, size, **options)), features=schema())
         pq.write_table(made.data.table, temporary)
         temporary.replace(path)
     finally:
@@ -100,4 +100,4 @@ def read_world(
     from datasets import Dataset, DatasetInfo
     from datasets.table import InMemoryTable
 
-    return Dataset(InMemoryTable(pq.read_table(path)), info=DatasetInfo(features=features()))
+    return Dataset(InMemoryTable(pq.read_table(path)), info=DatasetInfo(features=schema()))

@@ -28,13 +28,13 @@ def resize(
 
 # %% ../../../nbs/papers/04_eagle.ipynb #5ea5ae12
 def align(
-    source: Tensor,  # [B,s,s,C] channels last
+    detail: Tensor,  # [B,s,s,C] channels last
     side: int,  # of the tokens' grid
 ) -> Tensor:
     "Average pooling where the map is a multiple of the grid, else bilinear: [B,s,s,C] → [B,side,side,C]."
-    if source.shape[1] == side:
-        return source
-    x, (factor, rest) = source.permute(0, 3, 1, 2), divmod(source.shape[1], side)
+    if detail.shape[1] == side:
+        return detail
+    x, (factor, rest) = detail.permute(0, 3, 1, 2), divmod(detail.shape[1], side)
     return (resize(x, side) if rest or not factor else F.avg_pool2d(x, factor)).permute(0, 2, 3, 1)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #091dfd45
@@ -44,12 +44,12 @@ class StageAdapter(nn.Module):
     def __init__(
         self,
         width: int,  # D
-        source_channels: int,  # C
+        detail_channels: int,  # C
     ) -> None:
         super().__init__()
         self.slow_conv, self.slow_proj = (
-            Conv(source_channels, source_channels, bias=True),
-            Conv(source_channels, width, bias=True),
+            Conv(detail_channels, detail_channels, bias=True),
+            Conv(detail_channels, width, bias=True),
         )
         self.fast_conv, self.fast_proj = Conv(width, width, 7, groups=width, bias=True), Conv(width, width, bias=True)
         self.gate = nn.Sequential(Linear(2 * width, width // 2), nn.GELU(), Linear(width // 2, 1))
@@ -60,10 +60,10 @@ class StageAdapter(nn.Module):
         for conv in (self.slow_conv, self.fast_conv, self.slow_proj, self.fast_proj):
             nn.init.zeros_(conv.bias)
 
-    def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        "Tokens [B,N,D], source [B,s,s,C] → [B,N,D]."
+    def forward(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        "Tokens [B,N,D], detail [B,s,s,C] → [B,N,D]."
         side = side_of(tokens.shape[1], 'number of tokens')
-        slow = align(self.slow_proj(F.gelu(self.slow_conv(source))), side).flatten(1, 2)
+        slow = align(self.slow_proj(F.gelu(self.slow_conv(detail))), side).flatten(1, 2)
         tokens = tokens + self.fast_proj(F.gelu(self.fast_conv(tokens.unflatten(1, (side, side))))).flatten(1, 2)
         gate = self.gate(torch.cat([tokens.mean(1), slow.mean(1)], -1)).tanh()
         return tokens + gate[:, None] * slow
@@ -75,14 +75,14 @@ class FinalAlign(nn.Module):
     def __init__(
         self,
         width: int,  # D
-        source_channels: int,  # C
+        detail_channels: int,  # C
     ) -> None:
         super().__init__()
-        self.fast_proj, self.slow_proj = Linear(width, width), Linear(source_channels, width)
+        self.fast_proj, self.slow_proj = Linear(width, width), Linear(detail_channels, width)
 
-    def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        "Tokens [B,N,D], source [B,s,s,C] → [B,N,D]."
-        slow = align(source, side_of(tokens.shape[1], 'number of tokens')).flatten(1, 2)
+    def forward(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        "Tokens [B,N,D], detail [B,s,s,C] → [B,N,D]."
+        slow = align(detail, side_of(tokens.shape[1], 'number of tokens')).flatten(1, 2)
         return self.fast_proj(tokens) + self.slow_proj(slow)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #bb54d0e4
@@ -92,7 +92,7 @@ class PatchMining(nn.Module):
     def __init__(
         self,
         width: int,  # D
-        source_channels: int,  # C
+        detail_channels: int,  # C
     ) -> None:
         super().__init__()
 
@@ -101,23 +101,23 @@ class PatchMining(nn.Module):
             return nn.Sequential(LayerNorm(channels), Linear(channels, width))
 
         self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector = map(
-            branch, (width, source_channels, source_channels)
+            branch, (width, detail_channels, detail_channels)
         )
 
-    def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        "Tokens [B,N,D], source [B,C,ps,ps] → [B,N,D]."
+    def forward(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        "Tokens [B,N,D], detail [B,C,ps,ps] → [B,N,D]."
         side = side_of(tokens.shape[1], 'number of tokens')
-        if source.shape[-1] % side:
+        if detail.shape[-1] % side:
             raise ValueError(
-                f'the finer map has side {source.shape[-1]}, expected a multiple of {side}, the side of the tokens'
+                f'the finer map has side {detail.shape[-1]}, expected a multiple of {side}, the side of the tokens'
             )
 
         def windows(x: Tensor) -> Tensor:
             "[B,ps,ps,D] → [B,N,p²,D]."
             return x.unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-        source = source.permute(0, 2, 3, 1)
-        key, value = (windows(branch(source)) for branch in (self.vlm_uni_aux_projector, self.vlm_uni_val_projector))
+        detail = detail.permute(0, 2, 3, 1)
+        key, value = (windows(branch(detail)) for branch in (self.vlm_uni_aux_projector, self.vlm_uni_val_projector))
         query = self.vlm_uni_query_projector(tokens)[..., None]
         weights = (key @ query * query.shape[2] ** -0.5).softmax(2)  # [B,N,p²,1]
         return (value.mT @ weights)[..., 0]
@@ -129,7 +129,7 @@ class DeformableMining(nn.Module):
     def __init__(
         self,
         width: int,  # D
-        source_channels: int,  # C
+        detail_channels: int,  # C
         num_heads: int = 4,  # H, a divisor of D
         num_points: int = 4,  # K per head
     ) -> None:
@@ -138,7 +138,7 @@ class DeformableMining(nn.Module):
             raise ValueError(f'width {width} is no multiple of {num_heads} heads; choose num_heads among its divisors')
         self.query_norm, self.value = (
             LayerNorm(width),
-            nn.Sequential(LayerNorm(source_channels), Linear(source_channels, width)),
+            nn.Sequential(LayerNorm(detail_channels), Linear(detail_channels, width)),
         )
         self.attention = DeformableAttention(width, num_heads, num_points)
         self.attention.value_proj = nn.Identity()  # `value` has projected
@@ -152,10 +152,10 @@ class DeformableMining(nn.Module):
         with torch.no_grad():
             self.attention.sampling_offsets.bias.copy_(rays.flatten())
 
-    def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        "Tokens [B,N,D], source [B,C,s,s] → [B,N,D]. Points are computed in float32."
+    def forward(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        "Tokens [B,N,D], detail [B,C,s,s] → [B,N,D]. Points are computed in float32."
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         side = side_of(tokens.shape[1], 'number of tokens')
         with torch.autocast('cuda' if tokens.is_cuda else 'cpu', enabled=False):
-            query, values = self.query_norm(tokens.to(dtype)), self.value(tokens_of(source).to(dtype))
+            query, values = self.query_norm(tokens.to(dtype)), self.value(tokens_of(detail).to(dtype))
             return self.attention(query, values, uniform_points(side * side, side).to(query)).to(tokens.dtype)

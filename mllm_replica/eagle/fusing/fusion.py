@@ -171,13 +171,13 @@ class Injection(Fusion):
             raise ValueError(
                 f'{self.experts[0].name!r} is the only expert; an injection needs another one to read from'
             )
-        self.source_channels = sum(expert.channels for expert in self.experts[1:])
+        self.detail_channels = sum(expert.channels for expert in self.experts[1:])
 
     def side(self, expert: ExpertShape) -> int:
         "The whole map."
         return expert.side
 
-    def source(self, others: Sequence[Tensor]) -> Tensor:
+    def detail(self, others: Sequence[Tensor]) -> Tensor:
         "The other experts as one map: each [B,C,s,s] → [B,ΣC,s,s]."
         if len(others) == 1:
             return others[0]
@@ -189,15 +189,15 @@ class Injection(Fusion):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #9676238b
 class _Between(nn.Module):
-    "An adapter and its source, called as one of the layers."
+    "An adapter and the map it reads, called as one of the layers."
 
-    def __init__(self, adapter: nn.Module, source: Tensor) -> None:
+    def __init__(self, adapter: nn.Module, detail: Tensor) -> None:
         super().__init__()
-        self.adapter, self.source = adapter, source
+        self.adapter, self.detail = adapter, detail
 
     def forward(self, tokens: Tensor, *rest: None) -> Tensor:
         "[B,n,D] → [B,n,D]."
-        return self.adapter(tokens, self.source)
+        return self.adapter(tokens, self.detail)
 
 
 class LlavaHR(Injection):
@@ -207,13 +207,13 @@ class LlavaHR(Injection):
 
     def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
         super().__init__(experts, grid)
-        self.align_stages_latent = nn.ModuleList(StageAdapter(self.width, self.source_channels) for _ in range(3))
-        self.align_stages = nn.ModuleList([FinalAlign(self.width, self.source_channels)])
+        self.align_stages_latent = nn.ModuleList(StageAdapter(self.width, self.detail_channels) for _ in range(3))
+        self.align_stages = nn.ModuleList([FinalAlign(self.width, self.detail_channels)])
 
     @contextmanager
     def injected(self, base: nn.Module, others: Sequence[Tensor]) -> Iterator[None]:
         "Adapters behind the first three quarters of `base.layers`, blocks of tokens [B,n,D] without a class token."
-        layers, source = base.layers, self.source(others).permute(0, 2, 3, 1)
+        layers, detail = base.layers, self.detail(others).permute(0, 2, 3, 1)
         step, rest = divmod(len(layers), 4)
         if rest or not step:
             raise ValueError(
@@ -221,7 +221,7 @@ class LlavaHR(Injection):
             )
         places = [step, 2 * step, 3 * step]
         for place, adapter in reversed(list(zip(places, self.align_stages_latent))):
-            layers.insert(place, _Between(adapter, source))
+            layers.insert(place, _Between(adapter, detail))
         try:
             yield
         finally:
@@ -230,7 +230,7 @@ class LlavaHR(Injection):
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
         "The first map comes from inside `injected`: → [B,N,D]."
-        return self.on_grid(self.align_stages[0](tokens_of(maps[0]), self.source(maps[1:]).permute(0, 2, 3, 1)))
+        return self.on_grid(self.align_stages[0](tokens_of(maps[0]), self.detail(maps[1:]).permute(0, 2, 3, 1)))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #5b7899ab
 class MiniGemini(Injection):
@@ -238,12 +238,12 @@ class MiniGemini(Injection):
 
     def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
         super().__init__(experts, grid)
-        self.mining = PatchMining(self.width, self.source_channels)
+        self.mining = PatchMining(self.width, self.detail_channels)
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
         "→ [B,N,D]."
-        tokens, source = tokens_of(resize(maps[0], self.grid)), self.source(maps[1:])
-        return tokens + self.mining(tokens, resize(source, -(-source.shape[-1] // self.grid) * self.grid))
+        tokens, detail = tokens_of(resize(maps[0], self.grid)), self.detail(maps[1:])
+        return tokens + self.mining(tokens, resize(detail, -(-detail.shape[-1] // self.grid) * self.grid))
 
 
 class Deformable(Injection):
@@ -257,12 +257,12 @@ class Deformable(Injection):
         num_points: int = 4,
     ) -> None:
         super().__init__(experts, grid)
-        self.mining = DeformableMining(self.width, self.source_channels, num_heads, num_points)
+        self.mining = DeformableMining(self.width, self.detail_channels, num_heads, num_points)
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
         "→ [B,N,D]."
         tokens = tokens_of(resize(maps[0], self.grid))
-        return tokens + self.mining(tokens, self.source(maps[1:]))
+        return tokens + self.mining(tokens, self.detail(maps[1:]))
 
 # %% ../../../nbs/papers/04_eagle.ipynb #3bb5cd53
 FUSIONS = {

@@ -68,12 +68,12 @@ def lay_out(
     width, first = real.long().masked_scatter_(holds, sizes[image]), torch.zeros_like(input_ids)
     first.masked_scatter_(holds, (sizes.cumsum(0) - sizes)[image])  # visual row that a placeholder begins with
     total = width.sum(1) if max_length is None else width.sum(1).clamp(max=max_length)
-    source = torch.repeat_interleave(width.flatten())  # official place of each new place
-    inside = torch.arange(len(source), device=source.device) - (width.flatten().cumsum(0) - width.flatten())[source]
-    row, position = source // input_ids.shape[1], (width.cumsum(1) - width).flatten()[source] + inside
+    origin = torch.repeat_interleave(width.flatten())  # official place of each new place
+    inside = torch.arange(len(origin), device=origin.device) - (width.flatten().cumsum(0) - width.flatten())[origin]
+    row, position = origin // input_ids.shape[1], (width.cumsum(1) - width).flatten()[origin] + inside
     kept = position < total[row]
-    source, inside, row, position = source[kept], inside[kept], row[kept], position[kept]
-    length, visual = int(total.max()), holds.flatten()[source]
+    origin, inside, row, position = origin[kept], inside[kept], row[kept], position[kept]
+    length, visual = int(total.max()), holds.flatten()[origin]
     place = row, position + (length - total)[row] if padding_side == 'left' else position
 
     def table(values: Tensor, empty: int) -> Tensor:
@@ -81,11 +81,11 @@ def lay_out(
         return values.new_full((len(input_ids), length), empty).index_put_(place, values)
 
     return Layout(
-        input_ids=table(input_ids.flatten()[source].where(~visual, image_token_id), pad_token_id),
-        attention_mask=table(torch.ones_like(source), 0),
+        input_ids=table(input_ids.flatten()[origin].where(~visual, image_token_id), pad_token_id),
+        attention_mask=table(torch.ones_like(origin), 0),
         position_ids=table(position, 0),
-        labels=None if labels is None else table(labels.flatten()[source].where(~visual, IGNORED), IGNORED),
-        rows=(first.flatten()[source] + inside)[visual],
+        labels=None if labels is None else table(labels.flatten()[origin].where(~visual, IGNORED), IGNORED),
+        rows=(first.flatten()[origin] + inside)[visual],
         given=int(sizes.sum()),
     )
 
