@@ -11,13 +11,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, Pr
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from mllm_replica.eagle import golden_towers as golden
-from mllm_replica.eagle.experts.clip import resize_positions
 from mllm_replica.eagle.experts.eva import EvaAttention, rotate, rotation
 from mllm_replica.eagle.experts.expert import from_windows, project_heads, to_windows
 from mllm_replica.eagle.experts.towers import PUBLISHED, build_expert, official_weights
 from mllm_replica.eagle.golden import ORIGIN
 from mllm_replica.models import parity
-from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD
+from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD, resize_positions
 
 torch.set_num_threads(1)
 FILES = sorted((Path(__file__).parent / 'golden/eagle').glob('*_tower.safetensors'))
@@ -195,12 +194,12 @@ def test_clip_without_its_class_token():
 
 def test_positions_are_resized_like_a_picture():
     table = torch.randn(9, 5)
-    assert resize_positions(table, 3, 3) is table
-    wide = resize_positions(table, 3, 6)
+    assert resize_positions(table, (3, 3)) is table
+    wide = resize_positions(table, (3, 6))
     assert wide.shape == (18, 5)
-    constant = resize_positions(torch.full((9, 2), 2.5), 7, 4, antialias=True)
+    constant = resize_positions(torch.full((9, 2), 2.5), (7, 4), antialias=True)
     torch.testing.assert_close(constant, torch.full((28, 2), 2.5))
-    assert resize_positions(table.bfloat16(), 4, 4).dtype == torch.bfloat16
+    assert resize_positions(table.bfloat16(), (4, 4)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('shape', [(2, 6, 6), (1, 7, 4), (2, 2, 5)])

@@ -13,14 +13,14 @@ from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.images import encode_png
 from mllm_replica.data.language import byte_tokenizer, word_tokenizer
 from mllm_replica.data.packing import collate, encode_document, truncate
-from mllm_replica.mm1.components import SubImages, letterboxed, resize_positions
+from mllm_replica.mm1.components import SubImages, letterboxed
 from mllm_replica.mm1.data import WEIGHTS, collate_sequences, encode_source, join, make_sequences, source_sequences
 from mllm_replica.mm1.experts import SparseMLP, auxiliary_loss, record_routing
 from mllm_replica.mm1.model import MM1Config, MM1Model, MM1Processor, at_resolution
 from mllm_replica.mm1.presets import ENCODERS, LANGUAGE_MODELS, PRESETS, assumed, paper_config, published_stages
 from mllm_replica.mm1.shots import VQA, Template, few_shot
 from mllm_replica.models.cost import count
-from mllm_replica.models.vision import clip_pixels
+from mllm_replica.models.vision import clip_pixels, resize_positions
 from mllm_replica.planning.plan import gpu_node, plan_unit, stage_cost
 from mllm_replica.training.loop import train
 

@@ -21,7 +21,8 @@ from mllm_replica.models import parity
 from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.owl2.abstractor import sine_grid, sine_positions
 from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
-from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel, resize_positions
+from mllm_replica.models.vision import resize_positions
+from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel
 from mllm_replica.owl2.model import Owl2Config, Owl2Model, paper_config
 from mllm_replica.owl2.processor import Owl2Processor
 from mllm_replica.owl2.released import both_ways, convert_official, encoder_from_clip, load_official, official_config
@@ -877,7 +878,7 @@ def test_tied_embeddings_survive(tmp_path):
 
 def test_positions_of_another_resolution():
     table = torch.randn(1 + 16, 8)
-    larger = torch.cat([table[:1], resize_positions(table[1:], 64)])
+    larger = resize_positions(table, 64, leading=1)
     assert larger.shape == (65, 8) and torch.equal(larger[0], table[0])
     constant = torch.arange(8.0).expand(256, 8)
     assert torch.allclose(

@@ -23,7 +23,7 @@ from .golden_towers import enlarged, gradients, scalar, tower_cases
 from .model import EagleModel
 from .released import convert_official, official_config, our_name
 from ..models.official import check_keys
-from ..models.parity import Given, Partial
+from ..models.parity import Given, Partial, greedy_answer
 from ..models.vision import clip_pixels
 from ..owl2.processor import to_square
 
@@ -41,10 +41,10 @@ def projector_case(
     tensors: Given,
 ) -> dict[str, Tensor]:
     "Every kind of projector."
-    found, weights = {}, tensors.weights()
+    found = {}
     for kind in config['types']:
         module = build_projector(kind, config['mm_hidden'], config['hidden'])
-        module.load_state_dict(under(weights, f'{kind}.'))
+        module.load_state_dict(tensors.weights(f'{kind}.'))
         features = tensors['in.features'].clone().requires_grad_()
         out = module(features)
         scalar(out).backward()
@@ -256,21 +256,10 @@ def model_case(
     } | inputs
     images, ids = tensors['in.gen_images'], tensors['in.gen_input_ids']
     row = lay_out(ids, [model.config.visual_token_count()] * len(images))
-    answer = model.generate(
-        row.input_ids,
-        row.attention_mask,
-        images,
-        max_new_tokens=config['generate'],
-        do_sample=False,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
+    answer, logits = greedy_answer(
+        model, row.input_ids, config['generate'], attention_mask=row.attention_mask, pixel_values=images
     )
-    found |= dict(
-        generated_ids=answer.sequences[:, row.input_ids.shape[1] :],
-        gen_step_logits=torch.stack(answer.logits, 1),
-        gen_prefill_last_logits=answer.logits[0],
-    )
+    found |= dict(generated_ids=answer, gen_step_logits=logits, gen_prefill_last_logits=logits[:, 0])
     gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {f'out.{name}': tensor for name, tensor in found.items()} | {
         name: gradient[our_name(name.removeprefix('grad.'))] for name in tensors.wanted if name.startswith('grad.')

@@ -16,7 +16,7 @@ from .experts.eva import EvaExpert, check_rotations
 from .experts.towers import official_weights
 from .fusing.mixture import check_towers, tower_names
 from .model import MIXTURES, EagleConfig, EagleModel
-from ..models.official import check_keys, read_weights
+from ..models.official import check_keys, model_of, read_weights
 
 # %% ../../nbs/papers/04_eagle.ipynb #f646189d
 _VICUNA = dict(
@@ -182,7 +182,4 @@ def load_official(
     )
     with torch.device('meta'):
         empty = EagleModel(config)
-    state = convert_official(state, empty)
-    return EagleModel.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
-    ).eval()
+    return model_of(EagleModel, config, convert_official(state, empty), dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .components import build_projector
 from .model import HoneybeeModel, convert_official, official_config
 from ..models.official import check_keys
-from ..models.parity import Given, Partial
+from ..models.parity import Given, Partial, greedy_answer, parameter_gradients
 from ..models.vision import clip_pixels, hidden_states, interpolate_positions
 
 # %% ../../nbs/papers/02_honeybee.ipynb #474bb593
@@ -34,10 +34,9 @@ def projector_case(
     loss = (output * tensors['in.grad_output']).sum()
     loss.backward()
     outputs = {'last_hidden_state': output, 'scalar_loss': loss[None], **trace}
-    weights = {f'grad.w.{name}': parameter.grad for name, parameter in projector.named_parameters()}
     return (
         {f'out.{name}': tensor for name, tensor in outputs.items()}
-        | weights
+        | parameter_gradients(projector)
         | {'grad.in.visual_features': features.grad}
     )
 
@@ -122,17 +121,17 @@ def greedy_answers(
     prompt, mask, pixels = (_input(tensors, f'gen_{name}') for name in ('input_ids', 'attention_mask', 'pixel_values'))
     if prompt is None:
         return {}
-    settings = {name: config['generation'][name] for name in ('max_new_tokens', 'eos_token_id', 'pad_token_id')}
-    answer = model.generate(
-        input_ids=prompt,
+    settings = config['generation']
+    ids, logits = greedy_answer(
+        model,
+        prompt,
+        settings['max_new_tokens'],
+        settings['eos_token_id'],
+        settings['pad_token_id'],
         attention_mask=merged_mask(prompt, mask, model.config.image_token_id),
         pixel_values=pixels,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **settings,
     )
-    return dict(generated_ids=answer.sequences[:, prompt.shape[1] :], gen_scores=torch.stack(answer.scores, 1))
+    return dict(generated_ids=ids, gen_scores=logits)
 
 
 def full_case(

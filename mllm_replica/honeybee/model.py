@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.language import IMAGE_PIECE, Piece
 from .components import build_projector, projector_fields
 from .prompts import SYSTEM_DETAIL, conversation_pieces, prompt_pieces
-from ..models.official import check_keys, read_weights
+from ..models.official import model_of, read_weights
 from ..models.vision import CLIP_MEAN, CLIP_STD
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 
@@ -234,10 +234,7 @@ def load_official(
     folder = Path(folder)
     config = official_config(json.loads((folder / 'config.json').read_text()))
     state = convert_official(read_weights(folder), config)
-    with torch.device('meta'):
-        check_keys(HoneybeeModel(config).state_dict(), state)
-    dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
-    model = HoneybeeModel.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    model = model_of(HoneybeeModel, config, state, dtype)
     if (
         config.connector_config['projector_type'] == 'd-abs'
     ):  # stays in fp32 whatever the rest has, as officially: its points would lose their place

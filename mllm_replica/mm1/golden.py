@@ -18,12 +18,6 @@ ORIGIN = 'MM1 has no official code'  # said in the file
 _DEFAULTS = dict(activation='gelu_tanh', capacity=None, top_k=2, lb_coef=0.01, z_coef=0.001)
 
 
-def _part(tensors: Given, part: str) -> dict[str, Tensor]:
-    "The weights of a part, without its name."
-    start = f'w.{part}.'
-    return {name.removeprefix(start): tensors[name] for name in tensors if name.startswith(start)}
-
-
 def pooling_results(
     config: dict[str, Any],
     tensors: Given,
@@ -34,7 +28,7 @@ def pooling_results(
     connector = (
         AveragePooling(*sizes) if part == 'avg' else AttentionPooling(*sizes, num_attention_heads=config['heads'])
     )
-    connector.load_state_dict(_part(tensors, part))
+    connector.load_state_dict(tensors.weights(f'{part}.'))
     if part == 'att':
         connector.norm_kv.eps = connector.norm_out.eps = config['ln_eps']
     trace = {}
@@ -51,7 +45,7 @@ def expert_results(
     config = _DEFAULTS | config
     if config['top_k'] != 2:
         raise NotImplementedError(f"top_k is {config['top_k']}; MM1's router takes 2")
-    weights, x, capacity = _part(tensors, 'moe'), tensors['in.moe.x'], config['capacity']
+    weights, x, capacity = tensors.weights('moe.'), tensors['in.moe.x'], config['capacity']
     activation = {'gelu_tanh': 'gelu_pytorch_tanh'}.get(config['activation'], config['activation'])
     layer = SparseMLP(
         Router(config['d_model'], config['experts']),

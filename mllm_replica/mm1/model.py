@@ -18,10 +18,10 @@ from ..data.encoded import IGNORED, Encoded
 from ..data.images import open_image
 from ..data.language import Piece
 from ..data.samples import IMAGE_MARK
-from .components import SubImages, build_connector, letterboxed, resize_positions
+from .components import SubImages, build_connector, letterboxed
 from .experts import auxiliary_loss, insert_experts, record_routing
 from .shots import Template
-from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features
+from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features, resize_positions
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 from ..owl2.encoder import WholeCheckpoint
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from ..models.parity import Given, Partial
+from ..models.parity import Given, Partial, causal_mask, greedy_answer, parameter_gradients
 from ..models.vision import clip_pixels
 from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, WayLinear, adapt_layers
@@ -57,7 +57,7 @@ def vision_case(
         'out.loss': (loss := (last * tensors['in.loss_weight']).sum()),
     }
     loss.backward()
-    return found | {'grad.in.pixel_values': pixels.grad} | {f'grad.w.{n}': p.grad for n, p in model.named_parameters()}
+    return found | {'grad.in.pixel_values': pixels.grad} | parameter_gradients(model)
 
 
 def abstractor_case(
@@ -86,7 +86,7 @@ def abstractor_case(
             'out.pooler_output': trace[-1]['out'][:, 0],
             'grad.in.encoder_hidden_states': image.grad,
         }
-        | {f'grad.w.{n}': p.grad for n, p in module.named_parameters()}
+        | parameter_gradients(module)
     )
 
 # %% ../../nbs/papers/01_owl2.ipynb #b15b10cc
@@ -95,13 +95,11 @@ def multiway_case(
     tensors: Given,
 ) -> dict[str, Tensor]:
     "The two-way dispatch of single projections, for every recorded pattern of indices."
-    found, weights = {}, tensors.weights()
-    for part in sorted({name.split('.')[0] for name in weights}):
+    found = {}
+    for part in sorted({name.split('.')[0] for name in tensors.weights()}):
         fields = config[part]
         module = WayLinear(nn.Linear(fields['in_features'], fields['out_features'], bias=fields['bias']))
-        module.load_state_dict(
-            {name.removeprefix(f'{part}.'): tensor for name, tensor in weights.items() if name.startswith(f'{part}.')}
-        )
+        module.load_state_dict(tensors.weights(f'{part}.'))
         for pattern in sorted(name.split('.')[1] for name in tensors if name.endswith('.indices')):
             found[f'out.{pattern}.{part}'] = module(
                 tensors['in.hidden_states'], Route.of(tensors[f'in.{pattern}.indices'])
@@ -137,15 +135,11 @@ def layer_case(
     layer.self_attn.register_forward_hook(
         lambda _, __, out: seen.update({'out.self_attn': out[0], 'out.attn_probs': out[1]})
     )
-    x, length = tensors['in.hidden_states'].clone().requires_grad_(), tensors['in.hidden_states'].shape[1]
-    allowed = (
-        torch.ones(length, length, dtype=torch.bool).tril() & tensors['in.attention_mask_2d'][:, None, None].bool()
-    )
-    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    x = tensors['in.hidden_states'].clone().requires_grad_()
     output = layer(
         x,
         position_embeddings=rotary(x, tensors['in.position_ids']),
-        attention_mask=mask,
+        attention_mask=causal_mask(tensors['in.attention_mask_2d']),
         past_key_values=cache,
         route=Route.of(tensors['in.modality_indicators']),
     )
@@ -159,7 +153,7 @@ def layer_case(
             'out.value_cache': cache.layers[0].values,
             'grad.in.hidden_states': x.grad,
         }
-        | {f'grad.w.{n}': p.grad for n, p in layer.named_parameters()}
+        | parameter_gradients(layer)
     )
 
 # %% ../../nbs/papers/01_owl2.ipynb #042e2665
@@ -257,7 +251,10 @@ def model_case(
                 {} if case.pixels is None else {f'grad.in.{name}.images': case.images.grad}
             )
         if f'out.{name}.greedy_new_ids' in tensors.wanted:
-            compared |= _greedy(case, model, tensors.wanted[f'out.{name}.greedy_new_ids'][1])
+            steps = tensors.wanted[f'out.{name}.greedy_new_ids'][1]
+            compared |= dict(
+                zip(('greedy_new_ids', 'greedy_step_logits'), greedy_answer(model, steps=steps, **case.inputs()))
+            )
         found |= {f'out.{name}.{part}': tensor for part, tensor in compared.items()}
     return found
 
@@ -280,22 +277,6 @@ def _forward_results(case: _Case, model: Owl2Model, result: Any) -> dict[str, Te
     if case.labels is not None:
         found |= dict(loss=result.loss, expanded_labels=case.labels, expanded_attention_mask=case.mask)
     return found
-
-
-def _greedy(case: _Case, model: Owl2Model, steps: int) -> dict[str, Tensor]:
-    "The recorded number of greedy tokens and the logits of every step."
-    answer = model.generate(
-        **case.inputs(),
-        max_new_tokens=steps,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return dict(
-        greedy_new_ids=answer.sequences[:, case.input_ids.shape[1] :], greedy_step_logits=torch.stack(answer.logits, 1)
-    )
 
 # %% ../../nbs/papers/01_owl2.ipynb #2e01bc4c
 def image_case(

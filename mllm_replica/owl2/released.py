@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.official import OfficialWeightsError, check_keys, read_weights
+from ..models.official import OfficialWeightsError, model_of, read_weights
+from ..models.vision import resize_positions
 from .abstractor import abstractor_fields, sine_grid, sine_positions
-from .encoder import Owl2VisionConfig, resize_positions
+from .encoder import Owl2VisionConfig
 from .model import Owl2Config, Owl2Model
 
 # %% ../../nbs/papers/01_owl2.ipynb #1a0cedfd
@@ -158,12 +159,7 @@ def load_official(
     "An official checkpoint as our model; nothing is loaded unless every key fits."
     folder = Path(folder)
     config, state = official_config(json.loads((folder / 'config.json').read_text())), read_weights(folder)
-    state = convert_official(state, config)
-    with torch.device('meta'):
-        check_keys(Owl2Model(config).state_dict(), state)
-    return Owl2Model.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
-    ).eval()
+    return model_of(Owl2Model, config, convert_official(state, config), dtype)
 
 # %% ../../nbs/papers/01_owl2.ipynb #1479d377
 _CLIP = (
@@ -197,7 +193,7 @@ def encoder_from_clip(
         elif name == 'embeddings.cls_token':
             ours[name] = tensor[None, None]
         elif name == 'embeddings.position_embedding':
-            ours[name] = torch.cat([tensor[:1], resize_positions(tensor[1:], num_patches)])[None]
+            ours[name] = resize_positions(tensor, num_patches, leading=1)[None]
         else:
             ours[name] = tensor
     return ours

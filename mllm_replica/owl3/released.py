@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.official import check_keys, read_weights
+from ..models.official import model_of, read_weights
 from .pictures import IMAGE_TOKENS
 from .model import Owl3Config, Owl3Model
 
@@ -174,10 +174,6 @@ def load_official(
     state = read_weights(folder)
     config = official_config(json.loads((folder / 'config.json').read_text()), gate_of(list(state)))
     state, unused = convert_official(state, config)
-    with torch.device('meta'):
-        check_keys(Owl3Model(config).state_dict(), state)
-    model = Owl3Model.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
-    ).eval()
+    model = model_of(Owl3Model, config, state, dtype)
     model.unused_keys = unused
     return model

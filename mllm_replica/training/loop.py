@@ -261,7 +261,7 @@ def _seed_random(seed: int, device: torch.device) -> None:
 
 
 def _order(run: _Run, number: int, resumed: bool) -> Mixture:
-    "The stage's order of samples. The names of its first steps is kept; on resume it must come out again."
+    "The stage's order of samples. The names of its first steps are kept; on resume it must come out again."
     stage, path = run.stages[number], run.folder.parent / f'order-{number}.json'
     order = run.draw(
         {name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number)

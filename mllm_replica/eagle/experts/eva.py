@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .clip import resize_positions
 from .expert import Expert, PerShape, complete, merge_heads, project_heads
 from ...models.layers import LayerNorm, Linear
+from ...models.vision import resize_positions
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #efbec1b3
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, C channels, H heads, d head
@@ -151,7 +151,7 @@ class EvaExpert(Expert):
         x = (
             self.vision_tower['patch_embed']['proj'](pixels).permute(0, 2, 3, 1).contiguous()
         )  # layers read it many times
-        x = x + resize_positions(self.vision_tower.pos_embed[0, 1:], *x.shape[1:3]).view(1, *x.shape[1:])
+        x = x + resize_positions(self.vision_tower.pos_embed[0, 1:], tuple(x.shape[1:3])).view(1, *x.shape[1:])
         tables = self.tables(x)
         for block in self.vision_tower['blocks']:
             x = block(x, tables[block.attn.window])
