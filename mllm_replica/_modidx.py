@@ -1971,7 +1971,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'mllm_replica.owl2.recipes._resolution': ( 'papers/owl2.html#_resolution',
                                                                                       'mllm_replica/owl2/recipes.py'),
                                            'mllm_replica.owl2.recipes._unit': ('papers/owl2.html#_unit', 'mllm_replica/owl2/recipes.py'),
-                                           'mllm_replica.owl2.recipes._world': ('papers/owl2.html#_world', 'mllm_replica/owl2/recipes.py'),
                                            'mllm_replica.owl2.recipes.recipe': ('papers/owl2.html#recipe', 'mllm_replica/owl2/recipes.py')},
             'mllm_replica.owl2.released': { 'mllm_replica.owl2.released._fixed_table': ( 'papers/owl2.html#_fixed_table',
                                                                                          'mllm_replica/owl2/released.py'),
@@ -2197,7 +2196,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mllm_replica/owl3/recipes.py'),
                                            'mllm_replica.owl3.recipes._training': ( 'papers/owl3.html#_training',
                                                                                     'mllm_replica/owl3/recipes.py'),
-                                           'mllm_replica.owl3.recipes._world': ('papers/owl3.html#_world', 'mllm_replica/owl3/recipes.py'),
                                            'mllm_replica.owl3.recipes.recipe': ('papers/owl3.html#recipe', 'mllm_replica/owl3/recipes.py')},
             'mllm_replica.owl3.released': { 'mllm_replica.owl3.released.convert_official': ( 'papers/owl3.html#convert_official',
                                                                                              'mllm_replica/owl3/released.py'),
@@ -3064,4 +3062,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                  'mllm_replica.training.optimiser.trainable_names': ( 'foundations/training/optimiser.html#trainable_names',
                                                                                                       'mllm_replica/training/optimiser.py')},
             'mllm_replica.training.starts': { 'mllm_replica.training.starts.pretrained': ( 'foundations/training/starts.html#pretrained',
-                                                                                           'mllm_replica/training/starts.py')}}}
+                                                                                           'mllm_replica/training/starts.py')},
+            'mllm_replica.training.tiny': { 'mllm_replica.training.tiny.tiny_stage': ( 'foundations/training/tiny.html#tiny_stage',
+                                                                                       'mllm_replica/training/tiny.py'),
+                                            'mllm_replica.training.tiny.world_source': ( 'foundations/training/tiny.html#world_source',
+                                                                                         'mllm_replica/training/tiny.py')}}}

@@ -12,8 +12,9 @@ from ..core.registry import Search
 from ..core.variation import vary
 from ..data.worlds import shelves
 from .building import build, measure, starts, teach  # offered here, too
-from .tiny import _ASSUMPTIONS, _CELLS, _CLIP, _NOISE, _TEXT, _TOWERS, _config, _stage
+from .tiny import _ASSUMPTIONS, _CELLS, _CLIP, _NOISE, _TOWERS, _config, _stage
 from ..tables.published import Row, load_table, runnable
+from ..training.tiny import DECODER
 
 # %% ../../nbs/papers/04_eagle.ipynb #20a41c10
 def _sources(scale: str) -> dict[str, Source]:
@@ -51,7 +52,7 @@ def _mixture(
         aligned=prealign,
         clip=clip,
         noise=_NOISE,
-        text=_TEXT,
+        text=DECODER,
     )
     slow = {'lr_scale': {EXPERTS: 0.1}}
     align = [

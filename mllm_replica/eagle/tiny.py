@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Stage
 from ..data.worlds import shelves
+from ..training.tiny import tiny_stage
 
 # %% ../../nbs/papers/04_eagle.ipynb #321f98a7
 _VIT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=48)
@@ -58,20 +59,6 @@ _TAUGHT = {  # topics and steps
     'pix2struct': (('letter',), 400),
     'dinov2': ((), 100),
 }
-_TEXT = dict(
-    model_type='llama',
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=256,
-    initializer_range=0.08,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 # sides in cells, tokens, pixels; CLIP's pixels; the camera's noise
 _CELLS, _GRID, _SIDE, _CLIP, _NOISE = 3, 6, 48, {336: 32, 448: 48}, 2.0
 _ASSUMPTIONS = ('experts are taught parts of what is asked, on the same pictures', 'no role words and no end tokens')
@@ -82,18 +69,7 @@ def _stage(
 ) -> Stage:
     "A stage of the small model."
     steps, batch = (steps, batch) if scale == 'tiny' else (3, 8)
-    return Stage(
-        name=name,
-        trainable=trainable,
-        mixture={mixture: 1.0},
-        steps=steps,
-        batch_size=batch,
-        lr=lr,
-        min_lr=lr / 10,
-        warmup_steps=steps // 15,
-        max_length=256,
-        **more,
-    )
+    return tiny_stage(name, trainable, {mixture: 1.0}, steps, batch, lr, **more)
 
 # %% ../../nbs/papers/04_eagle.ipynb #0bfefce7
 def _config(model: dict[str, Any], words: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .full import projector_of, two_stages
+from ..training.tiny import tiny_stage
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5d831e89
 _BOARD = {'pixels': 64, 'grid': 4, 'colors': 4}
@@ -52,19 +53,8 @@ def _tiny_model(projector: dict[str, Any]) -> dict[str, Any]:
 def _joint(mixture: dict[str, float], scale: str, steps: int = 600) -> tuple[Stage, ...]:
     "One stage that trains projector and decoder."
     steps, batch = (steps, 32) if scale == 'tiny' else (6, 8)
-    return (
-        Stage(
-            name='joint',
-            trainable=(r'^abstractor\.', r'^language_model\.'),
-            mixture=mixture,
-            steps=steps,
-            batch_size=batch,
-            lr=3e-3,
-            warmup_steps=steps // 12,
-            weight_decay=0.01,
-            max_length=512,
-        ),
-    )
+    parts, more = (r'^abstractor\.', r'^language_model\.'), dict(min_lr=0.0, weight_decay=0.01, max_length=512)
+    return (tiny_stage('joint', parts, mixture, steps, batch, 3e-3, warmup_steps=steps // 12, **more),)
 
 
 def _world(

@@ -7,6 +7,7 @@ __all__ = ['SHOTS', 'TINY']
 from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
+from ..training.tiny import DECODER, tiny_stage, world_source
 
 # %% ../../nbs/papers/03_mm1.ipynb #a384e64f
 _ALL = (r'.',)
@@ -19,44 +20,19 @@ _VISION = dict(
     image_size=16,
     patch_size=4,
 )
-_TEXT = dict(
-    model_type='llama',
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    initializer_range=0.08,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+_TEXT = DECODER | dict(max_position_embeddings=512)
 _ASSUMPTIONS = ('widths, prompts and connectors are ours where the paper is silent', 'no role words and no end tokens')
 
 
 def _world(name: str, scale: str, size: int, split: str = 'train', **options: Any) -> Source:
-    "A source of a procedural world; the smoke scale takes a few."
-    return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else 24, options=options)
+    "A source of a procedural world; a packed sequence needs more samples than others."
+    return world_source(name, scale, size, split, few=24, **options)
 
 
 def _stage(name: str, scale: str, mixture: dict[str, float], steps: int, batch: int, lr: float, **more: Any) -> Stage:
     "A stage of the small model, all of it trained."
     steps, batch = (steps, batch) if scale == 'tiny' else (min(steps, 2), 1) if more.get('pack') else (min(steps, 4), 8)
-    return Stage(
-        name=name,
-        trainable=_ALL,
-        mixture=mixture,
-        steps=steps,
-        batch_size=batch,
-        lr=lr,
-        min_lr=lr / 10,
-        warmup_steps=steps // 15,
-        weight_decay=lr / 10,
-        max_length=256,
-        **more,
-    )
+    return tiny_stage(name, _ALL, mixture, steps, batch, lr, weight_decay=lr / 10, **more)
 
 
 def _unit(

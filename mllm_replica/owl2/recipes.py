@@ -18,6 +18,7 @@ from mllm_replica.owl2.stages import (
     published_stages,
 )
 from ..tables.published import Row, load_table, runnable
+from ..training.tiny import DECODER, world_source
 
 # %% ../../nbs/papers/01_owl2.ipynb #aff177b4
 _VISION = dict(
@@ -26,30 +27,11 @@ _VISION = dict(
 _ABSTRACTOR = dict(
     hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, num_learnable_queries=8
 )
-_TEXT = dict(
-    model_type='llama',
-    hidden_size=64,
-    intermediate_size=176,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=256,
-    initializer_range=0.08,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 _ASSUMPTIONS = (
     'encoder and abstractor start from random weights; so does the language model, which Tables 6 to 8 train together '
     'with them',
     'prompts without role words and end tokens',
 )
-
-
-def _world(name: str, scale: str, split: str, size: int, **options: Any) -> Source:
-    "A source of a procedural world; the smoke scale takes a few."
-    return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else 16, options=options)
 
 # %% ../../nbs/papers/01_owl2.ipynb #f8790ba1
 def _unit(
@@ -79,7 +61,7 @@ def _unit(
         row=row,
         scale=scale,
         seed=seed,
-        model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': _TEXT} | model,
+        model={'vision': _VISION, 'abstractor': _ABSTRACTOR, 'text': DECODER} | model,
         sources=train | {f'test_{name}': source for name, source in tests.items()},
         stages=stages,
         assumptions=_ASSUMPTIONS,
@@ -94,12 +76,12 @@ _SIDES = {'r224': 8, 'r336': 16, 'r448': 32}  # pixels, of Table 8
 def _queries(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 7: a mosaic must pass through K tokens."
     train = {
-        'mosaic': _world('mosaics', scale, 'train', 8000, tasks=['all']),
-        'ground': _world('posters', scale, 'train', 2000, tasks=['ground']),
+        'mosaic': world_source('mosaics', scale, 8000, tasks=['all']),
+        'ground': world_source('posters', scale, 2000, tasks=['ground']),
     }
     tests = {
-        'mosaic': _world('mosaics', scale, 'test', 500, tasks=['all']),
-        'control': _world('posters', scale, 'test', 500, tasks=['ground']),
+        'mosaic': world_source('mosaics', scale, 500, 'test', tasks=['all']),
+        'control': world_source('posters', scale, 500, 'test', tasks=['ground']),
     }
     return _unit(
         table,
@@ -116,10 +98,10 @@ def _queries(table: str, row: str, params: dict[str, Any], scale: str, seed: int
 
 def _resolution(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "Table 8: the same posters, reduced."
-    train = {'poster': _world('posters', scale, 'train', 8000, tasks=['ground', 'sign'], turns=2)}
+    train = {'poster': world_source('posters', scale, 8000, tasks=['ground', 'sign'], turns=2)}
     tests = {
-        'sign': _world('posters', scale, 'test', 500, tasks=['sign']),
-        'control': _world('posters', scale, 'test', 500, tasks=['ground']),
+        'sign': world_source('posters', scale, 500, 'test', tasks=['sign']),
+        'control': world_source('posters', scale, 500, 'test', tasks=['ground']),
     }
     return _unit(
         table,
@@ -138,7 +120,7 @@ def _encoder(table: str, row: str, params: dict[str, Any], scale: str, seed: int
 
     def poster(split: str, size: int, digits: bool) -> Source:
         "Posters that ask for the sign: a letter, or a digit."
-        return _world('posters', scale, split, size, tasks=['sign'], digits=digits)
+        return world_source('posters', scale, size, split, tasks=['sign'], digits=digits)
 
     train = {'letters': poster('train', 8000, False), 'digits': poster('train', 8000, True)}
     tests = {'digits': poster('test', 500, True), 'letters': poster('test', 500, False)}
@@ -163,13 +145,13 @@ def _collaboration(table: str, row: str, params: dict[str, Any], scale: str, see
     "Table 5: which instructions, with and without ways. Each kind is seen equally often wherever it is used."
     asked, lists = ['item', 'next'], dict(length=_LENGTH)
     train = {
-        'language': _world('lists', scale, 'train', 8000, tasks=['all', *asked], kinds=['digits', 'colors'], **lists),
-        'caption': _world('mosaics', scale, 'train', 8000, tasks=['all'], **_STRIPES),
-        'picture': _world('mosaics', scale, 'train', 8000, tasks=asked, **_STRIPES),
-        'text': _world('lists', scale, 'train', 8000, tasks=asked, **lists),
+        'language': world_source('lists', scale, 8000, tasks=['all', *asked], kinds=['digits', 'colors'], **lists),
+        'caption': world_source('mosaics', scale, 8000, tasks=['all'], **_STRIPES),
+        'picture': world_source('mosaics', scale, 8000, tasks=asked, **_STRIPES),
+        'text': world_source('lists', scale, 8000, tasks=asked, **lists),
     }
     tests = {
-        f'{kind}_{task}': _world(name, scale, 'test', 500, tasks=[task], **options)
+        f'{kind}_{task}': world_source(name, scale, 500, 'test', tasks=[task], **options)
         for task in asked
         for kind, name, options in (
             ('picture', 'mosaics', _STRIPES),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Stage
 from ..tables.published import load_table
+from ..training.tiny import tiny_stage
 
 # %% ../../nbs/papers/01_owl2.ipynb #8235875f
 _VISUAL = (r'^(vision_model|visual_abstractor)\.|\.multiway\.1\.',)  # stage 1: whatever a model has of them
@@ -86,15 +87,4 @@ def _stage(
 ) -> Stage:
     "A stage of the small model."
     steps, batch = (steps, 32) if scale == 'tiny' else (4, 4)
-    return Stage(
-        name=name,
-        trainable=trainable,
-        mixture=mixture,
-        steps=steps,
-        batch_size=batch,
-        lr=lr,
-        min_lr=lr / 20,
-        warmup_steps=steps // 15,
-        max_length=256,
-        **more,
-    )
+    return tiny_stage(name, trainable, mixture, steps, batch, lr, min_lr=lr / 20, **more)

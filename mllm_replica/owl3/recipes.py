@@ -10,6 +10,7 @@ from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .building import build, measure  # offered here, too
 from .stages import _LANGUAGE, ablation_stages, layers_of, published_stages
 from ..tables.published import Row, load_table, runnable
+from ..training.tiny import tiny_stage, world_source
 
 # %% ../../nbs/papers/05_owl3.ipynb #a5f65c1b
 _VISION = dict(
@@ -45,32 +46,16 @@ _ASSUMPTIONS = (
 )
 
 
-def _world(scale: str, split: str, size: int, name: str = 'albums', **options: Any) -> Source:
-    "A source of albums; the smoke scale takes a few."
-    return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else 16, options=options)
-
-
 def _album(scale: str, split: str, size: int, low: int, high: int, task: str = 'color') -> Source:
     "What color is picture k, of `low` to `high`; task `choice` lists four colors first."
-    return _world(scale, split, size, tasks=[task], images=[low, high])
+    return world_source('albums', scale, size, split, tasks=[task], images=[low, high])
 
 
 def _joint(mixture: dict[str, float], scale: str, steps: int) -> tuple[Stage, ...]:
     "One stage that trains everything but the encoder."
     steps, batch = (steps, 32) if scale == 'tiny' else (6, 8)
-    return (
-        Stage(
-            name='joint',
-            trainable=_LANGUAGE,
-            mixture=mixture,
-            steps=steps,
-            batch_size=batch,
-            lr=3e-3,
-            warmup_steps=steps // 15,
-            weight_decay=0.01,
-            max_length=512,
-        ),
-    )
+    more = dict(min_lr=0.0, weight_decay=0.01, max_length=512)
+    return (tiny_stage('joint', _LANGUAGE, mixture, steps, batch, 3e-3, **more),)
 
 
 _SHAPE = dict(tasks=['shape'], shapes=3, images=[1, 1])
@@ -81,7 +66,7 @@ def _training(scale: str, most: int, task: str = 'color') -> dict[str, Source]:
     "Albums of up to `most` pictures, and three shapes in one picture."
     return {
         'album': _album(scale, 'train', 8000, 1, most, task),
-        'shape': _world(scale, 'train', 4000, turns=3, **_SHAPE),
+        'shape': world_source('albums', scale, 4000, turns=3, **_SHAPE),
     }
 
 
@@ -91,10 +76,10 @@ def _ablation(table: str, row: str, params: dict[str, Any], scale: str, seed: in
     if table == '9':
         model |= {'text': _TEXT | {'num_hidden_layers': 8}, 'hyper_layers': _TINY_LAYERS[row]}
     tests = {
-        'shape': _world(scale, 'test', 500, **_SHAPE),
+        'shape': world_source('albums', scale, 500, 'test', **_SHAPE),
         'pair': _album(scale, 'test', 500, 2, 2),
         'album': _album(scale, 'test', 500, 4, 4),
-        'video': _world(scale, 'test', 500, 'frames'),
+        'video': world_source('frames', scale, 500, 'test'),
         'control': _album(scale, 'test', 500, 1, 1),
     }
     return Recipe(
