@@ -185,7 +185,7 @@ def test_equal_layers_are_counted_once_and_multiplied():
     deep = {**SMALL, 'text_config': {**SMALL['text_config'], 'num_hidden_layers': 5}}
     model = build(make_recipe(sizes=deep))[0]
     model.vision_model.requires_grad_(False)
-    whole = count(lambda: planning._step(model, 40, 1), model)
+    whole = count(lambda: model.planned_step(40, 1), model)
     planned = planning.stage_cost(
         lambda: build(make_recipe(sizes=deep))[0], TUNE.model_copy(update=dict(precision='fp32')), 40, 1
     )[0]

@@ -4,7 +4,6 @@
 __all__ = ['CellNames', 'HiddenPatches', 'SymbolReader', 'ShelfProcessor']
 
 # %% ../../nbs/papers/04_eagle.ipynb #3b655db5
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..data.encoded import IGNORED, Encoded
 from .experts.expert import Expert, tokens_of
 from .fusing.adapters import resize
 from .prompts import EagleProcessor
+from ..models.vision import camera_noise
 
 # %% ../../nbs/papers/04_eagle.ipynb #6f53238a
 # Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in
@@ -117,12 +117,7 @@ class ShelfProcessor(EagleProcessor):
         images: Sequence[Any],  # PIL images or undecoded sources
     ) -> Tensor:
         "Pixel values with noise: N images → [N,3,S,S]."
-        pixels = super().image_tensor(images)
-        for picture in pixels if self.noise else ():
-            picture += self.noise * torch.randn(
-                picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes()))
-            )
-        return pixels
+        return camera_noise(super().image_tensor(images), self.noise)
 
     def parts(
         self,

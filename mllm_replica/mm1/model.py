@@ -287,7 +287,7 @@ class MM1Processor(VisionLanguageProcessor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or anything as for `open_image`s
+        images: Sequence[Any],  # PIL images or anything as for `open_image`
     ) -> Tensor:
         "Pixel values, squashed to a square or, with sub-images, padded to one: N images → [N,3,S,S]."
         if self.sub_images is not None:

@@ -114,12 +114,12 @@ class CellTags(nn.Module):
         return CausalLMOutputWithPast(loss=F.cross_entropy(logits.permute(0, 3, 2, 1), tags))
 
 # %% ../../nbs/papers/03_mm1.ipynb #4de170c4
-import zlib
 from collections.abc import Callable, Sequence
 
 from ..data.encoded import Encoded
 from .law import optimal_rate
 from .model import MM1Processor
+from ..models.vision import camera_noise
 
 
 class PageProcessor(MM1Processor):
@@ -129,15 +129,10 @@ class PageProcessor(MM1Processor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or anything as for `open_image`s
+        images: Sequence[Any],  # PIL images or anything as for `open_image`
     ) -> Tensor:
         "Pixel values with the noise that belongs to each picture: N images → [N,3,S,S]."
-        pixels = super().image_tensor(images)
-        for picture in pixels if self.noise else ():
-            picture += self.noise * torch.randn(
-                picture.shape, generator=torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes()))
-            )
-        return pixels
+        return camera_noise(super().image_tensor(images), self.noise)
 
     def encode(
         self,

@@ -248,6 +248,33 @@ def generate(
     out.sequences = sequences
     return out
 
+# %% ../../nbs/foundations/models/39_vlm.ipynb #c0a5e202
+@patch
+def blank_pixels(
+    self: VisionLanguageModel,
+    images: int,  # N
+) -> Tensor:
+    "Pixel values of black pictures in the encoder's size: [N,3,S,S]."
+    size = self.config.vision_config.image_size
+    return torch.zeros(images, 3, size, size, dtype=next(self.vision_model.parameters()).dtype)
+
+
+@patch
+def planned_step(
+    self: VisionLanguageModel,
+    length: int,  # T, visual tokens and text
+    images: int,  # N
+    image_features: Tensor | None = None,  # [N,S,Dv]; None: the encoder is counted, too
+) -> Tensor:
+    "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
+    parts = []
+    if images:
+        pixels = self.blank_pixels(images) if image_features is None else None
+        parts.append(self.visual_embeds(pixels, image_features).flatten(0, 1)[None])
+    words = max(1, length - sum(part.shape[1] for part in parts))
+    text = self.get_input_embeddings()(torch.zeros(1, words, dtype=torch.long))
+    return self(inputs_embeds=torch.cat([*(part.to(text.dtype) for part in parts), text], 1), use_cache=False).logits
+
 # %% ../../nbs/foundations/models/39_vlm.ipynb #cc97ab67
 class VisionLanguageProcessor:
     "Samples → token ids, labels and pixels; ids → text."

@@ -203,11 +203,12 @@ def planned_step(
     self: Owl2Model,
     length: int,  # text tokens
     images: int,  # N
-    image_features: Tensor | None,  # [N,S,C]; None: the encoder is counted, too
+    image_features: Tensor | None = None,  # [N,S,C]; None: the encoder is counted, too
 ) -> Tensor:
-    "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
-    side = self.config.vision_config.image_size
-    pixels = torch.zeros(images, 3, side, side, dtype=self.vision_model.dtype) if image_features is None else None
+    "Logits of one sample of these sizes, [1,T,V], the visual tokens through their own weights."
+    if not images:
+        return VisionLanguageModel.planned_step(self, length, images)
+    pixels = self.blank_pixels(images) if image_features is None else None
     visual = self.visual_embeds(pixels, image_features).flatten(0, 1)[None]
     text = self.get_input_embeddings()(torch.zeros(1, max(length - visual.shape[1], 0), dtype=torch.long))
     embeds = torch.cat([visual, text], 1)

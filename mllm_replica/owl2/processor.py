@@ -141,7 +141,7 @@ class Owl2Processor(VisionLanguageProcessor):
 
     def image_tensor(
         self,
-        images: Sequence[Any],  # PIL images or anything as for `open_image`s, of any size
+        images: Sequence[Any],  # PIL images or anything as for `open_image`, of any size
     ) -> Tensor:
         "Pixel values: N images → [N,3,S,S]."
         squares = [to_square(image, self.image_size, self.mode, self.image_mean) for image in images]

@@ -290,10 +290,13 @@ def planned_step(
     self: Owl3Model,
     length: int,  # T, positions of the text
     images: int,  # N, seen by all of it
-    image_features: Tensor,  # [N,S,Dv]
+    image_features: Tensor | None = None,  # [N,S,Dv]; None: the encoder is counted, too
 ) -> Tensor:
-    "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
-    media = Media(self.visual_embeds(image_features=image_features), [[-1] * images])
+    "Logits of one sample of these sizes, [1,T,V], the images beside the text."
+    if not images:
+        return VisionLanguageModel.planned_step(self, length, images)
+    pixels = self.blank_pixels(images) if image_features is None else None
+    media = Media(self.visual_embeds(pixels, image_features), [[-1] * images])
     media.rotary(self.get_decoder().rotary_emb)
     sight = Sight(media, torch.full((1, length), images), [(0, 0, length, images)])
     text = self.get_input_embeddings()(torch.zeros(1, length, dtype=torch.long))

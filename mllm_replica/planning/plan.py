@@ -89,28 +89,6 @@ def this_machine(
     )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #ea49323f
-def _pixels(model: nn.Module, images: int) -> Tensor:
-    size = model.config.vision_config.image_size
-    return torch.zeros(images, 3, size, size, dtype=next(model.vision_model.parameters()).dtype)
-
-
-def _step(model: nn.Module, length: int, images: int, image_features: Tensor | None = None) -> Tensor:
-    "One sample: S×S pixels (or the encoder's features) and text → logits [1,T,V]."
-    if images and hasattr(model, 'planned_step'):
-        return model.planned_step(length, images, image_features)  # images beside the text
-    parts = []
-    if images:
-        parts.append(
-            model.visual_embeds(None if image_features is not None else _pixels(model, images), image_features).flatten(
-                0, 1
-            )[None]
-        )
-    parts.append(
-        model.get_input_embeddings()(torch.zeros(1, max(1, length - sum(p.shape[1] for p in parts)), dtype=torch.long))
-    )
-    return model(inputs_embeds=torch.cat([p.to(parts[-1].dtype) for p in parts], 1), use_cache=False).logits
-
-
 def _period(layers: nn.ModuleList) -> int:
     "Number of layers after which their shapes repeat to the end: 1 where all are equal, all of them where nothing repeats."
     kinds = [tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers]
@@ -150,9 +128,9 @@ def stage_cost(
         if images and not any(
             p.requires_grad for p in model.vision_model.parameters()
         ):  # a frozen encoder is counted once
-            features = model.visual_features(_pixels(model, images))
-            encoder = count(lambda: model.visual_features(_pixels(model, images))).forward
-        step = partial(_step, model.train(), length, images, features)
+            features = model.visual_features(model.blank_pixels(images))
+            encoder = count(lambda: model.visual_features(model.blank_pixels(images))).forward
+        step = partial(model.train().planned_step, length, images, features)
         plain = again = _over_depth(model, step)
         if checkpointing:
             enable = (

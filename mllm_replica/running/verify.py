@@ -369,7 +369,6 @@ class Audit:
 def audit(
     count: int,  # units
     papers: Sequence[str],
-    seed: int | None = None,  # of the draw
     said: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Audit]:
     "Run published units again in the present tree."
@@ -378,7 +377,7 @@ def audit(
         for table in tables_of(paper):
             for r in read_results(paper, table, 'tiny'):
                 units.setdefault((paper, table, r.row, r.scale, r.seed), []).append(r)
-    drawn = random.Random(seed).sample(sorted(units), min(count, len(units)))
+    drawn = random.sample(sorted(units), min(count, len(units)))
     halves = [half for half in (drawn[::2], drawn[1::2]) if half]
     from concurrent.futures import ThreadPoolExecutor
 

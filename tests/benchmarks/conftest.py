@@ -14,22 +14,12 @@ import torch
 from timing import SLACK, seconds_of
 
 from mllm_replica.models import layers
+from mllm_replica.running.journal import processor
 
 BASELINES = Path(__file__).parent / 'baselines'
 LEAST = 0.1  # a product's share below which a figure is a few milliseconds, and scatters
 ATTEMPTS = 3  # a disturbed measurement is repeated
 ROWS, FOUND = [], {}
-
-
-def processor():
-    "The kind of processor: vendor, model, and the instructions that torch uses on it."
-    own = torch.cpu.get_capabilities()
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in reversed(lines))}
-    parts = [own.get('cpu_name', own.get('architecture', 'unknown'))]
-    parts += [said[key] for key in ('cpu family', 'model') if key in said]
-    parts += [torch.backends.cpu.get_cpu_capability()]
-    return re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')
 
 
 def pytest_addoption(parser):
@@ -98,7 +88,7 @@ def use(monkeypatch):
 @pytest.fixture(scope='session')
 def baseline(request):
     "Figures of this kind of processor by name; none where it was never measured or is measured anew."
-    file = BASELINES / f'{processor()}.json'
+    file = BASELINES / f'{re.sub(r"[^a-z0-9]+", "-", processor().lower())}.json'
     known = json.loads(file.read_text()) if file.exists() else {}
     yield {} if request.config.getoption('--new-baseline') else known
     kept = known | FOUND if request.config.getoption('--new-baseline') else FOUND | known
