@@ -16,7 +16,14 @@ from .experts.eva import EvaExpert, check_rotations
 from .experts.towers import official_weights
 from .fusing.mixture import check_towers, tower_names
 from .model import MIXTURES, EagleConfig, EagleModel
-from ..models.official import check_keys, model_of, read_weights
+from mllm_replica.models.official import (
+    LANGUAGE_FIELDS,
+    LANGUAGE_OPTIONS,
+    check_keys,
+    known_fields,
+    model_of,
+    read_weights,
+)
 
 # %% ../../nbs/papers/04_eagle.ipynb #f646189d
 _VICUNA = dict(
@@ -97,19 +104,6 @@ def paper_config(
     )
 
 # %% ../../nbs/papers/04_eagle.ipynb #14b72b38
-_NEEDED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_OPTIONAL = (
-    'num_key_value_heads',
-    'max_position_embeddings',
-    'rms_norm_eps',
-    'rope_theta',
-    'hidden_act',
-    'attention_bias',
-    'bos_token_id',
-    'eos_token_id',
-    'pad_token_id',
-    'tie_word_embeddings',
-)
 _AS_RELEASED = dict(
     mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_patch_merge_type='flat', rope_scaling=None
 )
@@ -122,22 +116,18 @@ def official_config(
     grid: int = 32,  # side of the common grid
 ) -> EagleConfig:
     "Our configuration of a released checkpoint."
-    missing = [name for name in ('mm_vision_tower', 'mm_projector_type', *_NEEDED) if config.get(name) is None]
-    if missing:
-        raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
+    text = known_fields(config, LANGUAGE_FIELDS, LANGUAGE_OPTIONS)
+    parts = known_fields(config, ('mm_vision_tower', 'mm_projector_type'))
     for name, expected in _AS_RELEASED.items():
         if (value := config.get(name, expected)) != expected:
             raise NotImplementedError(f'config.json: {name} is {value!r}; released models have {expected!r}')
-    names = tower_names(config['mm_vision_tower'])
+    names = tower_names(parts['mm_vision_tower'])
     if unknown := sorted(set(experts) - set(names)):
         raise ValueError(f'settings of {", ".join(unknown)}; the checkpoint has {", ".join(names)}')
-    text = {'model_type': 'llama'} | {
-        name: config[name] for name in (*_NEEDED, *_OPTIONAL) if config.get(name) is not None
-    }
     return EagleConfig(
         vision_config=dict(experts=[dict(name=name) | experts.get(name, {}) for name in names], image_size=image_size),
-        connector_config=dict(projector=config['mm_projector_type'], grid=grid),
-        text_config=text,
+        connector_config=dict(projector=parts['mm_projector_type'], grid=grid),
+        text_config={'model_type': 'llama'} | text,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.language import IMAGE_PIECE, Piece
 from .components import build_projector, projector_fields
 from .prompts import SYSTEM_DETAIL, conversation_pieces, prompt_pieces
-from ..models.official import model_of, read_weights
+from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, known_fields, model_of, read_weights
 from ..models.vision import CLIP_MEAN, CLIP_STD
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
 
@@ -149,31 +149,7 @@ _VISION_FIELDS = (
     'image_size',
     'patch_size',
 )
-_TEXT_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_TEXT_OPTIONS = (
-    'num_key_value_heads',
-    'max_position_embeddings',
-    'rms_norm_eps',
-    'rope_theta',
-    'rope_scaling',
-    'hidden_act',
-    'bos_token_id',
-    'eos_token_id',
-    'pad_token_id',
-    'tie_word_embeddings',
-    'attention_bias',
-)
 _VISION_OPTIONS = ('hidden_act', 'layer_norm_eps', 'projection_dim', 'image_mean', 'image_std')
-
-
-def _chosen(config: Mapping[str, Any], part: str, needed: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
-    "The known fields of a part of config.json; a missing needed one is an error."
-    if not isinstance(config.get(part), Mapping):
-        raise ValueError(f'config.json has no {part}; found {sorted(config)}')
-    missing = [name for name in needed if config[part].get(name) is None]
-    if missing:
-        raise ValueError(f'config.json: {part} lacks {missing}; complete it from the base model that it names')
-    return {name: config[part][name] for name in (*needed, *options) if config[part].get(name) is not None}
 
 
 def official_config(
@@ -186,15 +162,14 @@ def official_config(
         config['projector_config'] = old | {
             'num_query_tokens': config.get('num_query_tokens', old.get('num_query_tokens'))
         }
-    vision = _chosen(config, 'vision_config', _VISION_FIELDS, _VISION_OPTIONS)
+    vision = known_fields(config, _VISION_FIELDS, _VISION_OPTIONS, 'vision_config')
     encoder = config['vision_config'].get('encoder_type', 'openai.clip')
     if encoder != 'openai.clip':
         raise ValueError(f"config.json: encoder_type is {encoder!r}; expected 'openai.clip'")
-    text = _chosen(config, 'text_config', _TEXT_FIELDS, _TEXT_OPTIONS)
+    text = known_fields(config, LANGUAGE_FIELDS, (*LANGUAGE_OPTIONS, 'rope_scaling'), 'text_config')
     kind = config.get('projector_config', {}).get('projector_type')
-    projector = _chosen(
-        config, 'projector_config', ['projector_type', 'num_query_tokens'], projector_fields(kind) if kind else []
-    )
+    options = projector_fields(kind) if kind else []
+    projector = known_fields(config, ['projector_type', 'num_query_tokens'], options, 'projector_config')
     layer = config['projector_config'].get('feature_layer_index', -1)
     if not isinstance(layer, int):
         raise NotImplementedError(f'config.json: feature_layer_index is {layer!r}; only one layer is supported')

@@ -4,12 +4,14 @@
 __all__ = ['rows', 'tables', 'recipe']
 
 # %% ../../nbs/papers/02_honeybee.ipynb #9be3d5c8
+from typing import Any
+
 from ..core.recipe import Recipe
 from .building import build, load_source  # with `measure` what a unit executes
 from .full import paper_recipe
 from .measures import measure
 from .studies import TINY, small_recipe
-from ..tables.published import Row, load_table, runnable
+from ..tables.published import Row, runnable
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f1dba5ba
 _DATA_TABLES = {'2': 'describes the data', '11': 'describes the recipe itself', '12': 'describes the mixture itself'}
@@ -50,22 +52,14 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         return None if table in ('3', '8', '9', 'fig9') else 'has no recipe at scale small'
     return _UNPUBLISHED.get(row.key)
 
-
-rows, tables = runnable('honeybee', _reason)
-
 # %% ../../nbs/papers/02_honeybee.ipynb #c27d90fe
-def recipe(
-    table: str,
-    row: str,
-    scale: str,
-    seed: int,
-) -> Recipe:
-    "The recipe of one unit; a row that cannot run says why."
-    published = load_table('honeybee', table).row(row)
-    if reason := _reason(table, published, scale):
-        raise ValueError(f'honeybee table {table} row {row} cannot run at scale {scale}: {reason}')
+def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
+    "The recipe of a row that can run."
     if scale == 'paper':
-        return paper_recipe(table, row, published.params, seed)
+        return paper_recipe(table, row, params, seed)
     if scale == 'small':
-        return small_recipe(table, row, published.params, seed)
-    return TINY[table](table, row, published.params, scale, seed)
+        return small_recipe(table, row, params, seed)
+    return TINY[table](table, row, params, scale, seed)
+
+
+rows, tables, recipe = runnable('honeybee', _reason, _recipe)

@@ -11,7 +11,7 @@ from .building import arrange, build  # with `measure` what a unit executes
 from .data import KINDS
 from .measures import measure
 from .studies import TINY
-from ..tables.published import Row, load_table, runnable
+from ..tables.published import Row, runnable
 
 # %% ../../nbs/papers/03_mm1.ipynb #5e78e3bb
 _OTHERS = {
@@ -52,9 +52,6 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     if table == 'fig5' and row.key in _OTHERS['fig5']:
         return 'the share of synthetic captions is a matter of data'
     return None if _preset(table, row.key) else 'another model, or a table of this project'
-
-
-rows, tables = runnable('mm1', _reason)
 
 # %% ../../nbs/papers/03_mm1.ipynb #c250cc99
 def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
@@ -97,16 +94,11 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     )
 
 
-def recipe(
-    table: str,
-    row: str,
-    scale: str,
-    seed: int,
-) -> Recipe:
-    "The recipe of one unit; a row that cannot run says why."
-    published = load_table('mm1', table).row(row)
-    if reason := _reason(table, published, scale):
-        raise ValueError(f'mm1 table {table} row {row} cannot run at scale {scale}: {reason}')
+def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
+    "The recipe of a row that can run."
     if scale == 'paper':
-        return _paper(table, row, published.params, seed)
-    return TINY[table](table, row, published.params, scale, seed)
+        return _paper(table, row, params, seed)
+    return TINY[table](table, row, params, scale, seed)
+
+
+rows, tables, recipe = runnable('mm1', _reason, _recipe)

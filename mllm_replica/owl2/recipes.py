@@ -17,7 +17,7 @@ from mllm_replica.owl2.stages import (
     mixture_of,
     published_stages,
 )
-from ..tables.published import Row, load_table, runnable
+from ..tables.published import Row, runnable
 from ..training.tiny import DECODER, world_source
 
 # %% ../../nbs/papers/01_owl2.ipynb #aff177b4
@@ -186,9 +186,6 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         return 'its rows are benchmarks; the two models are rows of Table 5'
     return None if table in _TINY or 'owl2' in row.key.split('_') else 'another model'
 
-
-rows, tables = runnable('owl2', _reason)
-
 # %% ../../nbs/papers/01_owl2.ipynb #a2548e2d
 _TEXT_SETS = ('sharegpt', 'slimorca')
 
@@ -229,14 +226,9 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     )
 
 
-def recipe(
-    table: str,
-    row: str,
-    scale: str,
-    seed: int,
-) -> Recipe:
-    "The recipe of one unit; a row that cannot run says why."
-    params, reason = load_table('owl2', table).row(row).params, rows(table, scale)[row]
-    if reason:
-        raise ValueError(f'owl2 table {table} row {row} cannot run at scale {scale}: {reason}')
+def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
+    "The recipe of a row that can run."
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
+
+
+rows, tables, recipe = runnable('owl2', _reason, _recipe)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.official import OfficialWeightsError, model_of, read_weights
+from mllm_replica.models.official import (
+    LANGUAGE_FIELDS,
+    LANGUAGE_OPTIONS,
+    OfficialWeightsError,
+    known_fields,
+    model_of,
+    read_weights,
+)
 from ..models.vision import resize_positions
 from .abstractor import abstractor_fields, sine_grid, sine_positions
 from .encoder import Owl2VisionConfig
@@ -88,19 +95,6 @@ def convert_official(
     return ours
 
 # %% ../../nbs/papers/01_owl2.ipynb #1d8c5a63
-_LLAMA_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-_LLAMA_OPTIONS = (
-    'num_key_value_heads',
-    'max_position_embeddings',
-    'rms_norm_eps',
-    'rope_theta',
-    'hidden_act',
-    'attention_bias',
-    'bos_token_id',
-    'eos_token_id',
-    'pad_token_id',
-    'tie_word_embeddings',
-)
 _QWEN_FIELDS = dict(
     vocab_size='vocab_size',
     hidden_size='hidden_size',
@@ -114,25 +108,15 @@ _QWEN_FIELDS = dict(
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     "Settings of the language model; Qwen's are told by `rotary_emb_base`."
-    qwen = 'rotary_emb_base' in config
-    missing = [
-        name
-        for name in (*(_QWEN_FIELDS.values() if qwen else _LLAMA_FIELDS), 'intermediate_size')
-        if config.get(name) is None
-    ]
-    if missing:
-        raise ValueError(f'config.json lacks {sorted(set(missing))}; found {sorted(config)}')
     if config.get('rope_scaling'):
         raise NotImplementedError(f'config.json: rope_scaling {config["rope_scaling"]}; no released model has it')
-    if not qwen:
-        return {'model_type': 'llama'} | {
-            name: config[name] for name in (*_LLAMA_FIELDS, *_LLAMA_OPTIONS) if config.get(name) is not None
-        }
-    fields = {ours: config[theirs] for ours, theirs in _QWEN_FIELDS.items()}
+    if 'rotary_emb_base' not in config:
+        return {'model_type': 'llama'} | known_fields(config, LANGUAGE_FIELDS, LANGUAGE_OPTIONS)
+    found = known_fields(config, (*_QWEN_FIELDS.values(), 'intermediate_size'))
     return (
         {'model_type': 'qwen2', 'tie_word_embeddings': False}
-        | fields
-        | dict(intermediate_size=config['intermediate_size'] // 2, num_key_value_heads=config['num_attention_heads'])
+        | {ours: found[theirs] for ours, theirs in _QWEN_FIELDS.items()}
+        | dict(intermediate_size=found['intermediate_size'] // 2, num_key_value_heads=found['num_attention_heads'])
     )
 
 

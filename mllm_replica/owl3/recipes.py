@@ -9,7 +9,7 @@ from typing import Any
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .building import build, measure  # offered here, too
 from .stages import _LANGUAGE, ablation_stages, layers_of, published_stages
-from ..tables.published import Row, load_table, runnable
+from ..tables.published import Row, runnable
 from ..training.tiny import tiny_stage, world_source
 
 # %% ../../nbs/papers/05_owl3.ipynb #a5f65c1b
@@ -158,9 +158,6 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         return 'compares two checkpoints; the recipe of the later one is not published'
     return None if table in _ABLATIONS or row.key in _SIZES else 'another model'
 
-
-rows, tables = runnable('owl3', _reason)
-
 # %% ../../nbs/papers/05_owl3.ipynb #2aa8ca65
 _SHOWN = {
     'text_reading': 7,
@@ -214,14 +211,9 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
     )
 
 
-def recipe(
-    table: str,
-    row: str,
-    scale: str,
-    seed: int,
-) -> Recipe:
-    "The recipe of one unit; a row that cannot run says why."
-    params, reason = load_table('owl3', table).row(row).params, rows(table, scale)[row]
-    if reason:
-        raise ValueError(f'owl3 table {table} row {row} cannot run at scale {scale}: {reason}')
+def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
+    "The recipe of a row that can run."
     return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
+
+
+rows, tables, recipe = runnable('owl3', _reason, _recipe)

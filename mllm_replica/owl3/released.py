@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.official import model_of, read_weights
+from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, known_fields, model_of, read_weights
 from .pictures import IMAGE_TOKENS
 from .model import Owl3Config, Owl3Model
 
@@ -91,25 +91,6 @@ def paper_config(
 
 # %% ../../nbs/papers/05_owl3.ipynb #9867ed52
 UNUSED_KEYS = ('vision_model.head.',)  # accepted, named in `model.unused_keys`
-_TEXT_FIELDS = (
-    'vocab_size',
-    'hidden_size',
-    'intermediate_size',
-    'num_hidden_layers',
-    'num_attention_heads',
-    'num_key_value_heads',
-)
-_TEXT_OPTIONS = (
-    'max_position_embeddings',
-    'rms_norm_eps',
-    'rope_theta',
-    'tie_word_embeddings',
-    'bos_token_id',
-    'eos_token_id',
-    'use_sliding_window',
-    'attention_dropout',
-    'initializer_range',
-)
 
 
 def official_config(
@@ -118,13 +99,11 @@ def official_config(
     placeholder_ids: Sequence[int] = IMAGE_TOKENS,
 ) -> Owl3Config:
     "Our configuration of an official checkpoint."
-    missing = [name for name in (*_TEXT_FIELDS, 'hyper_layers', 'vision_config') if config.get(name) is None]
-    if missing:
-        raise ValueError(f'config.json lacks {missing}; found {sorted(config)}')
-    layers = config['hyper_layers']
+    options = (*LANGUAGE_OPTIONS, 'use_sliding_window', 'attention_dropout', 'initializer_range')
+    text = known_fields(config, (*LANGUAGE_FIELDS, 'num_key_value_heads'), options)
+    layers = known_fields(config, ('hyper_layers', 'vision_config'))['hyper_layers']
     if min(layers) < 1 or max(layers) > config['num_hidden_layers']:
         raise ValueError(f'config.json: hyper_layers {layers} must count from 1 to {config["num_hidden_layers"]}')
-    text = {name: config[name] for name in (*_TEXT_FIELDS, *_TEXT_OPTIONS) if config.get(name) is not None}
     vision = {'model_type': 'siglip_vision_model', **config['vision_config'], 'vision_use_head': False}
     return Owl3Config(
         vision_config=vision,

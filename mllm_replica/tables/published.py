@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from ..core.recipe import Recipe
 from ..core.registry import PAPERS
 from ..core.settings import Scale, Strict, project_root
 
@@ -365,8 +367,11 @@ Tables = Callable[[str], list[str]]  # scale -> tables
 def runnable(
     paper: str,
     reason: Callable[[str, Row, str], str | None],  # table, row, scale -> why it cannot run; None if it can
-) -> tuple[Rows, Tables]:
-    "A chapter's `rows` and `tables`."
+    made: Callable[
+        [str, str, dict[str, Any], str, int], Recipe
+    ],  # table, row, its params, scale, seed; of one that can
+) -> tuple[Rows, Tables, Callable[[str, str, str, int], Recipe]]:
+    "A chapter's `rows`, `tables` and `recipe`."
 
     def rows(table: str, scale: str) -> dict[str, str | None]:
         "Every row of the table: None where it can run at that scale, else the reason why not."
@@ -376,4 +381,11 @@ def runnable(
         "The tables with a row that can run."
         return [table for table in tables_of(paper) if None in rows(table, scale).values()]
 
-    return rows, tables
+    def recipe(table: str, row: str, scale: str, seed: int) -> Recipe:
+        "The recipe of one unit; a row that cannot run says why."
+        published = load_table(paper, table).row(row)
+        if why := reason(table, published, scale):
+            raise ValueError(f'{paper} table {table} row {row} cannot run at scale {scale}: {why}')
+        return made(table, row, published.params, scale, seed)
+
+    return rows, tables, recipe

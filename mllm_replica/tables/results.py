@@ -12,7 +12,6 @@ from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 
-import pandas as pd
 from pydantic import Field, ValidationError, field_validator
 
 from ..core.settings import SCALES, Scale, Strict, settings
