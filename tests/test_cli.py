@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from toys import RECORD
 from typer.testing import CliRunner
 
 from mllm_replica.cli import app
@@ -67,25 +68,12 @@ def imagined(project):
     "Results in which the C-Abstractor is far ahead on the spatial task."
     from mllm_replica.tables.results import Record, write_results
 
-    base = dict(
-        table='3',
-        scale='tiny',
-        unit='k',
-        digest='d',
-        code='s',
-        commit='abc123',
-        date='2025-01-01T00:00:00',
-        seconds=60.0,
-        processor='p',
-        threads='1',
-        torch='2',
-    )
     write_results(
         'honeybee',
         '3',
         'tiny',
         [
-            Record(**base, row=row, metric=metric, seed=seed, value=value + seed / 100, n_eval=1000)
+            Record(**RECORD, row=row, metric=metric, seed=seed, value=value + seed / 100)
             for row, score in dict(resampler_144=0.35, cabs_144=0.62).items()
             for seed in (10, 11, 12)
             for metric, value in (('spatial', score), ('control', 0.97))

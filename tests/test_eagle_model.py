@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from toys import TOWERS
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM
 
 from mllm_replica.core.recipe import Recipe, Stage
@@ -41,63 +42,10 @@ from mllm_replica.training.optimiser import freeze_all_but, trainable_names
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / 'golden/eagle'
-KINDS = dict(
-    clip=dict(
-        config=dict(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=4,
-        ),
-        image_size=24,
-    ),
-    convnext=dict(config=dict(depths=[1, 2], dims=[8, 12], ls_init_value=0.5), image_size=32),
-    sam=dict(
-        config=dict(
-            hidden_size=16,
-            output_channels=4,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            window_size=3,
-            global_attn_indexes=[1],
-            mlp_dim=24,
-        )
-    ),
-    eva=dict(
-        config=dict(
-            patch_size=4,
-            window_size=3,
-            embed_dim=16,
-            depth=3,
-            num_heads=2,
-            window_block_indexes=[0, 1],
-            pretrain_img_size=8,
-        ),
-        image_size=32,
-    ),
-    pix2struct=dict(
-        config=dict(
-            hidden_size=16,
-            patch_embed_hidden_size=48,
-            d_ff=24,
-            d_kv=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            seq_len=8,
-        ),
-        image_size=32,
-        options=dict(max_patches=27),
-    ),
-    dinov2=dict(
-        config=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
-        image_size=24,
-        options=dict(own_statistics=True),
-    ),
-)
+KINDS = TOWERS | {
+    'pix2struct': TOWERS['pix2struct'] | dict(options=dict(max_patches=27)),
+    'dinov2': TOWERS['dinov2'] | dict(options=dict(own_statistics=True)),
+}
 CHANNELS = dict(clip=16, convnext=12, sam=16, eva=16, pix2struct=16, dinov2=16)
 TWO = ('clip', 'convnext')
 TEXT = dict(

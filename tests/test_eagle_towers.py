@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from toys import TOWERS
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
@@ -20,72 +21,18 @@ from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD, resize_positions
 
 torch.set_num_threads(1)
 FILES = sorted((Path(__file__).parent / 'golden/eagle').glob('*_tower.safetensors'))
-SMALL = dict(
-    clip=(
-        dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=4,
-        ),
-        24,
-    ),
-    convnext=(dict(depths=[1, 2], dims=[8, 12], ls_init_value=0.5), 32),
-    sam=(
-        dict(
-            hidden_size=16,
-            output_channels=4,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            window_size=3,
-            global_attn_indexes=[1],
-            mlp_dim=24,
-        ),
-        None,
-    ),
-    eva=(
-        dict(
-            patch_size=4,
-            window_size=3,
-            embed_dim=16,
-            depth=3,
-            num_heads=2,
-            window_block_indexes=[0, 1],
-            pretrain_img_size=8,
-        ),
-        32,
-    ),
-    pix2struct=(
-        dict(
-            hidden_size=16,
-            patch_embed_hidden_size=48,
-            d_ff=24,
-            d_kv=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            seq_len=8,
-        ),
-        32,
-    ),
-    dinov2=(dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4), 24),
-)
 UNREAD = dict(
     clip=['class_embedding', 'post_layernorm.weight', 'post_layernorm.bias'], dinov2=['mask_token']
 )  # weights without influence
-of_kind = pytest.mark.parametrize('kind', SMALL)
+of_kind = pytest.mark.parametrize('kind', TOWERS)
 
 
 def build(kind, **kwargs):
     "A small expert with uneven weights."
     torch.manual_seed(0)
-    config, size = SMALL[kind]
     if kind == 'pix2struct':
         kwargs['max_patches'] = 27
-    expert = build_expert(kind, config, size, **kwargs).eval()
+    expert = build_expert(kind, **TOWERS[kind], **kwargs).eval()
     for name, parameter in expert.named_parameters():
         if parameter.dim() == 1 or 'rel_pos' in name:
             torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.3)
@@ -180,7 +127,7 @@ def test_own_statistics_are_those_of_the_expert(kind):
 
 def test_clip_without_its_class_token():
     "transformers' layers on the patches alone, position table untouched at its own size."
-    config, _ = SMALL['clip']
+    config = TOWERS['clip']['config']
     expert = build('clip')
     reference = CLIPVisionModel(CLIPVisionConfig(**config)).eval()
     reference.load_state_dict(expert.vision_tower['vision_model'].state_dict())
@@ -224,7 +171,7 @@ def test_padding_with_the_bias_teaches_the_bias():
 
 def test_sam_without_a_matrix_of_scores():
     "All layers of transformers' encoder, which writes scores and relative positions out; and no tensor of their size appears."
-    config, _ = SMALL['sam']
+    config = TOWERS['sam']['config']
     expert = build('sam')
     reference = SamVisionEncoder(SamVisionConfig(**config, attn_implementation='eager')).eval()
     weights = expert.vision_tower.state_dict()
@@ -428,4 +375,4 @@ def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="unknown expert 'clip-1024'"):
         build_expert('clip-1024')
     with pytest.raises(ValueError, match='set image_size in the config'):
-        build_expert('sam', SMALL['sam'][0], 64)
+        build_expert('sam', TOWERS['sam']['config'], 64)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from toys import save_backbones
 
 from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import IGNORED
@@ -175,33 +176,9 @@ def test_several_turns_of_a_record_are_several_questions():
 
 
 def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
     whole = recipe('6', 'honeybee_c_7b', 'paper', 42)
     folders = {name: str(tmp_path / part) for part, name in whole.model['backbones'].items()}
-    CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=224,
-            patch_size=14,
-        )
-    ).save_pretrained(tmp_path / 'vision')
-    byte_tokenizer().save_pretrained(tmp_path / 'text')
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=259,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    ).save_pretrained(tmp_path / 'text')
+    save_backbones(tmp_path)
     small = {'projector_type': 'c-abs', 'num_query_tokens': 16, 'hidden_size': 32, 'depth': 1, 'mlp_depth': 2}
     short = tuple(
         s.model_copy(update={'steps': 2, 'batch_size': 4, 'warmup_steps': 1, 'precision': 'fp32'}) for s in whole.stages

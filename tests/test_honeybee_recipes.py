@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from toys import save_backbones
 
 from mllm_replica.honeybee import building, recipes
 from mllm_replica.honeybee.studies import _SMALL
@@ -107,36 +108,12 @@ def test_the_small_models_start_alike():
 
 
 def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
     from mllm_replica.core.settings import settings
-    from mllm_replica.data.language import byte_tokenizer
     from mllm_replica.running.unit import run_unit
 
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
     settings.cache_clear()
-    CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=224,
-            patch_size=14,
-        )
-    ).save_pretrained(tmp_path / 'vision')
-    byte_tokenizer().save_pretrained(tmp_path / 'text')
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=259,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    ).save_pretrained(tmp_path / 'text')
+    save_backbones(tmp_path)
     folders = {_SMALL[part]: str(tmp_path / part) for part in _SMALL}
     monkeypatch.setattr(building, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
     whole = recipes.recipe('3', 'linear_256', 'small', 0)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from toys import TEXT, VISION
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -36,28 +37,6 @@ from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, V
 torch.set_num_threads(1)
 GOLDEN = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'packing.yaml').read_text())
 LENGTH, VISUAL = GOLDEN['seq_len'], GOLDEN['k_visual_tokens']
-VISION = dict(
-    model_type='clip_vision_model',
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=8,
-    patch_size=4,
-)
-TEXT = dict(
-    model_type='llama',
-    vocab_size=259,
-    hidden_size=40,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
 
 
 def worked_example(number, parts):

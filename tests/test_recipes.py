@@ -35,7 +35,7 @@ def test_every_row_runs_or_says_why(paper, scale):
     for table in tables_of(paper):
         for row, reason in chapter.rows(table, scale).items():
             if reason is None:
-                assert chapter.recipe(table, row, scale, 1).unit == f'{paper}/{table}/{row}/{scale}/1'
+                assert chapter.recipe(table, row, scale, 1).label == f'{paper}/{table}/{row}/{scale}/1'
             else:
                 with pytest.raises(ValueError, match=f'cannot run at scale {scale}: {re.escape(reason)}'):
                     chapter.recipe(table, row, scale, 1)

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from toys import RECORD
 
 from mllm_replica.core.registry import PAPERS, recipes_of
 from mllm_replica.core.settings import project_root, settings
@@ -26,19 +27,6 @@ from mllm_replica.tables.report import (
 from mllm_replica.tables.reporting import own_frame, own_verdicts
 from mllm_replica.tables.results import Record, read_results, results_path, summary, write_results
 
-BASE = dict(
-    table='3',
-    scale='tiny',
-    unit='key',
-    digest='digest',
-    code='source',
-    commit='abc',
-    date='2025-01-01T12:00:00+00:00',
-    seconds=61.5,
-    processor='p',
-    threads='1',
-    torch='2',
-)
 SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256=0.37, cabs_256=0.71)
 
 
@@ -62,7 +50,7 @@ def project(tmp_path, monkeypatch):
 
 
 def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):
-    return Record(**BASE | dict(row=row, seed=seed, metric=metric, value=value, n_eval=1000) | more)
+    return Record(**RECORD | dict(row=row, seed=seed, metric=metric, value=value) | more)
 
 
 def run(rows=SPATIAL, seeds=(10, 11, 12)):
@@ -165,7 +153,7 @@ def test_an_interrupted_write_leaves_the_old_file(project, monkeypatch):
         (',10,', ',ten,', 'seed'),
         ('2025-01-01', '2025-13-01', 'date'),
         (',61.5', ',-1', 'seconds'),
-        ('abc', 'abc,more', 'line 2'),
+        ('abc123', 'abc123,more', 'line 2'),
         ('seed', 'sede', 'has the columns'),
     ],
 )

@@ -139,7 +139,9 @@ def test_what_units_start_from_is_taught_first_and_once(project, monkeypatch, in
         == 0
     )
     told = [
-        (e['event'], e['unit'].removeprefix('mm1/')) for e in Journal(project.runs).read()[0] if e['event'] != 'started'
+        (e['event'], e['label'].removeprefix('mm1/'))
+        for e in Journal(project.runs).read()[0]
+        if e['event'] != 'started'
     ]
     starts, units = told[:2], told[2:]
     assert sorted(starts) == [

@@ -4,34 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from toys import TEXT, VISION
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, split_images
 
 torch.set_num_threads(1)
-VISION = dict(
-    model_type='clip_vision_model',
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=8,
-    patch_size=4,
-)
-TEXT = dict(
-    model_type='llama',
-    vocab_size=259,
-    hidden_size=40,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture(scope='module')

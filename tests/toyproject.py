@@ -120,7 +120,7 @@ class Project:
     def events(self, *kinds):
         "(event, row) of the journal in order."
         return [
-            (e['event'], e['unit'].split('/')[2])
+            (e['event'], e['label'].split('/')[2])
             for e in Journal(self.runs).read()[0]
             if e['event'] in kinds or not kinds
         ]

@@ -165,13 +165,13 @@ class Journal:
 
     def last(self) -> dict[str, dict]:
         "Unit key -> its last event."
-        return {e['key']: e for e in self.read()[0] if 'key' in e}
+        return {e['unit_key']: e for e in self.read()[0] if 'unit_key' in e}
 
     def reconcile(self) -> list[dict]:
         "Write `lost` for every unit that was started by a process that is gone; returns those events."
         orphans = [e for e in self.last().values() if e['event'] == 'started' and not is_alive(e['process'])]
         lost = [
-            dict(unit=e['unit'], key=e['key'], reason=f'process {e["process"]["pid"]} ended without a word')
+            dict(label=e['label'], unit_key=e['unit_key'], reason=f'process {e["process"]["pid"]} ended without a word')
             for e in orphans
         ]
         for fields in lost:

@@ -210,7 +210,7 @@ class Books:
         except Exception as error:
             self.problems.append(f'{what} is not tracked: {error!r}'[:2000])
             try:
-                self.journal.append('untracked', unit=what, reason=repr(error)[:2000])
+                self.journal.append('untracked', label=what, reason=repr(error)[:2000])
             except OSError as full:
                 self.problems.append(f'{self.journal.path} is not written: {full}')  # the units go on
 
@@ -382,7 +382,7 @@ def _run(
 ) -> None:
     chosen = settings()
     for lost in Journal(chosen.run_folder).reconcile():
-        display.say(f'lost      {lost["unit"]}: {lost["reason"]}')
+        display.say(f'lost      {lost["label"]}: {lost["reason"]}')
     with _terminable(), Tracker(chosen.tracking_uri, chosen.run_folder) as tracker:
         for name in tracker.reconcile(plan.paper):
             display.say(f'orphan    {name}: its process is gone, its run is ended as KILLED')

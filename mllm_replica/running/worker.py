@@ -200,7 +200,7 @@ def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
     write_atomic(folder / 'commit', git_commit())
     log, start = folder / 'log', time.monotonic()
     offset = log.stat().st_size if log.exists() else 0
-    journal.append('started', unit=order.label, key=order.unit_key, process=this_process())
+    journal.append('started', label=order.label, unit_key=order.unit_key, process=this_process())
     ProgressFile(folder)('starting')
     job = Job(notebook=order.notebook, output=folder / 'notebook.ipynb', parameters=order.parameters)
     process = start_job(job, log, environment(order.threads, order.run_folder), (lock,))

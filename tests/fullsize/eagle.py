@@ -130,7 +130,7 @@ def fused(fusion, project, given):
     if fusion.injects:
         tokens = tokens_of(given[0])
         for adapter in fusion.align_stages_latent:
-            tokens = adapter(tokens, fusion.source(given[1:]).permute(0, 2, 3, 1))
+            tokens = adapter(tokens, fusion.detail(given[1:]).permute(0, 2, 3, 1))
         given = [tokens.transpose(1, 2).unflatten(2, (24, 24)), given[1]]
     return project(fusion(given))
 
