@@ -42,7 +42,7 @@ TEXT = dict(
 )
 CONNECTORS = {'avg': {}, 'att': dict(num_attention_heads=4, start='local'), 'c-abs': dict(hidden_size=32, depth=1)}
 EXPERTS = dict(every=2, num_experts=4)
-IMAGE = [-1] * 4
+IMAGE = [260] * 4
 ROWS, COUNTS = [[1, 10, *IMAGE, 11, *IMAGE, 12], [1, 20, *IMAGE, 21, 22], [1, 30, 31, 32, 33]], [2, 1, 0]
 GREEDY = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -76,7 +76,7 @@ def of_row(row):
 
 
 def supervised(ids):
-    return ids.masked_fill(ids < 2, -100)
+    return ids.masked_fill((ids < 2) | (ids == 260), -100)
 
 
 def padded(side):
@@ -93,7 +93,7 @@ def examples():
     "The rows as encoded samples with tensors for images."
     parts, found = pixels().split(COUNTS), []
     for i, (row, part) in enumerate(zip(ROWS, parts)):
-        starts = [at for at, token in enumerate(row) if token == -1][::4]
+        starts = [at for at, token in enumerate(row) if token == 260][::4]
         found.append(
             Encoded(
                 str(i),
@@ -415,7 +415,7 @@ def test_documents_are_taken_as_they_stand(processor, document):
     def tokenize(text):
         return processor.tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
 
-    wanted = encode_document(sample, tokenize, 1, 2, -1, lambda image: 4)
+    wanted = encode_document(sample, tokenize, 1, 2, 260, lambda image: 4)
     for ends in (True, False):
         found = MM1Processor.from_config(configure(), byte_tokenizer(), ends=ends).encode(sample)
         stop = None if ends else -1
@@ -482,7 +482,7 @@ def test_a_small_vocabulary():
         configure(), word_tokenizer(['a red ground', 'what color', '?']), ends=False, separator=' '
     )
     found = words.encode(dict(id='x', images=[picture()], document='<image> a red ground'))
-    assert found.input_ids == [1, *IMAGE, 4, 5, 6] and words.decode([4, 5, -1, 2]) == 'a red'
+    assert found.input_ids == [1, *IMAGE, 4, 5, 6] and words.decode([4, 5, words.image_token_id, 2]) == 'a red'
     with pytest.raises(ValueError, match=r"sample 'y': the tokenizer does not know \['blue'\]"):
         words.encode(dict(id='y', document='a blue ground'))
 
@@ -791,7 +791,7 @@ def test_connectors_that_do_not_fit(kind, message):
     [
         ([1, *IMAGE, 5, *IMAGE], 1, 'sample 0: found 8 image positions, expected 4: 1 of 1 images are left for it'),
         ([1, *IMAGE, 5], 2, 'found 4 image positions, expected 8: 1 of 2 images are left over'),
-        ([1, -1, -1, 5], 1, 'found 2 image positions, expected a multiple of 4'),
+        ([1, 260, 260, 5], 1, 'found 2 image positions, expected a multiple of 4'),
         ([1, *IMAGE, 5], 0, 'neither pixel_values nor image_features'),
     ],
 )

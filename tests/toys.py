@@ -105,3 +105,53 @@ def save_backbones(folder):
     CLIPVisionModel(vision).save_pretrained(folder / 'vision')
     byte_tokenizer().save_pretrained(folder / 'text')
     LlamaForCausalLM(text).save_pretrained(folder / 'text')
+
+
+def model_of(paper):
+    "A small model of a paper, for the byte tokenizer and pictures of 16 pixels (Eagle: 32)."
+    import torch
+
+    from mllm_replica.eagle.model import EagleConfig, EagleModel
+    from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel
+    from mllm_replica.mm1.model import MM1Config, MM1Model
+    from mllm_replica.owl2.model import Owl2Config, Owl2Model
+    from mllm_replica.owl3.model import Owl3Config, Owl3Model
+
+    torch.manual_seed(0)
+    text, vision = TEXT | dict(max_position_embeddings=256), VISION | dict(image_size=16)
+    encoder = {name: value for name, value in vision.items() if name != 'model_type'}
+    experts = [dict(name=name) | TOWERS[name] for name in ('clip', 'convnext')]
+    abstractor = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
+    parts = {
+        'honeybee': (HoneybeeModel, HoneybeeConfig, vision, dict(projector_type='c-abs', hidden_size=32, depth=1)),
+        'owl2': (Owl2Model, Owl2Config, encoder, abstractor | dict(num_learnable_queries=4)),
+        'mm1': (MM1Model, MM1Config, vision, dict(connector_type='avg', num_query_tokens=4)),
+        'eagle': (EagleModel, EagleConfig, dict(experts=experts, image_size=32), dict(grid=2)),
+        'owl3': (Owl3Model, Owl3Config, encoder | dict(model_type='siglip_vision_model'), None),
+    }
+    model, config, vision, connector = parts[paper]
+    more = {'honeybee': dict(num_query_tokens=4)}.get(paper, {})
+    special = dict(hyper_layers=[0], placeholder_ids=[60, 61]) if paper == 'owl3' else {}
+    text = text | dict(model_type='qwen2') if paper == 'owl3' else text
+    made = config(vision_config=vision, connector_config=connector and connector | more, text_config=text, **special)
+    built = model(made).eval()
+    for name, parameter in built.named_parameters():
+        if name.endswith('.gate') or parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, float('norm' in name and name.endswith('weight')), 0.2)
+    return built
+
+
+def batch_of(model):
+    "Two prompts of different lengths, one image each, padded on the right."
+    import torch
+
+    image = getattr(model.config, 'placeholder_ids', None)
+    image = image or [model.config.image_token_id] * model.config.visual_token_count()
+    rows = [[1, 10, *image, 11, 12, 13, 11, 12], [1, *image, 21]]
+    width = max(map(len, rows))
+    size = model.config.vision_config.image_size
+    return dict(
+        input_ids=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        pixel_values=torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)),
+    )

@@ -243,22 +243,38 @@ def visual_embeds(
 
 
 @patch
+def check_images(
+    self: EagleModel,
+    is_image: Tensor,  # [B,T] true at placeholders
+    pixel_values: Tensor | Sequence[Tensor] | None,  # as for `visual_embeds`
+    image_features: Tensor | None,  # [N,c,F] instead of pixels
+) -> None:
+    "Placeholders and the crops of the images must fit, or the error names the sample."
+    crops = [image_features.shape[1]] * len(image_features) if pixel_values is None else pictures(pixel_values)[1]
+    per_crop = self.config.visual_token_count() // self.config.crops
+    check_places(is_image.sum(1).tolist(), [count * per_crop for count in crops])
+
+
+@patch
 def embed(
     self: EagleModel,
-    input_ids: Tensor,  # [B,T] with placeholders
+    input_ids: Tensor | None = None,  # [B,T] with placeholders
     pixel_values: Tensor | Sequence[Tensor] | None = None,  # as for `visual_embeds`
     image_features: Tensor | None = None,  # [N,c,F] instead of pixels
+    inputs_embeds: Tensor | None = None,  # [B,T,D] of the text instead of its ids
+    visual_embeds: Tensor | None = None,  # [P,M,D] made of pixels or features before
+    partly: bool = False,  # as for `VisionLanguageModel`
 ) -> Tensor:
     "Text embeddings with the visual tokens in their places: [B,T] → [B,T,D]."
-    pixel_values, image_features = (
-        None if given is None or not len(given) else given for given in (pixel_values, image_features)
-    )
-    if pixel_values is None and image_features is None:
-        return VisionLanguageModel.embed(self, input_ids)
-    counts = [image_features.shape[1]] * len(image_features) if pixel_values is None else pictures(pixel_values)[1]
-    visual, placeholder = self.visual_embeds(pixel_values, image_features), self.config.image_token_id
-    check_places((input_ids == placeholder).sum(1).tolist(), [count * visual.shape[1] for count in counts])
-    return splice(self.get_input_embeddings(), input_ids, visual.flatten(0, 1), image_token_id=placeholder)
+    if pixel_values is None and image_features is None or inputs_embeds is not None:
+        return VisionLanguageModel.embed(
+            self, input_ids, pixel_values, image_features, inputs_embeds, visual_embeds, partly
+        )
+    visual = self.visual_embeds(pixel_values, image_features) if visual_embeds is None else visual_embeds
+    is_image, placeholder = self.image_places(input_ids, None), self.config.image_token_id
+    self.check_images(is_image, pixel_values, image_features)
+    ids = input_ids.masked_fill(is_image, placeholder)
+    return splice(self.get_input_embeddings(), ids, visual.flatten(0, 1), image_token_id=placeholder)
 
 
 @patch

@@ -29,7 +29,7 @@ def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
         batch.pop('ids')
         if 'pixel_values' in batch:
             batch['image_features'] = model.visual_features(batch.pop('pixel_values')).detach()
-        cost = count(lambda: model(**batch).loss)
+        cost = count(lambda: model(**batch, return_logits=False).loss)
         total += weight * (cost.forward + cost.backward) / len(samples)
     model.zero_grad(set_to_none=True)
     return total / sum(stage.mixture.values()) * stage.batch_size / 1e9

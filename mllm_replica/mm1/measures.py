@@ -24,7 +24,8 @@ def _among(model: Any, processor: Any, asked: list[dict[str, Any]]) -> float:
             [processor.encode(sample, training=False) for sample in asked[start : start + 100]], processor
         )
         with torch.inference_mode():
-            logits = model(**{k: v.to(model.device) for k, v in batch.items()}, logits_to_keep=1).logits[:, -1]
+            inputs = {k: v.to(model.device) for k, v in batch.items()}
+            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
         hits += sum(
             sample['options'][int(row[ids].argmax())] == sample['answer']
             for row, ids, sample in zip(logits, words[start : start + 100], asked[start : start + 100])
@@ -166,7 +167,7 @@ def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     )
     batch = collate_prompts([processor.encode(sample, training=False) for sample in asked], processor)
     with torch.inference_mode(), record_routing(language) as routings:
-        model(**{k: v.to(model.device) for k, v in batch.items()})
+        model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
     number = routings[0].logits.shape[-1]
     firsts = [
         routing.experts[:, 0].view(len(asked), -1)[:, 1:].flatten() for routing in routings

@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import can_return_tuple
 
 from ..data.encoded import IGNORED, Encoded
 from ..data.images import open_image
@@ -22,7 +23,13 @@ from .components import SubImages, build_connector, letterboxed
 from .experts import auxiliary_loss, insert_experts, record_routing
 from .shots import Template
 from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features, resize_positions
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
+from mllm_replica.models.vlm import (
+    VisionLanguageConfig,
+    VisionLanguageModel,
+    VisionLanguageOutput,
+    VisionLanguageProcessor,
+    register,
+)
 from ..owl2.encoder import WholeCheckpoint
 
 # %% ../../nbs/papers/03_mm1.ipynb #8254c03d
@@ -133,6 +140,7 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
 
 # %% ../../nbs/papers/03_mm1.ipynb #93b81ba3
 @patch
+@can_return_tuple
 def forward(
     self: MM1Model,
     input_ids: Tensor | None = None,  # [B,T] with placeholders
@@ -145,9 +153,10 @@ def forward(
     inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
     use_cache: bool | None = None,
     num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
+    mm_encoder_outputs: dict[str, Any] | None = None,
     **kwargs: Any,  # as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
-) -> Any:
-    "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]. In training experts add their balance and z losses."
+) -> VisionLanguageOutput:
+    "Logits, with labels the loss, too: [B,T] → [B,T,V], []. In training experts add their balance and z losses."
     given = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -159,7 +168,8 @@ def forward(
         inputs_embeds=inputs_embeds,
         use_cache=use_cache,
         num_items_in_batch=num_items_in_batch,
-        **kwargs,
+        mm_encoder_outputs=mm_encoder_outputs,
+        **kwargs | {'return_dict': True},
     )
     if labels is None or not (self.training and self.config.experts):
         return VisionLanguageModel.forward(self, **given)

@@ -119,7 +119,7 @@ def _attention(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     model.language_model.set_attn_implementation('eager')
     try:
         with torch.inference_mode():
-            seen = model(**batch, output_attentions=True).attentions
+            seen = model(**batch, output_attentions=True, use_cache=False).attentions
     finally:
         model.language_model.set_attn_implementation(usual)
     return {

@@ -266,7 +266,7 @@ def _forward_results(case: _Case, model: Owl2Model, result: Any) -> dict[str, Te
         embeds = model.embed(ids, inputs['pixel_values'])
     found = {
         'inputs_embeds': embeds,
-        'modality_indicators': (ids == model.config.image_token_id).long(),
+        'modality_indicators': model.image_places(ids, None).long(),
         'logits': result.logits,
         'hidden_states.1': result.hidden_states[1],
         'hidden_states.last': result.hidden_states[-1],

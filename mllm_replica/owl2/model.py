@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.utils import can_return_tuple
 
 from ..models.placing import pad_left
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageOutput, register
 from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
 from .encoder import WholeCheckpoint
@@ -88,7 +88,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
         if modality_indicators is False:
             return None
         found, tokens = (
-            None if input_ids is None else input_ids == self.config.image_token_id,
+            None if input_ids is None else self.image_places(input_ids, None),
             input_ids if inputs_embeds is None else inputs_embeds,
         )
         if modality_indicators is None:
@@ -107,6 +107,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 
 # %% ../../nbs/papers/01_owl2.ipynb #ed0398b6
 @patch
+@can_return_tuple
 def forward(
     self: Owl2Model,
     input_ids: Tensor | None = None,  # [B,T] with placeholders
@@ -121,12 +122,10 @@ def forward(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
+    mm_encoder_outputs: dict[str, Any] | None = None,
     **kwargs: Any,  # as for `VisionLanguageModel`
-) -> Any:
-    "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
-    pixel_values, image_features = (
-        None if given is None or not len(given) else given for given in (pixel_values, image_features)
-    )
+) -> VisionLanguageOutput:
+    "Logits, with labels the loss, too: [B,T] → [B,T,V], []."
     if self.config.adaptive:
         kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
     out = VisionLanguageModel.forward(
@@ -140,7 +139,8 @@ def forward(
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
-        **kwargs,
+        mm_encoder_outputs=mm_encoder_outputs,
+        **kwargs | {'return_dict': True},
     )
     if (
         out.loss is not None and torch.is_grad_enabled() and not out.loss.requires_grad
@@ -153,49 +153,42 @@ def forward(
 def prepare_inputs_for_generation(
     self: Owl2Model,
     input_ids: Tensor,  # [B,T'] so far
-    modality_indicators: Tensor | bool | None = None,  # [B,T] of the prompt; False: text only
-    inputs_embeds: Tensor | None = None,  # [B,T,D] of the prompt, instead of ids in the first step
+    modality_indicators: Tensor | None = None,  # [B,T] of a prompt that is given as embeddings
+    inputs_embeds: Tensor | None = None,  # [B,T,D] of the prompt
+    is_first_iteration: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     "transformers' inputs of one step, and their indicators: what was generated is text."
-    inputs = super(Owl2Model, self).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-    if not isinstance(modality_indicators, Tensor):
-        return inputs | dict(modality_indicators=modality_indicators)
-    cache = inputs.get('past_key_values')
-    past, new = (
-        cache.get_seq_length() if cache is not None else 0,
-        (inputs['input_ids'] if inputs.get('inputs_embeds') is None else inputs_embeds).shape[1],
+    inputs = super(Owl2Model, self).prepare_inputs_for_generation(
+        input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
     )
-    if past >= modality_indicators.shape[1]:
-        return inputs | dict(modality_indicators=False)
-    return inputs | dict(
-        modality_indicators=F.pad(modality_indicators, (0, max(0, past + new - modality_indicators.shape[1])))[
-            :, past : past + new
-        ]
-    )
+    if inputs.get('inputs_embeds') is not None:
+        return inputs | dict(modality_indicators=False if modality_indicators is None else modality_indicators)
+    generated = not is_first_iteration and inputs.get('past_key_values') is not None
+    return inputs | dict(modality_indicators=False if generated else None)
 
 
 @patch
-@torch.no_grad()
 def generate(
     self: Owl2Model,
-    input_ids: Tensor,  # [B,T] prompts with placeholders, padded on any side
+    input_ids: Tensor | None = None,  # [B,T] prompts with placeholders, padded on any side
     attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
     pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,C] instead of pixels
+    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids, or of their text
     **kwargs: Any,  # as for transformers' generate
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    pixel_values, image_features = (
-        None if given is None or not len(given) else given for given in (pixel_values, image_features)
-    )
-    visual = pad_left((input_ids == self.config.image_token_id)[..., None], attention_mask)[0][..., 0]
     if 'modality_indicators' in kwargs:
         raise ValueError('generate finds modality_indicators in input_ids; leave them out')
-    kwargs['modality_indicators'] = visual.long() if visual.any() else False
-    return VisionLanguageModel.generate(self, input_ids, attention_mask, pixel_values, image_features, **kwargs)
+    if inputs_embeds is not None and input_ids is not None:
+        visual = self.image_places(input_ids, None).long()
+        kwargs['modality_indicators'] = (
+            visual if attention_mask is None else pad_left(visual[..., None], attention_mask)[0][..., 0]
+        )
+    return VisionLanguageModel.generate(
+        self, input_ids, attention_mask, pixel_values, image_features, inputs_embeds, **kwargs
+    )
 
 
 @patch

@@ -112,8 +112,8 @@ def forward(
     norm: nn.Module | None = None,  # normalises image features; None: they are normalised already
     trace: dict | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    "[B,T,D] → [B,T,D]."
+) -> tuple[Tensor, Tensor | None]:
+    "[B,T,D] → [B,T,D], and the weights among the text where the kernel gives them."
     if sight is None:
         return Qwen2Attention.forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
@@ -127,7 +127,7 @@ def forward(
         key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    context, _ = attend(
+    context, weights = attend(
         self,
         query,
         key,
@@ -152,7 +152,7 @@ def forward(
             fused_context=mixed,
             hidden_states=output,
         )
-    return output, None
+    return output, weights
 
 # %% ../../nbs/papers/05_owl3.ipynb #6e83f1ef
 class HyperLayer(Qwen2DecoderLayer):

@@ -11,6 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
+from transformers.utils import can_return_tuple
 
 from ..models.placing import mask_and_positions, pad_left
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
@@ -151,6 +152,7 @@ class Owl3Model(VisionLanguageModel):
 
 # %% ../../nbs/papers/05_owl3.ipynb #850c1133
 @patch
+@can_return_tuple
 def forward(
     self: Owl3Model,
     input_ids: Tensor | None = None,  # [B,T]
@@ -169,7 +171,7 @@ def forward(
     **kwargs: Any,  # as for `VisionLanguageModel`
 ) -> Any:
     "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.is_floating_point():
         raise NotImplementedError(
             'packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
             'set pack to False'
@@ -178,6 +180,9 @@ def forward(
         inputs_embeds if input_ids is None else input_ids,
         pixel_values is not None or image_features is not None,
     )
+    if use_cache is None:
+        fresh = not self.training and media is None
+        use_cache = past_key_values is not None or fresh and self.config.text_config.use_cache
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     held = (
         getattr(past_key_values, 'media', None) if past else None
@@ -212,7 +217,7 @@ def forward(
         past_key_values=past_key_values,
         inputs_embeds=inputs_embeds,
         use_cache=use_cache,
-        **kwargs,
+        **kwargs | {'return_dict': True},
     )
     if media and kwargs['sight'].keep:
         media.forget()
@@ -250,10 +255,8 @@ def text_positions(
     past: int,  # tokens in the cache
 ) -> Tensor:
     "Positions counted from the first real token, [B,T]; several samples in one row are refused."
-    length, mask = (
-        given.shape[1],
-        attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(given), past + given.shape[1]),
-    )
+    length, known = given.shape[1], isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    mask = attention_mask if known else torch.ones(len(given), past + length)
     if position_ids is None:
         return mask_and_positions(mask, None, given)[1].to(given.device)
     position_ids, real = position_ids.expand(len(given), -1), mask[:, -length:].bool().to(given.device)
@@ -273,12 +276,14 @@ def generate(
     pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
     media_starts: Sequence[Sequence[int]] | None = None,
+    media: Media | bool | None = None,  # made by `media`, instead of pixels or features
     **kwargs: Any,  # as for transformers' generate, beam search included
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
+    if media is None:
+        media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
     prompts, attention_mask = pad_left(input_ids[..., None], attention_mask)
     return GenerationMixin.generate(
         self, input_ids=prompts[..., 0], attention_mask=attention_mask, media=media or False, **kwargs
@@ -310,10 +315,15 @@ class ConcatModel(VisionLanguageModel):
     "Table 8's concatenation: every patch takes a position of the text."
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,  # [B,T] with placeholders
+        *images: Any,  # as for `VisionLanguageModel`
+        **given: Any,
     ) -> Tensor:
         "As the house does; no image may reach beyond the context."
-        text, is_image = self.config.text_config, input_ids == self.config.image_token_id
+        if input_ids is None:
+            return super().embed(input_ids, *images, **given)
+        text, is_image = self.config.text_config, self.image_places(input_ids, None)
         padding = (
             (input_ids == (-1 if text.pad_token_id is None else text.pad_token_id))
             .long()
@@ -324,4 +334,4 @@ class ConcatModel(VisionLanguageModel):
         beyond = (is_image & (positions >= text.max_position_embeddings)).any(1)
         if bool(beyond.any()):
             raise ValueError(_BEYOND.format(int(beyond.nonzero()[0]), text.max_position_embeddings))
-        return super().embed(input_ids, pixel_values, image_features)
+        return super().embed(input_ids, *images, **given)

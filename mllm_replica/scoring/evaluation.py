@@ -82,7 +82,8 @@ def log_probabilities(
     "Log-probability of each row's last `lengths` tokens given what is before them: [B,T] → [B]."
     batch, keep = left_padded(batch), int(lengths.max())
     positions = (batch['attention_mask'].cumsum(1) - 1).clamp(min=0)
-    logits = model(**batch, position_ids=positions, logits_to_keep=keep + 1).logits[:, -keep - 1 : -1]
+    out = model(**batch, position_ids=positions, logits_to_keep=keep + 1, use_cache=False)
+    logits = out.logits[:, -keep - 1 : -1]
     tokens = batch['input_ids'][:, -keep:].clamp(min=0)
     values = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     return values.masked_fill(

@@ -33,6 +33,7 @@ from mllm_replica.training.checkpoint import (
     save_checkpoint,
     unpack_state,
 )
+from ..models.vlm import VisionLanguageModel
 from .optimiser import freeze_all_but, lr_at, lr_factors, make_optimizer, trainable_names
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #ad0bebc9
@@ -168,6 +169,8 @@ class _Run:
             draw,
             _Interrupt(),
         )
+        # logits that nobody reads are not made
+        self.options = {'return_logits': False} if isinstance(model, VisionLanguageModel) else {}
         _check(model, stages, datasets, self.accelerator.num_processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
@@ -235,7 +238,8 @@ def _step(
     for n, (batch, count) in enumerate(zip(batches, counts)):
         with nullcontext() if n == len(batches) - 1 else accelerator.no_sync(model):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.precision == 'bf16'):
-                loss = model(**send_to_device(batch, accelerator.device)).loss.float() * (count * world / total)
+                out = model(**send_to_device(batch, accelerator.device), **run.options)
+                loss = out.loss.float() * (count * world / total)
             accelerator.backward(loss)
         losses.append(loss.detach())
     norm = accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], stage.clip)
