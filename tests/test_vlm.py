@@ -8,7 +8,8 @@ from toys import TEXT, VISION
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, split_images
+from mllm_replica.models.processing import split_images
+from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache
 from transformers.utils import can_return_tuple
 
-from ..models.placing import mask_and_positions, pad_left
+from ..models.placing import mask_and_positions
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from .components import FUSIONS, GATES, insert_layers
 from .media import Media, Sight
@@ -284,10 +284,7 @@ def generate(
         attention_mask = torch.ones_like(input_ids)
     if media is None:
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
-    prompts, attention_mask = pad_left(input_ids[..., None], attention_mask)
-    return GenerationMixin.generate(
-        self, input_ids=prompts[..., 0], attention_mask=attention_mask, media=media or False, **kwargs
-    )
+    return self.generate_padded(input_ids, attention_mask, media=media or False, **kwargs)
 
 
 @patch
