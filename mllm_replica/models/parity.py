@@ -47,6 +47,18 @@ class Given(dict):
         self.read.add(name)
         return super().__getitem__(name)
 
+    def maybe(self, name: str) -> Tensor | None:
+        "An input, None if the file has none of that name."
+        return self[name] if name in self else None
+
+    def recorded(
+        self,
+        part: str = '',  # only those whose names begin with it, like 'text_only.'
+    ) -> dict[str, tuple[int, ...]]:
+        "Shapes of the recorded outputs, without the `out.` and the part's name."
+        start = f'out.{part}'
+        return {name.removeprefix(start): shape for name, shape in self.wanted.items() if name.startswith(start)}
+
     def weights(
         self,
         part: str = '',  # only those whose names begin with it, like 'encoder.'
@@ -66,12 +78,14 @@ def parameter_gradients(
 
 
 def causal_mask(
-    attention_mask: Tensor,  # [B,T] 1 at real tokens
+    attention_mask: Tensor,  # [B,P+T] 1 at real tokens, past ones first
+    length: int | None = None,  # T; None: there is no past
 ) -> Tensor:
-    "Additive mask [B,1,T,T] for one decoder layer."
-    length = attention_mask.shape[1]
-    allowed = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask[:, None, None].bool()
-    return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    "Additive mask [B,1,T,P+T] for one decoder layer; as officially, what is future and padding is masked twice."
+    total = attention_mask.shape[1]
+    future = ~torch.ones(total, total, dtype=torch.bool).tril()[total - (length or total) :]
+    padding = ~attention_mask[:, None, None].bool()
+    return torch.finfo(torch.float32).min * (future.float() + padding.float())
 
 
 def greedy_answer(
