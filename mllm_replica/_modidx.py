@@ -995,6 +995,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'mllm_replica/eagle/prompts.py'),
                                             'mllm_replica.eagle.prompts.conversation_ids': ( 'papers/eagle.html#conversation_ids',
                                                                                              'mllm_replica/eagle/prompts.py'),
+                                            'mllm_replica.eagle.prompts.from_question': ( 'papers/eagle.html#from_question',
+                                                                                          'mllm_replica/eagle/prompts.py'),
                                             'mllm_replica.eagle.prompts.part_ids': ( 'papers/eagle.html#part_ids',
                                                                                      'mllm_replica/eagle/prompts.py'),
                                             'mllm_replica.eagle.prompts.prompt_text': ( 'papers/eagle.html#prompt_text',
