@@ -10,13 +10,14 @@ __all__ = ['Case', 'ABSOLUTE', 'RELATIVE', 'SINGLE', 'ZERO', 'Partial', 'Given',
 # %% ../../nbs/foundations/models/41_parity.ipynb #b8f338ab
 import argparse, importlib, json, sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..core.registry import PAPERS, Cases, cases_of
 
@@ -90,16 +91,16 @@ def causal_mask(
 
 def greedy_answer(
     model: PreTrainedModel,
-    input_ids: Tensor,  # [B,T]
+    input_ids: Tensor | None,  # [B,T]; None: the prompt is `inputs_embeds`
     steps: int,  # n
     eos_token_id: int | None = None,  # None: nothing ends an answer
     pad_token_id: int = 0,  # behind an answer that has ended
     **inputs: Any,  # what else `generate` is given
 ) -> tuple[Tensor, Tensor]:
     "New greedy tokens [B,n] and the logits of every step [B,n,V]."
-    answer = model.generate(
-        input_ids=input_ids,
-        **inputs,
+    generate = model.generate if input_ids is not None else partial(GenerationMixin.generate, model)
+    answer = generate(
+        **inputs | ({} if input_ids is None else dict(input_ids=input_ids)),
         max_new_tokens=steps,
         do_sample=False,
         eos_token_id=eos_token_id,
@@ -107,7 +108,7 @@ def greedy_answer(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return answer.sequences[:, input_ids.shape[1] :], torch.stack(answer.logits, 1)
+    return answer.sequences[:, -len(answer.logits) :], torch.stack(answer.logits, 1)
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #67af9334
 class Golden(NamedTuple):

@@ -21,6 +21,7 @@ from mllm_replica.models.forms import (
     cache_of,
     chunk_results,
     fitted,
+    greedy_after,
     leaf_gradients,
     leaves_of,
     media_of,
@@ -267,7 +268,8 @@ def model_case(
             result.loss.backward()
             found |= leaf_gradients(leaves, f'grad.{name}.w.') | leaf_gradients(case.media | case.past)
         if 'greedy_new_ids' in wanted:
-            ids, logits = greedy_answer(model, steps=wanted['greedy_new_ids'][1], **case.inputs())
+            answer, steps = greedy_after if case.past else greedy_answer, wanted['greedy_new_ids'][1]
+            ids, logits = answer(model, steps=steps, **case.inputs())
             compared |= dict(greedy_new_ids=ids, greedy_step_logits=logits)
         found |= {f'out.{name}.{part}': tensor for part, tensor in compared.items()}
     return found
