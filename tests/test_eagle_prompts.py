@@ -38,6 +38,11 @@ def turns(*values):
     return [{'from': ('human', 'gpt')[i % 2], 'value': value} for i, value in enumerate(values)]
 
 
+def opened(conversation, times=1, value='Welcome.'):
+    "The conversation after turns of the assistant's."
+    return [{'from': 'gpt', 'value': value}] * times + conversation
+
+
 def sample(question='<image>What?', answer='red', images=1, **more):
     return dict(id='s7', images=[picture()] * images, conversations=turns(question, answer)) | more
 
@@ -97,6 +102,22 @@ def test_a_prompt_is_the_beginning_of_the_training_row(template):
     whole, prompt = processor.encode(given), processor.encode(given, training=False)
     assert whole.input_ids[: len(prompt)] == prompt.input_ids and len(prompt) < len(whole)
     assert all(label == -100 for label in prompt.labels[-1:])
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('images', [0, 1])
+@pytest.mark.parametrize('template', [*TEMPLATES, 'words'])
+def test_what_the_assistant_says_before_the_first_question_is_dropped(template, images, training):
+    "As officially; the sample itself stays, and an image without a tag still goes to the first question."
+    tokenizer = word_tokenizer(['what ? red where here']) if template == 'words' else letters()
+    processor, later = processor_of(tokenizer, template=template), turns('what ?', 'red', 'where ?', 'here')
+    plain, late = (sample(images=images, conversations=c) for c in (later, opened(later)))
+    before = copy.deepcopy(late['conversations'])
+    expected, found = (processor.encode(given, training=training) for given in (plain, late))
+    assert (found.input_ids, found.labels) == (expected.input_ids, expected.labels)
+    assert found.image_spans == expected.image_spans and late['conversations'] == before
+    if template != 'words':
+        assert prompt_text(template, opened(later)) == prompt_text(template, later)
 
 
 def test_every_image_keeps_its_places():
@@ -174,9 +195,13 @@ def test_settings_survive_saving(tmp_path):
         (sample(conversations=turns('<image>?', '<image>')), 'the answer in turn 1 contains <image>'),
         (sample(conversations=turns('<image>?', '\n')), 'the answer in turn 1 is empty'),
         (
-            sample(conversations=turns('<image>?', 'a', 'b', 'c')[1:]),
-            "the roles are .'gpt', 'human', 'gpt'.; expected human and gpt",
+            sample(conversations=turns('<image>?', 'a', 'b', 'c')[:1] * 2),
+            "the roles are .'human', 'human'.; expected human and gpt",
         ),
+        (sample(conversations=opened(turns('<image>?', 'a'), 2)), "the roles are .'gpt', 'gpt', 'human', 'gpt'.;"),
+        (sample(conversations=opened([])), "the roles are .'gpt'.; expected human and gpt in turn"),
+        (sample(conversations=opened(turns('?', 'a'), value='See <image>.')), 'the answer in turn 0 contains <image>'),
+        (sample(conversations=opened(turns('<image>?', ''))), 'the answer in turn 2 is empty'),
         (sample(conversations=[]), 'the roles are ..; expected human'),
         (sample(conversations=turns('<image>?')), 'nothing is supervised'),
     ],

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, Pr
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from mllm_replica.eagle import golden_towers as golden
-from mllm_replica.eagle.experts.eva import EvaAttention, rotate, rotation
+from mllm_replica.eagle.experts.eva import EvaAttention, check_rotations, rotate, rotation
 from mllm_replica.eagle.experts.expert import from_windows, project_heads, to_windows
 from mllm_replica.eagle.experts.towers import PUBLISHED, build_expert, official_weights
 from mllm_replica.eagle.golden import ORIGIN
@@ -217,6 +217,34 @@ def test_rotation_sees_distances_only():
     assert score(0, 8) == pytest.approx(score(14, 22), abs=1e-4)  # one row and two columns further
     assert abs(score(0, 8) - score(0, 7)) > 1e-3
     torch.testing.assert_close(rotation(8, 8, 16)[2 * 8 + 4], rotation(4, 4, 16)[1 * 4 + 2])
+
+
+def stored_rotations(side, head_width, cells):
+    "As the official code computes them: angles of both axes, each repeated for its pair of channels."
+    frequencies = 1 / 10000 ** (torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
+    angles = (torch.arange(side) / side * cells)[:, None] * frequencies
+    angles = angles.repeat_interleave(2, 1)
+    both = torch.cat([angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    return {'freqs_cos': both.cos(), 'freqs_sin': both.sin()}
+
+
+@pytest.mark.parametrize('cells', [None, 16, 8, 14, 3])
+def test_eva_turns_by_the_cells_of_its_pre_training(cells):
+    given = TOWERS['eva']['config'] | ({} if cells is None else {'pt_hw_seq_len': cells})
+    expert = build_expert('eva', given, 32).eval()
+    width = given['embed_dim'] // given['num_heads']
+    weights = {
+        f'blocks.0.attn.{name}.{part}': table
+        for name, side in (('rope', given['window_size']), ('rope_glb', 32 // given['patch_size']))
+        for part, table in stored_rotations(side, width, cells or 16).items()
+    }
+    check_rotations(expert, weights)
+    other = build_expert('eva', given | {'pt_hw_seq_len': 5}, 32).eval()
+    other.load_state_dict(expert.state_dict())
+    pixels = torch.randn(1, 3, 32, 32)
+    assert not torch.allclose(expert(pixels), other(pixels), atol=1e-3)
+    with pytest.raises(ValueError, match='is not our rotation of pt_hw_seq_len 5'):
+        check_rotations(other, weights)
 
 
 def test_eva_attention_is_plain_attention_with_rotation():

@@ -58,6 +58,7 @@ KINDS = dict(
     grouped=dict(text=dict(num_key_value_heads=2)),
     biased=dict(text=dict(attention_bias=True)),
     qwen2=QWEN,
+    qwen2_shared=QWEN | dict(adaptive=[]),
     qwen2_grouped=QWEN | dict(text=dict(model_type='qwen2', num_key_value_heads=2)),
 )
 IMAGE = [-1] * 5
@@ -337,6 +338,59 @@ def test_ways_by_stretches_are_ways_by_token(seed):
         expected = torch.where(visual[..., None], part.multiway[1](x), part.multiway[0](x))
         assert torch.allclose(part(x, route), expected, atol=1e-6)
     assert (route is None) == (not visual.any())
+
+
+def apart(part):
+    "The part, its copies all different."
+    for way in part.multiway:
+        for parameter in way.parameters():
+            parameter.data.normal_()
+    return part
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5])
+@pytest.mark.parametrize('seed', range(3))
+def test_a_token_goes_through_the_copy_that_its_index_names(n, seed):
+    "Values and gradients, copies without tokens included."
+    torch.manual_seed(seed)
+    indices = torch.randint(n, (3, 7)) * (seed > 0)  # all text; any; without the first or the last way
+    indices = indices.clamp(min=1 if n > 2 else 0, max=max(n - 2, 0)) if seed == 2 else indices
+    x = torch.randn(3, 7, 6, requires_grad=True)
+    for part in (
+        apart(WayLinear(torch.nn.Linear(6, 4), n)),
+        apart(WayLinear(torch.nn.Linear(6, 6, bias=False), n)),
+        apart(WayNorm(type(build().language_model.model.norm)(6), n)),
+    ):
+        assert [name for name, _ in part.named_children()] == ['multiway'] and len(part.multiway) == n
+        found = part(x, Route.of(indices))
+        expected = sum((indices == i)[..., None] * way(x) for i, way in enumerate(part.multiway))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        weight, inputs = torch.randn_like(found), [x, *part.parameters()]
+        ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, expected))
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int32, torch.int64, torch.float32])
+def test_indices_of_any_type(dtype):
+    indices, x, part = torch.tensor([[2, 0, 1]]), torch.randn(1, 3, 6), apart(WayLinear(torch.nn.Linear(6, 4), 3))
+    assert torch.equal(part(x, Route.of(indices.to(dtype))), part(x, Route.of(indices)))
+
+
+@pytest.mark.parametrize('n, wrong', [(2, 2), (2, -1), (3, 7), (4, -3)])
+def test_an_index_without_a_copy_is_named(n, wrong):
+    for part in (WayLinear(torch.nn.Linear(6, 4), n), WayNorm(type(build().language_model.model.norm)(6), n)):
+        with pytest.raises(ValueError, match=f'index {wrong}, which has no copy: there are {n}'):
+            part(torch.randn(1, 3, 6), Route.of(torch.tensor([[0, wrong, 1]])))
+
+
+def test_one_copy_ignores_indices_and_no_copy_is_none():
+    part, x = WayLinear(torch.nn.Linear(6, 4), 1), torch.randn(1, 3, 6)
+    assert torch.equal(part(x, Route.of(torch.tensor([[0, 5, 1]]))), part.multiway[0](x))
+    with pytest.raises(ValueError, match='0 ways; expected at least one'):
+        WayLinear(torch.nn.Linear(6, 4), 0)
+    with pytest.raises(ValueError, match='indices hold 1.5; expected whole numbers'):
+        Route.of(torch.tensor([[0, 1.5]]))
 
 
 # text
@@ -732,6 +786,7 @@ def official_settings(model):
         common += ['num_key_value_heads', 'rms_norm_eps', 'attention_bias', 'hidden_act']
     else:
         fields = dict(layer_norm_epsilon=text['rms_norm_eps'], rotary_emb_base=10000, kv_channels=12, no_bias=True)
+        fields |= dict(multiway=bool(model.config.adaptive))
     fields |= {name: text[name] for name in common}
     fields['intermediate_size'] = text['intermediate_size'] * (1 if text['model_type'] == 'llama' else 2)
     return fields | dict(tie_word_embeddings=False, visual_config=visual)
@@ -752,7 +807,7 @@ def write_official(folder, model, kind='safetensors', **changes):
 
 
 @pytest.mark.parametrize('files', ['safetensors', 'shards'])
-@pytest.mark.parametrize('kind', ['llama', 'grouped', 'biased', 'qwen2'])
+@pytest.mark.parametrize('kind', ['llama', 'grouped', 'biased', 'qwen2', 'qwen2_shared'])
 @torch.no_grad()
 def test_official_folder(kind, files, tmp_path):
     model, (ids, mask) = build(kind), padded(ROWS, 'left')
@@ -798,6 +853,22 @@ def test_official_keys_that_do_not_fit(tmp_path):
     assert 'missing     language_model.model.layers.1.self_attn.k_proj.multiway.1.weight [48, 48]' in message
     assert 'unexpected  language_model.model.layers.1.self_attn.k_proj.weight [48, 48]' in message
     assert 'wrong shape language_model.lm_head.weight: found [95, 48], expected [96, 48]' in message
+
+
+def test_owl21_without_ways_is_qwen_itself(tmp_path):
+    "`multiway: false`: one fused projection for all tokens; the flag and the weights must agree."
+    model, (ids, images) = build('qwen2_shared'), alone(0)
+    write_official(tmp_path, model)
+    state, config = load_file(tmp_path / 'model.safetensors'), json.loads((tmp_path / 'config.json').read_text())
+    assert config['multiway'] is False and not any('multiway' in name for name in state)
+    assert state['transformer.h.0.attn.c_attn.weight'].shape == (144, 48)
+    loaded = load_official(tmp_path)
+    assert loaded.config.adaptive == [] and not any('multiway' in name for name in loaded.state_dict())
+    assert torch.equal(loaded(ids, None, images).logits, model(ids, None, images).logits)
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'multiway': True}))
+    with pytest.raises(OfficialWeightsError, match='self_attn.q_proj.multiway.0.weight'):
+        load_official(tmp_path)
+    assert official_config({k: v for k, v in config.items() if k != 'multiway'}).adaptive == list(ADAPTIVE['qwen2'])
 
 
 @pytest.mark.parametrize(

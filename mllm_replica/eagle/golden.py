@@ -20,10 +20,23 @@ from .fusing.fusion import build_fusion, build_projector
 from .fusing.mixture import Mixture, check_towers, shapes_of, tower_names
 from .fusing.splice import lay_out, splice_layout
 from .golden_towers import enlarged, gradients, scalar, tower_cases
-from .model import EagleModel
+from .model import EagleModel, pictures
 from .released import convert_official, official_config, our_name
+from mllm_replica.models.forms import (
+    PAST,
+    at_real,
+    cache_of,
+    chunk_results,
+    fitted,
+    leaf_gradients,
+    leaves_of,
+    media_of,
+    over_past,
+    setting,
+)
 from ..models.official import check_keys
 from ..models.parity import Given, Partial, greedy_answer
+from ..models.placing import pad_left
 from ..models.vision import clip_pixels
 from ..owl2.processor import to_square
 
@@ -67,23 +80,29 @@ def preprocess_case(
     return found
 
 # %% ../../nbs/papers/04_eagle.ipynb #b2706a08
+def _rows(config: dict[str, Any]) -> dict[str, Any]:
+    "How a file's rows are cut and padded."
+    return dict(max_length=setting(config, 'max_length'), padding_side=setting(config, 'padding_side', 'right'))
+
+
 def splice_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor]:
-    "Several images, padding, truncation."
-    ids, visual = tensors['in.input_ids'], tensors['in.image_tokens']
-    table, lengths = nn.Embedding.from_pretrained(tensors['in.embed_table']), [visual.shape[1]] * len(visual)
-    full = lay_out(ids, lengths, tensors['in.attention_mask'], tensors['in.labels'], config['max_length'])
-    bare = lay_out(ids, lengths, max_length=config['max_length'])
-    embeds = [splice_layout(table, layout, visual.flatten(0, 1)) for layout in (full, bare)]
-    return {
-        'out.full.inputs_embeds': embeds[0],
-        'out.full.attention_mask': full.attention_mask,
-        'out.full.labels': full.labels,
-        'out.no_mask_no_labels.inputs_embeds': embeds[1],
-        'out.with_position_ids.position_ids': full.position_ids,
-    }
+    "Several images, their crops one after the other; padding, truncation."
+    visual = [entry.flatten(0, -2) for entry in media_of(leaves_of(tensors, r'in\.image_tokens(\.\d+)?'))]
+    ids, mask, labels = (tensors.maybe(f'in.{name}') for name in ('input_ids', 'attention_mask', 'labels'))
+    lengths, table = [len(entry) for entry in visual], nn.Embedding.from_pretrained(tensors['in.embed_table'])
+    full = lay_out(ids, lengths, mask, labels, **_rows(config))
+    layouts, found = (
+        dict(full=full, with_position_ids=full, no_mask_no_labels=lay_out(ids, lengths, **_rows(config))),
+        {},
+    )
+    for form, layout in layouts.items():
+        parts = {name: getattr(layout, name) for name in ('attention_mask', 'position_ids', 'labels')}
+        parts['inputs_embeds'] = splice_layout(table, layout, torch.cat(visual))
+        found |= {f'out.{form}.{name}': tensor for name, tensor in parts.items() if tensor is not None}
+    return found
 
 # %% ../../nbs/papers/04_eagle.ipynb #3705ca48
 def mining_case(
@@ -225,45 +244,74 @@ def fusion_case(
     return found | gradients(mixture, list(tensors.wanted), 'grad.')
 
 # %% ../../nbs/papers/04_eagle.ipynb #f9f52123
+def _official(
+    model: EagleModel,
+    ids: Tensor,  # [B,T] with one placeholder per image
+    images: list[Tensor],  # crops of each; none: the rows stay as they are
+    mask: Tensor | None,  # [B,T] or, with past positions, [B,P+T]
+    labels: Tensor | None,
+    config: dict[str, Any],
+) -> dict[str, Tensor | None]:
+    "A batch as the official code hands it to the language model."
+    mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+    if images:
+        return model.official_inputs(ids, images, mask, labels, **_rows(config))
+    return dict(inputs_embeds=model.embed(ids), attention_mask=mask, labels=labels)
+
+
+def _generated(model: EagleModel, config: dict[str, Any], tensors: Given) -> dict[str, Tensor]:
+    "Greedy answers; nothing if the file asks for none."
+    ids, mask = tensors.maybe('in.gen_input_ids'), tensors.maybe('in.gen_attention_mask')
+    if ids is None:
+        return {}
+    images = leaves_of(tensors, r'in\.gen_images(\.\d+)?')
+    row = _official(model, ids, media_of(images) if images else [], mask, None, config)
+    embeds, mask = pad_left(row['inputs_embeds'], row['attention_mask'])
+    steps = tensors.recorded().get('generated_ids', (1, config.get('generate')))[1]
+    answer, logits = greedy_answer(model, None, steps, inputs_embeds=embeds.detach(), attention_mask=mask)
+    return dict(generated_ids=answer, gen_step_logits=logits, gen_prefill_last_logits=logits[:, 0])
+
+
 def model_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor | Partial]:
     "Features, loss, gradients and greedy answers of a whole model."
-    mixture, fields = (
-        config['fusion'],
-        dict(mm_vision_tower=config['fusion']['towers'], mm_projector_type=config['projector']),
-    )
+    mixture, wanted = config['fusion'], tensors.recorded()
+    fields = dict(mm_vision_tower=mixture['towers'], mm_projector_type=config['projector'])
     model = EagleModel(
         official_config(config['llm'] | fields, settings_of(mixture), mixture['input_size'], mixture['grid'])
     ).eval()
     model.load_state_dict(convert_official(tensors.weights(), model))
-    given = {name: tensors[f'in.{name}'] for name in ('input_ids', 'attention_mask', 'labels')}
-    inputs = model.official_inputs(given['input_ids'], tensors['in.images'], given['attention_mask'], given['labels'])
-    out = model(**inputs, return_logits=True, output_hidden_states=True)
-    out.loss.backward()
-
-    def here(x: Tensor) -> Partial:
-        "Compared at real places only."
-        return Partial(x, inputs['attention_mask'].bool()[..., None], 'at real places')
-
-    found = {
-        'vision_features': model.fusion(model.vision_model(tensors['in.images'])),
-        'image_tokens': model.visual_embeds(tensors['in.images']),
-        'hidden_last': here(out.hidden_states[-1]),
-        'logits': here(out.logits),
-        'loss': out.loss[None],
-    } | inputs
-    images, ids = tensors['in.gen_images'], tensors['in.gen_input_ids']
-    row = lay_out(ids, [model.config.visual_token_count()] * len(images))
-    answer, logits = greedy_answer(
-        model, row.input_ids, config['generate'], attention_mask=row.attention_mask, pixel_values=images
-    )
-    found |= dict(generated_ids=answer, gen_step_logits=logits, gen_prefill_last_logits=logits[:, 0])
+    media, past = (leaves_of(tensors, rf'in\.{name}') for name in (r'images(\.\d+)?', PAST))
+    ids, mask, labels = (tensors.maybe(f'in.{name}') for name in ('input_ids', 'attention_mask', 'labels'))
+    images, cache = media_of(media) if media else [], cache_of(past)
+    inputs = _official(model, ids, images, mask, labels, config)
+    own, given = inputs['attention_mask'], inputs
+    if cache is not None:
+        earlier = own if mask is None else torch.cat([mask[:, : -ids.shape[1]], own], 1)
+        seen = over_past(earlier, cache, own.shape[1])
+        given = inputs | dict(attention_mask=seen, position_ids=None, past_key_values=cache)
+    out = model(**given, return_logits=True, output_hidden_states=True)
+    found = inputs | dict(hidden_last=at_real(out.hidden_states[-1], own), logits=at_real(out.logits, own))
+    if out.loss is not None:
+        out.loss.backward()
+        found['loss'] = out.loss[None]
+    with torch.no_grad():
+        if images:
+            features = model.fusion(model.vision_model(pictures(images)[0]))
+            tokens = model.visual_embeds(images)
+            found |= {
+                name: fitted(x, wanted.get(name))
+                for name, x in dict(vision_features=features, image_tokens=tokens).items()
+            }
+        found |= chunk_results(model, config, wanted, own, inputs_embeds=inputs['inputs_embeds'])
+    found |= _generated(model, config, tensors)
     gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {f'out.{name}': tensor for name, tensor in found.items()} | {
-        name: gradient[our_name(name.removeprefix('grad.'))] for name in tensors.wanted if name.startswith('grad.')
-    }
+    grads = {name: gradient.get(our_name(name.removeprefix('grad.'))) for name in tensors.wanted if name[:5] == 'grad.'}
+    grads |= leaf_gradients({name.removeprefix('in.'): leaf for name, leaf in (media | past).items()})
+    found = {f'out.{name}': tensor for name, tensor in found.items()} | grads
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 ORIGIN = 'NVlabs/Eagle'  # named in the files

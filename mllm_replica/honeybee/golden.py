@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .components import build_projector
 from .model import HoneybeeModel, convert_official, official_config
+from ..models.forms import PAST, cache_of, chunk_results, leaves_of, over_past, pixels_of
 from ..models.official import check_keys
 from ..models.parity import Given, Partial, greedy_answer, parameter_gradients
 from ..models.vision import clip_pixels, hidden_states, interpolate_positions
@@ -107,18 +108,13 @@ def merged_mask(
     return mask.masked_fill(input_ids == image_token_id, 1)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fb3c282c
-def _input(tensors: Given, name: str) -> Tensor | None:
-    "An input, None if the file has none of that name."
-    return tensors[f'in.{name}'] if f'in.{name}' in tensors else None
-
-
 def greedy_answers(
     model: HoneybeeModel,
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor]:
     "New ids and logits of every step; nothing if the file asks for no answer."
-    prompt, mask, pixels = (_input(tensors, f'gen_{name}') for name in ('input_ids', 'attention_mask', 'pixel_values'))
+    prompt, mask = (tensors.maybe(f'in.gen_{name}') for name in ('input_ids', 'attention_mask'))
     if prompt is None:
         return {}
     settings = config['generation']
@@ -129,7 +125,7 @@ def greedy_answers(
         settings['eos_token_id'],
         settings['pad_token_id'],
         attention_mask=merged_mask(prompt, mask, model.config.image_token_id),
-        pixel_values=pixels,
+        pixel_values=pixels_of(leaves_of(tensors, r'in\.gen_pixel_values(\.\d+)?')),
     )
     return dict(generated_ids=ids, gen_scores=logits)
 
@@ -140,22 +136,24 @@ def full_case(
 ) -> dict[str, Tensor | Partial]:
     "Intermediate results, logits, loss, gradients and greedy answers of a whole model; of text what needs no image."
     model, parameters = build_official(config, tensors.weights())
-    pixels, ids, mask, labels = (
-        _input(tensors, name) for name in ('pixel_values', 'input_ids', 'attention_mask', 'labels')
+    media, past = (leaves_of(tensors, rf'in\.{name}') for name in (r'pixel_values(\.\d+)?', PAST))
+    ids, mask, labels = (tensors.maybe(f'in.{name}') for name in ('input_ids', 'attention_mask', 'labels'))
+    pixels, cache = pixels_of(media), cache_of(past)
+    result = model(
+        input_ids=ids,
+        attention_mask=mask if mask is None else over_past(mask, cache, ids.shape[1]),
+        pixel_values=pixels,
+        labels=labels,
+        past_key_values=cache,
+        return_logits=True,
     )
-    if pixels is not None:
-        pixels = pixels.clone().requires_grad_()
-    result = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels, return_logits=True)
-    outputs, inputs = (
-        dict(merged_attention_mask=merged_mask(ids, mask, model.config.image_token_id).float()),
-        {'grad.in.pixel_values': pixels},
-    )
+    mask = mask if mask is None else mask[:, -ids.shape[1] :]
+    outputs = dict(merged_attention_mask=merged_mask(ids, mask, model.config.image_token_id).float())
+    leaves = media | past
     if labels is not None:
         result.loss.backward()
-        outputs['loss'], inputs = (
-            result.loss[None],
-            inputs | {f'grad.w.{name}': parameter for name, parameter in parameters.items()},
-        )
+        outputs['loss'] = result.loss[None]
+        leaves |= {f'w.{name}': parameter for name, parameter in parameters.items()}
     with torch.no_grad():
         outputs['inputs_embeds'] = model.embed(ids, pixels)
         if pixels is not None:
@@ -168,12 +166,11 @@ def full_case(
     outputs |= greedy_answers(model, config, tensors) | dict(
         logits=Partial(result.logits, real[..., None], 'at positions with a real token')
     )
-
-    def zeros(tensor) -> 'Tensor':
-        "The gradient, zero where the loss does not reach."
-        return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad  # of what the loss does not see
-
-    gradients = {name: zeros(tensor) for name, tensor in inputs.items() if tensor is not None}
+    own = torch.ones_like(ids) if mask is None else mask
+    outputs |= chunk_results(model, config, tensors.recorded(), own, inputs_embeds=outputs['inputs_embeds'])
+    gradients = {  # zero where the loss does not reach
+        f'grad.{name}': torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
+    }
     return {f'out.{name}': tensor for name, tensor in outputs.items()} | gradients
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5c30b2ed

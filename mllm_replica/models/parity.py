@@ -10,13 +10,14 @@ __all__ = ['Case', 'ABSOLUTE', 'RELATIVE', 'SINGLE', 'ZERO', 'Partial', 'Given',
 # %% ../../nbs/foundations/models/41_parity.ipynb #b8f338ab
 import argparse, importlib, json, sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..core.registry import PAPERS, Cases, cases_of
 
@@ -47,6 +48,18 @@ class Given(dict):
         self.read.add(name)
         return super().__getitem__(name)
 
+    def maybe(self, name: str) -> Tensor | None:
+        "An input, None if the file has none of that name."
+        return self[name] if name in self else None
+
+    def recorded(
+        self,
+        part: str = '',  # only those whose names begin with it, like 'text_only.'
+    ) -> dict[str, tuple[int, ...]]:
+        "Shapes of the recorded outputs, without the `out.` and the part's name."
+        start = f'out.{part}'
+        return {name.removeprefix(start): shape for name, shape in self.wanted.items() if name.startswith(start)}
+
     def weights(
         self,
         part: str = '',  # only those whose names begin with it, like 'encoder.'
@@ -66,26 +79,28 @@ def parameter_gradients(
 
 
 def causal_mask(
-    attention_mask: Tensor,  # [B,T] 1 at real tokens
+    attention_mask: Tensor,  # [B,P+T] 1 at real tokens, past ones first
+    length: int | None = None,  # T; None: there is no past
 ) -> Tensor:
-    "Additive mask [B,1,T,T] for one decoder layer."
-    length = attention_mask.shape[1]
-    allowed = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask[:, None, None].bool()
-    return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    "Additive mask [B,1,T,P+T] for one decoder layer; as officially, what is future and padding is masked twice."
+    total = attention_mask.shape[1]
+    future = ~torch.ones(total, total, dtype=torch.bool).tril()[total - (length or total) :]
+    padding = ~attention_mask[:, None, None].bool()
+    return torch.finfo(torch.float32).min * (future.float() + padding.float())
 
 
 def greedy_answer(
     model: PreTrainedModel,
-    input_ids: Tensor,  # [B,T]
+    input_ids: Tensor | None,  # [B,T]; None: the prompt is `inputs_embeds`
     steps: int,  # n
     eos_token_id: int | None = None,  # None: nothing ends an answer
     pad_token_id: int = 0,  # behind an answer that has ended
     **inputs: Any,  # what else `generate` is given
 ) -> tuple[Tensor, Tensor]:
     "New greedy tokens [B,n] and the logits of every step [B,n,V]."
-    answer = model.generate(
-        input_ids=input_ids,
-        **inputs,
+    generate = model.generate if input_ids is not None else partial(GenerationMixin.generate, model)
+    answer = generate(
+        **inputs | ({} if input_ids is None else dict(input_ids=input_ids)),
         max_new_tokens=steps,
         do_sample=False,
         eos_token_id=eos_token_id,
@@ -93,7 +108,7 @@ def greedy_answer(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return answer.sequences[:, input_ids.shape[1] :], torch.stack(answer.logits, 1)
+    return answer.sequences[:, -len(answer.logits) :], torch.stack(answer.logits, 1)
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #67af9334
 class Golden(NamedTuple):

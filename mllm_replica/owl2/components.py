@@ -25,48 +25,77 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 from ..models.layers import Linear
 
 # %% ../../nbs/papers/01_owl2.ipynb #405fffe4
-# Shapes: B rows, T tokens, D width, n_text and n_visual tokens of a batch, H heads, d head width.
+# Shapes: B rows, T tokens, D width, n tokens of one way, H heads, d head width.
 class Route:
-    "Which tokens of a batch are visual."
+    "Which way each token of a batch goes: 0 text, 1 visual, and more where parts have more copies."
 
     def __init__(
         self,
-        visual: Tensor,  # [B,T] bool
-        lengths: list[int],  # of stretches of one modality in the flattened batch; the first is text, perhaps empty
+        indices: Tensor,  # [B,T] the way of each token; bool: whether it is visual
+        lengths: list[int],  # of the stretches of one way in the flattened batch
+        ways: list[int] | None = None,  # of the stretches; None: text and visual in turn, the first is text
     ) -> None:
-        self.visual, self.lengths = visual, lengths
+        ways = [i % 2 for i in range(len(lengths))] if ways is None else ways
+        absent = sorted(set(range(max(ways))) - set(ways))  # their copies get no tokens
+        self.indices, self.lengths, self.ways = indices, [0] * len(absent) + lengths, absent + ways
+        self.first, self.last = min(self.ways), max(self.ways)
+        self.stretches = [[i for i, w in enumerate(self.ways) if w == way] for way in range(self.last + 1)]  # by way
+        self.own = [[self.lengths[i] for i in stretches] for stretches in self.stretches]  # their lengths
+        by_way = [i for stretches in self.stretches for i in stretches]
+        self.order = sorted(range(len(by_way)), key=by_way.__getitem__)  # where each stretch is among them
+        binary = indices.dtype == torch.bool
+        self.masks = [(indices if binary else indices == way)[..., None] for way in range(1, self.last + 1)]
 
     @classmethod
     def of(
         cls,
-        visual: Tensor,  # [B,T] true (or 1) at visual tokens
+        indices: Tensor,  # [B,T] whole numbers from 0, or true at visual tokens
     ) -> 'Route | None':
-        "The route of a batch; None without visual tokens."
-        visual = visual.bool()
-        kinds, lengths = torch.unique_consecutive(visual.flatten(), return_counts=True)
-        first, lengths = bool(kinds[:1].any()), lengths.tolist()
-        if len(lengths) < 2 and not first:
+        "The route of a batch; None if all of it is text."
+        kinds, lengths = torch.unique_consecutive(indices.flatten(), return_counts=True)
+        kinds = kinds.tolist()
+        if not any(kinds):
             return None
-        return cls(visual, [0] * first + lengths)
+        if strange := [kind for kind in kinds if kind != kind // 1]:
+            raise ValueError(f'indices hold {strange[0]}; expected whole numbers, one for each way')
+        return cls(indices, lengths.tolist(), [int(kind) for kind in kinds])
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Text and visual tokens: [B,T,D] → [n_text,D], [n_visual,D]."
+    def check(
+        self,
+        copies: int,  # of a part
+    ) -> None:
+        "Every index names a copy."
+        if wrong := [way for way in (self.first, self.last) if not 0 <= way < copies]:
+            raise ValueError(f'a token has index {wrong[-1]}, which has no copy: there are {copies}, numbered from 0')
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        "The tokens of each way: [B,T,D] → [n,D] each."
         parts = x.flatten(0, 1).split(self.lengths)
-        return torch.cat(parts[::2]), torch.cat(parts[1::2])
+        return [torch.cat([parts[i] for i in stretches]) for stretches in self.stretches]
 
-    def join(self, text: Tensor, visual: Tensor) -> Tensor:
-        "Back in order: [n_text,D], [n_visual,D] → [B,T,D]."
-        parts = [torch.empty(0)] * len(self.lengths)
-        parts[::2], parts[1::2] = text.split(self.lengths[::2]), visual.split(self.lengths[1::2])
-        return torch.cat(parts).unflatten(0, self.visual.shape)
+    def join(self, *tokens: Tensor) -> Tensor:
+        "Back in order: [n,D] for each way → [B,T,D]."
+        parts = [part for states, lengths in zip(tokens, self.own) for part in states.split(lengths)]
+        return torch.cat([parts[i] for i in self.order]).unflatten(0, self.indices.shape)
 
 # %% ../../nbs/papers/01_owl2.ipynb #fa070c2e
-class WayLinear(nn.Module):
-    "A linear map with a copy for visual tokens."
+def _copies(part: nn.Module, n: int) -> nn.ModuleList:
+    "A part and its copies, n in all."
+    if n < 1:
+        raise ValueError(f'{n} ways; expected at least one')
+    return nn.ModuleList([part, *(copy.deepcopy(part) for _ in range(n - 1))])
 
-    def __init__(self, part: nn.Linear) -> None:
+
+class WayLinear(nn.Module):
+    "A linear map with a copy for every way."
+
+    def __init__(
+        self,
+        part: nn.Linear,
+        n: int = 2,  # ways; 1: whatever way a token goes, it goes this one
+    ) -> None:
         super().__init__()
-        self.multiway = nn.ModuleList([part, copy.deepcopy(part)])
+        self.multiway = _copies(part, n)
 
     def forward(
         self,
@@ -74,17 +103,22 @@ class WayLinear(nn.Module):
         route: Route | None,
     ) -> Tensor:
         "[B,T,D] → [B,T,D']."
-        if route is None:
+        if route is None or len(self.multiway) == 1:
             return self.multiway[0](x)
+        route.check(len(self.multiway))
         return route.join(*(way(part) for way, part in zip(self.multiway, route.split(x))))
 
 
 class WayNorm(nn.Module):
-    "An RMS norm with weights of their own for visual tokens."
+    "An RMS norm with weights of their own for every way."
 
-    def __init__(self, part: LlamaRMSNorm | Qwen2RMSNorm) -> None:
+    def __init__(
+        self,
+        part: LlamaRMSNorm | Qwen2RMSNorm,
+        n: int = 2,  # ways, as for `WayLinear`
+    ) -> None:
         super().__init__()
-        self.multiway = nn.ModuleList([part, copy.deepcopy(part)])
+        self.multiway = _copies(part, n)
 
     def forward(
         self,
@@ -92,12 +126,16 @@ class WayNorm(nn.Module):
         route: Route | None,
     ) -> Tensor:
         "[B,T,D] → [B,T,D]."
-        text, visual = self.multiway
-        if route is None:
+        text, *others = self.multiway
+        if route is None or not others:
             return text(x)
+        route.check(len(self.multiway))
         states = x.float()
         states = (states * torch.rsqrt(states.square().mean(-1, keepdim=True) + text.variance_epsilon)).to(x.dtype)
-        return torch.where(route.visual[..., None], visual.weight, text.weight) * states
+        weight = text.weight
+        for way, mask in zip(others, route.masks):
+            weight = torch.where(mask, way.weight, weight)
+        return weight * states
 
 # %% ../../nbs/papers/01_owl2.ipynb #c0581a98
 ADAPTIVE = {  # language model -> parts with ways
@@ -153,12 +191,13 @@ class _AdaptiveAttention:
 class _AdaptiveLayer:
     "A decoder layer whose parts may have ways."
 
-    def adapt(self, parts: tuple[str, ...]) -> None:
+    def adapt(self, parts: tuple[str, ...], ways: int) -> None:
         "Give these parts ways."
         for name in parts:
             parent, _, own = name.rpartition('.')
             part = self.get_submodule(name)
-            setattr(self.get_submodule(parent), own, (WayLinear if isinstance(part, nn.Linear) else WayNorm)(part))
+            kind = WayLinear if isinstance(part, nn.Linear) else WayNorm
+            setattr(self.get_submodule(parent), own, kind(part, ways))
 
     def forward(
         self,
@@ -198,6 +237,7 @@ _CLASSES = {
 def adapt_layers(
     language_model: nn.Module,  # a `LlamaForCausalLM` or `Qwen2ForCausalLM`
     parts: tuple[str, ...],  # of `ADAPTIVE`; empty: nothing changes
+    ways: int = 2,  # copies of each
 ) -> None:
     "Give every layer of a language model ways, in place and without copying what is shared."
     if not parts:
@@ -214,7 +254,7 @@ def adapt_layers(
                 if type(part) is nn.Linear:
                     setattr(module, name, _fast(part))
         layer.__class__, layer.self_attn.__class__ = _CLASSES[type(layer)]
-        layer.adapt(tuple(parts))
+        layer.adapt(tuple(parts), ways)
 
 
 def _fast(part: nn.Linear) -> Linear:

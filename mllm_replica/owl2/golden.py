@@ -4,6 +4,8 @@
 __all__ = ['ORIGIN', 'parity_cases', 'vision_case', 'abstractor_case', 'multiway_case', 'layer_case', 'expand', 'model_case', 'image_case', 'kind_of']
 
 # %% ../../nbs/papers/01_owl2.ipynb #562e6a7f
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,12 +13,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from mllm_replica.models.forms import (
+    PAST,
+    at_real,
+    cache_of,
+    chunk_results,
+    fitted,
+    greedy_after,
+    leaf_gradients,
+    leaves_of,
+    media_of,
+    over_past,
+    setting,
+    shown,
+)
 from ..models.parity import Given, Partial, causal_mask, greedy_answer, parameter_gradients
 from ..models.vision import clip_pixels
 from .abstractor import VisualAbstractor, abstractor_fields
-from .components import ADAPTIVE, Route, WayLinear, adapt_layers
+from .components import ADAPTIVE, Route, WayLinear, WayNorm, adapt_layers
 from .encoder import Owl2VisionConfig, Owl2VisionModel
 from .model import Owl2Model
 from .processor import to_square
@@ -29,11 +45,6 @@ ORIGIN = 'mPLUG-Owl2'  # named in the files
 def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "The weights as leaves that collect gradients."
     return {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in weights.items()}
-
-
-def _gradients(leaves: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    "What the leaves collected, under the recorded names."
-    return {f'{prefix}{name}': leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 # %% ../../nbs/papers/01_owl2.ipynb #27535de2
 def vision_case(
@@ -90,69 +101,84 @@ def abstractor_case(
     )
 
 # %% ../../nbs/papers/01_owl2.ipynb #b15b10cc
+def _ways(weights: Iterable[str]) -> int:
+    "How many copies a file's parts have."
+    return 1 + max(int(found[1]) for name in weights if (found := re.search(r'multiway\.(\d+)\.', name)))
+
+
 def multiway_case(
     config: dict[str, Any],
     tensors: Given,
 ) -> dict[str, Tensor]:
-    "The two-way dispatch of single projections, for every recorded pattern of indices."
+    "The dispatch of single projections or norms, for every recorded pattern of indices."
     found = {}
     for part in sorted({name.split('.')[0] for name in tensors.weights()}):
-        fields = config[part]
-        module = WayLinear(nn.Linear(fields['in_features'], fields['out_features'], bias=fields['bias']))
-        module.load_state_dict(tensors.weights(f'{part}.'))
+        weights = tensors.weights(f'{part}.')
+        (out, *width), bias = weights['multiway.0.weight'].shape, 'multiway.0.bias' in weights
+        eps = config.get(part, {}).get('eps', 1e-6)
+        module = (
+            WayLinear(nn.Linear(*width, out, bias=bias), _ways(weights))
+            if width
+            else WayNorm(LlamaRMSNorm(out, eps), _ways(weights))
+        )
+        module.load_state_dict(weights)
         for pattern in sorted(name.split('.')[1] for name in tensors if name.endswith('.indices')):
             found[f'out.{pattern}.{part}'] = module(
                 tensors['in.hidden_states'], Route.of(tensors[f'in.{pattern}.indices'])
             )
     return found
 
-
-def layer_case(
-    config: dict[str, Any],
-    tensors: Given,
-) -> dict[str, Tensor]:
-    "One decoder layer with everything on the way."
-    fields = LlamaConfig(**config['llm'], attn_implementation='eager')
-    holder = nn.Module()
-    holder.model = nn.Module()
-    holder.model.layers = nn.ModuleList([LlamaDecoderLayer(fields, 0)])
-    adapt_layers(holder, ADAPTIVE['llama'])
-    layer, rotary, cache, seen = holder.model.layers[0].eval(), LlamaRotaryEmbedding(fields), DynamicCache(), {}
-    weights = tensors.weights()
-    if not torch.allclose(weights.pop('self_attn.rotary_emb.inv_freq'), rotary.inv_freq):
-        raise ValueError('inv_freq is not ours')
-    layer.load_state_dict(weights)
-    for name in (
-        'input_layernorm',
-        'post_attention_layernorm',
-        'self_attn.q_proj',
-        'self_attn.k_proj',
-        'self_attn.v_proj',
-    ):
+# %% ../../nbs/papers/01_owl2.ipynb #5b3a9d11
+def _watched(layer: nn.Module) -> dict[str, Tensor]:
+    "A dict that a forward pass fills with what the layer's parts give."
+    seen: dict[str, Tensor] = {}
+    parts = ('input_layernorm', 'post_attention_layernorm', *(f'self_attn.{part}_proj' for part in 'qkv'))
+    for name in parts:
         layer.get_submodule(name).register_forward_hook(
             lambda _, __, out, name=name: seen.update({f'out.{name.split(".")[-1]}': out})
         )
     layer.self_attn.register_forward_hook(
         lambda _, __, out: seen.update({'out.self_attn': out[0], 'out.attn_probs': out[1]})
     )
-    x = tensors['in.hidden_states'].clone().requires_grad_()
+    return seen
+
+
+def layer_case(
+    config: dict[str, Any],
+    tensors: Given,
+) -> dict[str, Tensor | Partial]:
+    "One decoder layer with everything on the way."
+    fields = LlamaConfig(**config['llm'], attn_implementation='eager')
+    holder, rotary, weights = nn.Module(), LlamaRotaryEmbedding(fields), tensors.weights()
+    holder.model = nn.Module()
+    holder.model.layers = nn.ModuleList([LlamaDecoderLayer(fields, 0)])
+    adapt_layers(holder, ADAPTIVE['llama'], _ways(weights))
+    layer, past = holder.model.layers[0].eval(), leaves_of(tensors, rf'in\.{PAST}')
+    if not torch.allclose(weights.pop('self_attn.rotary_emb.inv_freq', rotary.inv_freq), rotary.inv_freq):
+        raise ValueError('inv_freq is not ours')
+    layer.load_state_dict(weights)
+    seen, x = _watched(layer), tensors['in.hidden_states'].clone().requires_grad_()
+    cache, length = cache_of(past) or DynamicCache(), x.shape[1]
+    mask = over_past(tensors['in.attention_mask_2d'], cache, length)
     output = layer(
         x,
         position_embeddings=rotary(x, tensors['in.position_ids']),
-        attention_mask=causal_mask(tensors['in.attention_mask_2d']),
+        attention_mask=causal_mask(mask, length),
         past_key_values=cache,
         route=Route.of(tensors['in.modality_indicators']),
     )
     (loss := (output * tensors['in.loss_weight']).sum()).backward()
+    seen['out.hidden_states'] = output
+    found = {name: at_real(state, mask, 2 if name == 'out.attn_probs' else 1) for name, state in seen.items()}
     return (
-        seen
+        found
         | {
-            'out.hidden_states': output,
             'out.loss': loss,
             'out.key_cache': cache.layers[0].keys,
             'out.value_cache': cache.layers[0].values,
             'grad.in.hidden_states': x.grad,
         }
+        | leaf_gradients(past)
         | parameter_gradients(layer)
     )
 
@@ -163,8 +189,9 @@ def expand(
     placeholder: int,
     mask: Tensor | None = None,  # [B,T]
     labels: Tensor | None = None,  # [B,T]
+    padding_side: str = 'right',
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Ids with −1 per visual token, mask and labels, padded on the right: [B,T'] each."
+    "Ids with −1 per visual token, mask and labels, padded on one side: [B,T'] each."
     rows, left = [], list(counts)
     for b, row in enumerate(ids.tolist()):
         line = []
@@ -174,8 +201,8 @@ def expand(
             label = -100 if labels is None else int(labels[b, t])
             line += [(-1, -100)] * left.pop(0) if token == placeholder else [(token, label)]
         rows.append(torch.tensor(line))
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    real = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    padded, real = (nn.utils.rnn.pad_sequence(part, True, padding_side=padding_side) for part in (rows, ones))
     return padded[..., 0], real, torch.where(real.bool(), padded[..., 1], -100)
 
 
@@ -183,46 +210,38 @@ class _Case:
     "The inputs of one case in our form."
 
     def __init__(self, name: str, config: dict[str, Any], tensors: Given) -> None:
-        given = {
-            part: tensors[f'in.{name}.{part}']
-            for part in ('input_ids', 'images', 'attention_mask', 'labels')
-            if f'in.{name}.{part}' in tensors
-        }
-        ids, images, self.pixels = given['input_ids'], given.get('images'), None
-        found = (ids == config['image_token_index']).sum(1).tolist()
-        frames = images.shape[1] if images is not None and images.dim() == 5 else 1
-        self.input_ids, self.mask, labels = expand(
+        at, placeholder = f'in.{name}.', config['image_token_index']
+        ids, mask, labels = (tensors.maybe(f'{at}{part}') for part in ('input_ids', 'attention_mask', 'labels'))
+        self.media, self.past = (leaves_of(tensors, re.escape(at) + part) for part in (r'images(\.\d+)?', PAST))
+        entries = media_of(self.media) if self.media else []
+        visible = shown(entries, (ids == placeholder).sum(1).tolist())
+        self.pixels, self.shown = (torch.cat(part) if part else None for part in (entries, visible))
+        own = None if mask is None else mask[:, -ids.shape[1] :]
+        self.input_ids, self.mask, labels_there = expand(
             ids,
-            [frames * config['tokens_per_image']] * sum(found),
-            config['image_token_index'],
-            given.get('attention_mask'),
-            given.get('labels'),
+            [len(entry) * config['tokens_per_image'] for entry in visible],
+            placeholder,
+            own,
+            labels,
+            setting(config, 'padding_side', 'right' if own is None or own[:, 0].all() else 'left'),
         )
-        self.labels = labels if 'labels' in given else None
-        if images is None:
-            return
-        self.images = images.clone().requires_grad_()
-        self.pixels = self.images.flatten(0, 1) if frames > 1 or images.dim() == 5 else self.images
-        rows = [
-            is_image for n in found for is_image in ([True] * n or [False])
-        ]  # a sample without placeholder owns a row, too
-        self.shown = (
-            self.pixels if images.dim() == 5 else self.pixels[[i for i, is_image in enumerate(rows) if is_image]]
-        )
+        self.labels = None if labels is None else labels_there
+        earlier = self.mask if mask is None else torch.cat([mask[:, : -ids.shape[1]], self.mask], 1)
+        self.attention_mask = over_past(earlier, self.cache(), self.mask.shape[1])
+        asked = 'chunk' in name or any('chunk' in part for part in tensors.recorded(f'{name}.'))
+        self.chunks = config | {'chunked': True} if asked else {}  # other cases of the file are read at once
+
+    def cache(self) -> DynamicCache | None:
+        "What the case gives before its tokens, each time afresh: a forward pass adds to it."
+        return cache_of(self.past)
 
     def inputs(self) -> dict[str, Any]:
         "Arguments of the model."
         return dict(
-            input_ids=self.input_ids, attention_mask=self.mask, pixel_values=None if self.pixels is None else self.shown
-        )
-
-    def partial(self, tensor: Tensor) -> Tensor | Partial:
-        "Compared at real positions only."
-        real = self.mask.bool()
-        return (
-            tensor
-            if real.all()
-            else Partial(tensor, real.view(*real.shape, *[1] * (tensor.dim() - 2)), 'at real positions')
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            pixel_values=self.shown,
+            past_key_values=self.cache(),
         )
 
 # %% ../../nbs/papers/01_owl2.ipynb #42fa4cd1
@@ -238,42 +257,42 @@ def model_case(
     model = Owl2Model(ours).eval()
     model.load_state_dict(convert_official(weights, ours))
     for name in sorted({name.split('.')[1] for name in tensors if name.startswith('in.')}):
-        case, leaves = _Case(name, config, tensors), _leaves(weights)
+        case, leaves, wanted = _Case(name, config, tensors), _leaves(weights), tensors.recorded(f'{name}.')
         result = functional_call(
             model,
             convert_official(leaves, ours),
             kwargs=case.inputs() | dict(labels=case.labels, return_logits=True, output_hidden_states=True),
         )
-        compared = _forward_results(case, model, result)
+        compared = _forward_results(case, model, result, wanted)
         if result.loss is not None:
             result.loss.backward()
-            found |= _gradients(leaves, f'grad.{name}.w.') | (
-                {} if case.pixels is None else {f'grad.in.{name}.images': case.images.grad}
-            )
-        if f'out.{name}.greedy_new_ids' in tensors.wanted:
-            steps = tensors.wanted[f'out.{name}.greedy_new_ids'][1]
-            compared |= dict(
-                zip(('greedy_new_ids', 'greedy_step_logits'), greedy_answer(model, steps=steps, **case.inputs()))
-            )
+            found |= leaf_gradients(leaves, f'grad.{name}.w.') | leaf_gradients(case.media | case.past)
+        if 'greedy_new_ids' in wanted:
+            answer, steps = greedy_after if case.past else greedy_answer, wanted['greedy_new_ids'][1]
+            ids, logits = answer(model, steps=steps, **case.inputs())
+            compared |= dict(greedy_new_ids=ids, greedy_step_logits=logits)
         found |= {f'out.{name}.{part}': tensor for part, tensor in compared.items()}
     return found
 
 
-def _forward_results(case: _Case, model: Owl2Model, result: Any) -> dict[str, Tensor | Partial]:
-    "What one forward pass shows."
-    ids, inputs = case.input_ids, case.inputs()
+def _forward_results(
+    case: _Case, model: Owl2Model, result: Any, wanted: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor | Partial]:
+    "What one forward pass shows, and the same prompt in chunks."
+    ids, visual = case.input_ids, model.image_places(case.input_ids, None).long()
     with torch.no_grad():
-        embeds = model.embed(ids, inputs['pixel_values'])
+        embeds = model.embed(ids, case.shown)
     found = {
         'inputs_embeds': embeds,
-        'modality_indicators': model.image_places(ids, None).long(),
+        'modality_indicators': visual,
         'logits': result.logits,
         'hidden_states.1': result.hidden_states[1],
         'hidden_states.last': result.hidden_states[-1],
     }
-    found = {name: case.partial(tensor) for name, tensor in found.items()}
+    found = {name: at_real(tensor, case.mask) for name, tensor in found.items()}
+    found |= chunk_results(model, case.chunks, wanted, case.mask, inputs_embeds=embeds, modality_indicators=visual)
     if case.pixels is not None:
-        found['image_features'] = model.visual_embeds(case.pixels)
+        found['image_features'] = fitted(model.visual_embeds(case.pixels), wanted.get('image_features'))
     if case.labels is not None:
         found |= dict(loss=result.loss, expanded_labels=case.labels, expanded_attention_mask=case.mask)
     return found

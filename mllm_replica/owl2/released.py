@@ -133,7 +133,11 @@ def official_config(
     abstractor = {
         name: visual['visual_abstractor'][name] for name in abstractor_fields({}) if name in visual['visual_abstractor']
     }
-    return Owl2Config(vision_config=vision, connector_config=abstractor, text_config=_text_config(config))
+    text = _text_config(config)
+    plain = text['model_type'] == 'qwen2' and config.get('multiway') is False  # a field of Owl2.1 alone
+    return Owl2Config(
+        vision_config=vision, connector_config=abstractor, text_config=text, adaptive=[] if plain else None
+    )
 
 
 def load_official(
