@@ -7,6 +7,7 @@ __all__ = ['check_owner', 'FreshModules']
 
 # %% ../../nbs/foundations/core/00_exporting.ipynb #f81f985d
 import json, os, re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,11 +32,12 @@ def _modules(notebook: Path, changed: int) -> frozenset[str]:
 
 def check_owner(
     notebook: Path,
+    among: Iterable[Path] | None = None,  # None: all notebooks of the project
 ) -> None:
     "Refuse a notebook that writes a module which another one writes, too."
-    here, *others = [notebook.resolve(), *{path.resolve() for path in nbglob(as_path=True)} - {notebook.resolve()}]
-    own = _modules(here, here.stat().st_mtime_ns)
-    for other in others:
+    here = notebook.resolve()
+    own, every = _modules(here, here.stat().st_mtime_ns), nbglob(as_path=True) if among is None else among
+    for other in sorted({path.resolve() for path in every} - {here}):
         if both := sorted(own & _modules(other, other.stat().st_mtime_ns)):
             raise ValueError(
                 f'{here} and {other} both write {", ".join(both)}; give one of them another default_exp, '

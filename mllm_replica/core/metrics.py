@@ -184,7 +184,7 @@ def vqa_normalise(
 # %% ../../nbs/foundations/core/05_metrics.ipynb #b428e971
 def vqa_accuracy(
     prediction: str,  # the model's text
-    answers: Any,  # what people answered: texts or dictionaries with 'answer', usually ten; one text stands for agreement
+    answers: Any,  # what people, usually ten, answered: texts or dictionaries with 'answer'; one text: all agree
 ) -> float:
     "Mean over all subsets without one person of min(1, equal answers / 3), as the official VQA evaluation normalises texts."
     said, people = vqa_normalise(prediction), [vqa_normalise(text) for text in texts_of(answers)]
