@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from mllm_replica.models.official import weight_files
 from mllm_replica.training import checkpoint
 from mllm_replica.training.checkpoint import (
     CheckpointError,
+    Curve,
+    Point,
     load_checkpoint,
     load_latest,
     pack_state,
+    read_curve,
     save_checkpoint,
     unpack_state,
 )
@@ -130,3 +134,72 @@ def test_tied_and_strided_parameters_survive(tmp_path):
     unpack_state(load_latest(tmp_path).tensors, model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# the curve and the index of a checkpoint
+
+POINTS = [Point(step, 'joint, "a"', 1 / step, 1e-3, 0.5, 40) for step in range(1, 6)]
+
+
+@pytest.fixture
+def curve(tmp_path):
+    made = Curve(tmp_path / 'curve.csv', 0)
+    for point in POINTS:
+        made.append(point)
+    made.flush()
+    return tmp_path / 'curve.csv'
+
+
+def test_a_sound_curve_comes_back(curve):
+    assert read_curve(curve) == POINTS and Curve(curve, 3).points == POINTS[:3]
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        (b'\n3,', b'\n4,'),
+        (b'\n3,', b'\n'),
+        (b'\n3,', b'\nx,'),
+        (b'0.5', b'nan'),
+        (b'0.25', b'0.2\xff5'),
+        (b'0.001', b'0.0\x0001'),
+        (b'stage', b'phase'),
+        (b'0.5,40', b'0.5'),
+        (b'0.5,40', b'0.5,40,40'),
+        (b'\n2,"', b'\n2,'),
+    ],
+)
+def test_a_damaged_curve_is_named_with_its_line(curve, old, new):
+    content = curve.read_bytes()
+    assert old in content
+    curve.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=r'curve.csv line \d is damaged'):
+        read_curve(curve)
+
+
+def test_a_line_that_is_gone_is_missed(curve):
+    lines = curve.read_text().splitlines(keepends=True)
+    curve.write_text(''.join(lines[:3] + lines[4:]))
+    with pytest.raises(CheckpointError, match='line 4 is damaged: .*expected step 3'):
+        read_curve(curve)
+    curve.write_text(''.join(lines[:3]))
+    with pytest.raises(CheckpointError, match='curve.csv ends at step 2, its checkpoint is of step 4'):
+        Curve(curve, 4)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'{', b'[' * 100_000, b'\xff', b'[]', b'7', b'{"weight_map": 3}', b'{"weight_map": {"a": 1}}', b'{}'],
+)
+@pytest.mark.parametrize('name', ['model.safetensors.index.json', 'pytorch_model.bin.index.json'])
+def test_a_damaged_index_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f'{name} is damaged'):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize('content', [b'[' * 100_000, b'\xff', b'[]', b'{"body": 3}'])
+def test_a_damaged_record_of_a_checkpoint_is_named(two, content):
+    (two / 'step-00000020' / 'state.json').write_bytes(content)
+    with pytest.raises(CheckpointError, match='state.json'):
+        load_checkpoint(two / 'step-00000020')

@@ -14,7 +14,7 @@ from mllm_replica.core.recipe import Source
 from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.images import ImageError, encode_png, open_image
 from mllm_replica.data.mixture import Mixture, sampling_weights
-from mllm_replica.data.packing import collate, encode_document, pack, segment_mask, truncate
+from mllm_replica.data.packing import collate, encode_document, pack, segment_mask, truncate, truncate_all
 from mllm_replica.data.samples import COLUMNS, as_sample, check_sample
 from mllm_replica.data.sources import check_images, load_source
 from PIL import Image
@@ -492,3 +492,95 @@ def test_documents_encode_like_conversations():
     assert encoded.input_ids == [1, 97, 98, 9, 9, 99, 9, 9, 2] and encoded.image_spans == [(3, 5), (6, 8)]
     assert [i for i, label in enumerate(encoded.labels) if label != -100] == [1, 2, 5, 8]
     check_sample(document)
+
+
+# --- records that are odd, damaged or bad ----------------------------------------------------------------------------------------------------
+
+
+def test_further_fields_of_a_turn_are_left_out(tmp_path):
+    odd = [turn | {'weight': 0, 'markdown': None, 'value2': ['x']} for turn in turns('<image>\nwhat ?', 'red')]
+    data = load(folder(tmp_path, [record(conversations=odd), record('b')]))
+    assert data[0]['conversations'] == turns('<image>\nwhat ?', 'red') and len(data) == 2
+
+
+DEEP = b'[' * 100_000
+DAMAGED = [
+    b'{"id": "b", "conversations": [{"from": "human", "value": "\\ud800"}, {"from": "gpt", "value": "x"}]}',
+    b'{"id": "\\udfff", "document": "x"}',
+    b'{"id": "b", "document": "x", "image": "\\ud800.png"}',
+    b'{"id": "b", "document": "x", "task": "\\ud83d"}',
+    b'{"id": "b", "document": "x <image>", "image": "a\\u0000.png"}',
+    DEEP,
+    b'{"id": "b", "document": ' + DEEP + b']' * 100_000 + b'}',
+    b'{"id": "b", "document": "x", "meta": "' + DEEP + b'"}',
+    b'{"id": "b", "document": "x", "more": ' + b'[' * 900 + b']' * 900 + b', "meta": "{"}',
+    '{"id": "grün", "document": "x"}'.encode('latin-1'),
+    b'\xff\xfe{\x00',
+]
+
+
+@pytest.mark.parametrize('line', DAMAGED, ids=lambda line: repr(line[:40]))
+def test_damaged_records_are_refused_by_file_and_line(tmp_path, line):
+    good = json.dumps(record()).encode()
+    with pytest.raises(ValueError, match='train.jsonl:2'):
+        load(folder(tmp_path, [], raw=good + b'\n' + line + b'\n'))
+    assert not list((tmp_path / 'runs').rglob('*.arrow'))
+
+
+def test_damaged_json_in_a_list_and_in_a_shard(tmp_path):
+    for raw in (DEEP, b'[{"id": "\xff"}]'):
+        with pytest.raises(ValueError, match='train.json: not valid JSON'):
+            load(folder(tmp_path, [], 'train.json', raw))
+    tar_of(tmp_path / 'a.tar', [('k1.json', DEEP)])
+    with pytest.raises(ValueError, match='a.tar: k1.json: broken JSON: brackets are nested too deeply'):
+        load(tmp_path, 'tar', 'a.tar')
+
+
+BAD = [
+    record('a', None, turns('again', 'x')),
+    record('c', None, turns('x', 'y')[::-1]),
+    record('d', None, [{'from': 'system', 'value': 'be kind'}, *turns('hi', 'x')]),
+    record('e', 'none.png'),
+    dict(id='f'),
+]
+
+
+def test_bad_records_are_left_out_up_to_a_limit_and_listed(tmp_path):
+    root = folder(tmp_path, [record(), *BAD, record('z')])
+    for _ in range(2):  # read, and from the cache
+        with pytest.warns(
+            UserWarning, match='(?s)set.*5 bad records, 5 may be left out:.*train.jsonl:2: id .a. is already'
+        ):
+            data = load(root, options={'skip': 5})
+        assert data['id'][:] == ['a', 'z']
+    kept = json.loads(next((tmp_path / 'runs').rglob('*.skipped.json')).read_text())
+    assert [text.split(': ')[0] for text in kept] == [f'train.jsonl:{n}' for n in range(2, 7)]
+    with pytest.raises(ValueError, match='(?s)5 bad records, 4 may be left out:.*train.jsonl:6'):
+        load(root, options={'skip': 4})
+    with pytest.raises(ValueError, match='^train.jsonl:2: id .a. is already used'):
+        load(root)
+
+
+def test_a_broken_line_and_a_broken_member_are_left_out_too(tmp_path):
+    root = folder(tmp_path, [], raw=json.dumps(record()).encode() + b'\n{"id": \n' + DEEP + b'\n')
+    with pytest.warns(UserWarning, match='2 bad records'):
+        assert load(root, options={'skip': 2})['id'][:] == ['a']
+    none = json.dumps(dict(conversations=turns('hi', 'hello'))).encode()
+    tar_of(tmp_path / 'a.tar', [('k1.json', b'{'), ('k2.json', none), ('k3.png', RED)])
+    with pytest.warns(UserWarning, match='2 bad records'):
+        assert load(tmp_path, 'tar', 'a.tar', options={'skip': 2})['id'][:] == ['k2']
+
+
+@pytest.mark.parametrize('limit', [-1, 1.5, '3', True])
+def test_the_limit_is_a_number_of_records(tmp_path, limit):
+    with pytest.raises(ValueError, match='skip is'):
+        load(folder(tmp_path, [record()]), options={'skip': limit})
+
+
+def test_overlong_samples_are_left_out_up_to_a_limit():
+    short, long = Encoded('short', [1, 2], [-100, 2]), Encoded('long', [1] * 9, [-100] * 8 + [1])
+    with pytest.warns(UserWarning, match="(?s)max_length 4: 1 bad records, 1 may be left out:.*sample 'long' has 9"):
+        assert truncate_all([short, long, short], 4, skip=1) == [short, short]
+    for skip, many in ((0, [long]), (1, [long, long])):
+        with pytest.raises(ValueError, match=f"(?s){skip} may be left out:.*sample 'long' has 9 positions"):
+            truncate_all(many, 4, skip)

@@ -271,3 +271,38 @@ def test_a_thousand_one_word_answers_are_two_passes_a_batch(tmp_path):
     asked.model.model.layers[0].register_forward_hook(lambda _, __, out: seen.update([tuple(out.shape[:2])]))
     asked(tmp_path / 'p')
     assert seen == {(100, 37): 10, (100, 1): 10}
+
+
+def test_several_right_answers_serve_any_metric(world, tmp_path):
+    def value(answers, metric='exact_match'):
+        bench = PICK.model_copy(update={'metric': metric})
+        asked = [dict(s, meta=json.dumps({'answers': answers(s)})) for s in world.samples]
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        return evaluate(world.model, world.processor, bench, asked, path).value
+
+    for metric in ('exact_match', 'token_f1', 'word_accuracy', 'anls'):
+        assert value(lambda s: COLORS, metric) == 1  # whatever was picked is right
+    told = lambda s: [dict(answer=color, answer_confidence='yes', answer_id=i) for i, color in enumerate(COLORS)]  # noqa: E731
+    assert value(told) == 1 and 0 < value(told, 'vqa_accuracy') < 1
+    for wrong in (7, ['red', 3], [{'text': 'red'}], {'red': 1}):
+        with pytest.raises(ValueError, match="sample 's0' does not suit its metric: the answer is"):
+            value(lambda s: wrong)
+    broken = [dict(world.samples[0], meta='[' * 100_000)]
+    with pytest.raises(ValueError, match="sample 's0' does not suit its metric"):
+        evaluate(world.model, world.processor, PICK, broken, tmp_path / 'broken')
+
+
+@pytest.mark.parametrize('line', ['[1]', '7', '{"prediction": "x"}', '[' * 100_000, '"\\ud800"'])
+def test_a_line_that_is_no_prediction_is_named(line, tmp_path):
+    (tmp_path / 'p').write_text(line + '\n')
+    with pytest.raises(ValueError, match='p line 1 is no'):
+        Predictions(tmp_path / 'p')
+
+
+def test_a_prediction_without_its_score_is_named(world, tmp_path):
+    first = world.samples[0]
+    for correct in ({}, {'correct': None}, {'correct': 7}, {'correct': 'yes'}):
+        row = dict(id='s0', prediction='x', answer=first['answer']) | correct
+        (tmp_path / 'p').write_text(json.dumps(row) + '\n')
+        with pytest.raises(ValueError, match="p: the prediction for sample 's0' has no score"):
+            evaluate(world.model, world.processor, ASK, [first], tmp_path / 'p')

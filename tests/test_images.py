@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from mllm_replica.data.images import MAX_PIXELS, ImageError, encode_png, open_image, resolve_image
 
@@ -174,3 +174,38 @@ def test_missing_file_and_wrong_type(tmp_path):
 
 def test_png_round_trip_is_exact():
     assert np.array_equal(np.asarray(open_image(encode_png(gradient()))), np.asarray(gradient()))
+
+
+# numbers of more than eight bits
+
+
+def greys(image):
+    return [image.getpixel((x, 0))[0] for x in range(image.width)]
+
+
+@pytest.mark.parametrize('kind', [None, 'TIFF'])
+def test_int32_of_eight_bits_keeps_its_brightness(kind):
+    image = Image.fromarray(np.full((9, 9), 200, dtype=np.int32))
+    assert open_image(encoded(image, kind) if kind else image).getpixel((4, 4)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF'])
+def test_fewer_bits_in_sixteen_keep_their_brightness(bits, kind):
+    levels = np.array([[0, 2 ** (bits - 2), 2 ** (bits - 1), 2**bits - 1]], dtype=np.uint16)
+    assert greys(open_image(encoded(Image.fromarray(levels), kind))) == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize('bits', [24, 31])
+def test_large_and_negative_numbers(bits):
+    levels = np.array([[-7, 0, 2 ** (bits - 1), 2**bits - 1]], dtype=np.int32)
+    assert greys(open_image(Image.fromarray(levels))) == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize('highest, white', [(4095, 62), (65535, 3), (1023, 250)])
+def test_the_maximum_that_a_file_states_decides(highest, white):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = highest
+    image = Image.fromarray(np.array([[0, 1000]], dtype=np.uint16))
+    found = greys(open_image(encoded(image, 'TIFF', tiffinfo=tags)))
+    assert found == [0, 1000 >> (highest.bit_length() - 8)] and abs(found[1] - white) <= 1

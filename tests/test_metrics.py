@@ -5,7 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from mllm_replica.core.metrics import METRICS, bootstrap, metric, token_f1, vqa_accuracy, yes_no
+from mllm_replica.core.metrics import METRICS, bootstrap, letter, metric, token_f1, vqa_accuracy, yes_no
+from mllm_replica.core.registry import PAPERS, recipes_of
+from mllm_replica.data.worlds.making import samples
+from mllm_replica.tables.published import tables_of
 
 WORDS = 'red blue yes no a b dog 7 ? .'.split()
 
@@ -61,3 +64,151 @@ def test_clusters_of_one_change_nothing_and_big_clusters_widen():
     assert bootstrap(values, clusters=range(120)) == bootstrap(values)
     same = np.repeat([0.0, 1.0], 60)
     assert np.diff(bootstrap(same, clusters=[i // 20 for i in range(120)])) > 2 * np.diff(bootstrap(same))
+
+
+# what the benchmarks count as right
+
+
+@pytest.mark.parametrize(
+    'said, told',
+    [
+        ('Black.', 'black'),
+        ('two', '2'),
+        ('None', '0'),
+        ('a dog', 'dog'),
+        ('dont know', "don't know"),
+        ('don’t know', "don't know"),
+        ("couldnt've", "couldn't've"),
+        ('10 %', '10%'),
+        ('$ 5', '$5'),
+        ('red, white', 'red white'),
+        ('red,white', 'red white'),
+        ('red/white', 'red white'),
+        ('1,000', '1000'),
+        ('U.S.', 'us'),
+        ('"Yes!"', 'yes'),
+        ('an\napple\t', 'Apple'),
+        ('the', 'The'),
+    ],
+)
+def test_vqa_answers_are_compared_after_the_official_normalisation(said, told):
+    assert vqa_accuracy(said, [told] * 10) == vqa_accuracy(told, [said] * 10) == vqa_accuracy(said, told) == 1
+
+
+@pytest.mark.parametrize('said, told', [('3.5', '35'), ('red', 'red white'), ('ten', '1'), ('its', "it's"), ('a', '')])
+def test_the_normalisation_keeps_what_differs(said, told):
+    assert vqa_accuracy(said, [told] * 10) == 0
+
+
+@pytest.mark.parametrize('people', range(1, 11))
+def test_people_who_agree_are_right_however_few(people):
+    assert vqa_accuracy('red', ['red'] * people) == 1 and vqa_accuracy('blue', ['red'] * people) == 0
+
+
+def test_few_people_who_disagree():
+    found = [vqa_accuracy('red', answers.split()) for answers in ('red blue', 'red red blue', 'red blue blue blue')]
+    assert found == pytest.approx([1 / 2, 2 / 3, 1 / 4])
+
+
+STATED = [
+    'B',
+    'b.',
+    '(B)',
+    '[B]',
+    'B) a dog',
+    'B: a dog',
+    'B.dog',
+    'B - a dog',
+    'B – a dog',
+    'B\nbecause it barks',
+    'B because it barks',
+    'B is correct',
+    '**B**',
+    '**B.** a dog',
+    '`B`',
+    'Answer: B',
+    '**Answer:** B',
+    'answer is b',
+    'The correct answer is B. Here is why',
+    'The correct option is (B), a dog',
+    'It barks, so the answer is: B',
+    'The answer is option B.',
+    r'The final answer is $\boxed{B}$.',
+    '（B）',
+]
+
+
+@pytest.mark.parametrize('text', STATED)
+def test_a_stated_letter_counts_with_its_explanation(text):
+    assert letter(text, 'B') == letter(text, 'b') == 1 and letter(text, 'A') == 0
+
+
+@pytest.mark.parametrize(
+    'text, answer',
+    [
+        ('I.e. nothing', 'I'),
+        ('I think it is a dog', 'I'),
+        ("I'd say so", 'I'),
+        ('A dog', 'A'),
+        ('The answer is a dog', 'A'),
+        ('A.M.', 'A'),
+        ('E.g. a dog', 'E'),
+        ('T-shirt', 'T'),
+        ('Because', 'B'),
+        ('The answer is not B', 'B'),
+        ('B. a dog? No, the answer is C.', 'B'),
+        ('none', 'N'),
+    ],
+)
+def test_no_letter_is_guessed(text, answer):
+    assert letter(text, answer) == 0
+
+
+@pytest.mark.parametrize(
+    'said, told, score',
+    [
+        ('ab', 'ab', 1),
+        ('AB  c ', 'ab c', 1),
+        ('abcd', 'abce', 0.75),
+        ('abxy', 'abcd', 0),  # exactly one half
+        ('abc', 'abcdefg', 0),
+        ('abcdx', 'abcdefg', 4 / 7),
+        ('', 'a', 0),
+        ('12 mai', ['may 12', '12 may'], 5 / 6),
+    ],
+)
+def test_anls(said, told, score):
+    assert metric('anls')(said, told) == pytest.approx(score)
+
+
+@pytest.mark.parametrize('name', METRICS)
+def test_every_metric_takes_several_answers(name):
+    right, other = {'yes_no': ('yes', 'no'), 'letter': ('B', 'A')}.get(name, ('crimson', 'red'))
+    score = metric(name)
+    assert score(right, [other, right, right, right, right]) == 1
+    assert score(right, [dict(answer=right, answer_confidence='yes', answer_id=i) for i in range(3)]) == 1
+    for wrong in ([], None, 3, [right, 3], [[right]], [dict(text=right)]):
+        with pytest.raises(ValueError, match='expected a text, a list of texts'):
+            score(right, wrong)
+
+
+# what published numbers of the small worlds stand on
+
+TINY = {'exact_match', 'token_f1', 'word_accuracy'}
+
+
+def test_tiny_results_use_metrics_that_one_answer_leaves_as_they_were():
+    "Their samples have one answer each, and of one answer the best is that one."
+    used = {
+        benchmark.metric
+        for paper in PAPERS
+        for table in tables_of(paper)
+        for row, reason in recipes_of(paper).rows(table, 'tiny').items()
+        if reason is None
+        for benchmark in recipes_of(paper).recipe(table, row, 'tiny', 10).benchmarks
+    }
+    assert used <= TINY
+    texts = [sample['answer'] for sample in samples('pages', 'test', 10, 20, tasks=['document'])]
+    for name in TINY:
+        score, before = metric(name), metric(name).__wrapped__
+        assert [score(p, a) for p in texts for a in texts] == [before(p, a) for p in texts for a in texts]

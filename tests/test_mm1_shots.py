@@ -14,6 +14,7 @@ from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.data.samples import COLUMNS, IMAGE_MARK, check_sample
 from mllm_replica.mm1.shots import CAPTION, VQA, Template, cider_d, demonstrations, few_shot, resolutions
 from mllm_replica.models.vlm import VisionLanguageProcessor
+from mllm_replica.scoring.captions import caption_words
 
 GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
 METRICS = yaml.safe_load((GOLDEN / 'metrics.yaml').read_text())
@@ -254,3 +255,41 @@ def test_a_prompt_can_be_encoded(pool):
     assert len(encoded.images) == len(encoded.image_spans) == 5 and processor.decode(encoded.input_ids).endswith(
         'which ? Short answer:'
     )
+
+
+# words of captions
+
+
+def test_captions_are_cut_into_words_before_they_are_scored():
+    plain = ['a red car on the road', "it 's a dog", 'two cats']
+    written = ['A red car on the road.', '"It\'s a dog!"', 'Two cats ...']
+    references = [[text] for text in plain]
+    assert cider_d(written, references) == pytest.approx(cider_d(plain, references))
+    assert cider_d(plain, [[text] for text in written]) == pytest.approx(cider_d(plain, references))
+
+
+@pytest.mark.parametrize(
+    'caption, words',
+    [
+        ("They can't; we'll wait -- gonna!", "they ca n't we 'll wait gon na"),
+        ('Mr. Lee at 10:30, in the U.S., with 1,000 cats', 'mr. lee at 10:30 in the u.s. with 1,000 cats'),
+        ('A well-known black/white cat', 'a well-known black/white cat'),
+        ('“Curly” ‘quotes’, don’t', "curly quotes do n't"),
+        ('A dog (brown)', 'a dog -lrb- brown -rrb-'),
+        ('100% of it', '100 % of it'),
+        ('', ''),
+    ],
+)
+def test_words_are_those_of_the_treebank_without_punctuation(caption, words):
+    assert ' '.join(caption_words(caption)) == words
+
+
+def test_the_small_world_counts_blank_separated_words_as_before():
+    "Its captions end with ` .`, a word of its language; the value is that of the version without a tokenizer."
+    from mllm_replica.data.worlds.making import samples
+
+    told = [s['answer'].replace(IMAGE_MARK, '').strip() for s in samples('pages', 'test', 10, 40, tasks=['document'])]
+    written, references = [told[0]] * 20 + told[20:], [[text] for text in told]
+    assert sum(cider_d(written, references, words=str.split)) / 40 == pytest.approx(5.898770011787731, abs=1e-12)
+    bare = [text.removesuffix(' .') for text in told]
+    assert all(caption_words(text) == text.split() for text in bare)

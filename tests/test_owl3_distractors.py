@@ -301,3 +301,11 @@ def test_wrong_calls_are_named(questions):
         build([*questions, questions[0]], 2, 0)
     with pytest.raises(ValueError, match='no option has the index 4'):
         Question('1', {}, 'what?', ('a', 'b', 'c', 'd'), 4)
+
+
+def test_the_same_pass_four_times_is_not_a_whole_question(questions):
+    made = build(questions[:2], 2, 0)
+    right = {sample['id']: sample['answer'] for sample in made}
+    for wrong in ([made[0]] * 4, [*made, made[0]], [*made[:3], made[2], *made[4:]]):
+        with pytest.raises(ValueError, match='comes twice; every pass of a question is asked once'):
+            circular(right, wrong)

@@ -5,12 +5,19 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import yaml
+from datasets import Dataset
+from matplotlib.text import Text
 from toys import RECORD
 
 from mllm_replica.core.registry import PAPERS, recipes_of
 from mllm_replica.core.settings import project_root, settings
+from mllm_replica.running.show import curve_figure, predictions_figure, samples_figure
+from mllm_replica.running.study import search_figure
 from mllm_replica.tables import results, validity
+from mllm_replica.tables.effects import effects_figure
 from mllm_replica.tables.published import load_table, tables_of
 from mllm_replica.tables.plain import as_json
 from mllm_replica.tables.report import (
@@ -367,3 +374,42 @@ def test_markdown_shows_cells_as_they_are():
     lines = markdown(frame).splitlines()
     assert len(lines) == 8 and len({line.replace('\\|', '').count('|') for line in lines}) == 1
     assert escape('a|b') == 'a\\|b' and escape('_y_ c_d') == '\\_y\\_ c_d' and escape('<img>') == '&lt;img>'
+
+
+def test_text_of_the_tables_is_drawn_as_it_is(project):
+    "Two dollar signs are no mathematics: not in a title, not in names of rows and columns."
+    path = project / 'papers' / 'honeybee' / 'tables' / 'table_3.yaml'
+    strange = r'from $5 to $9_{ \frac'
+    table = yaml.safe_load(path.read_text())
+    table['title'] = strange
+    for part in table['rows']:
+        part['label'] = strange
+    for part in table['columns']:
+        part['name'] = strange
+    path.write_text(yaml.safe_dump(table, allow_unicode=True, sort_keys=False))
+    drawn = figure('honeybee', '3', 'tiny')
+    assert png(drawn)
+    shown = [text.get_text() for text in drawn.findobj(Text)]
+    assert len({text for text in shown if text.count(r'\$') == 2}) >= 3
+
+
+@pytest.mark.parametrize('text', ['$', 'from $5 to $9', r'$\frac', r'\$5 and \$6', '$$', '$^$_{'])
+def test_text_of_the_data_is_drawn_as_it_is(text, tmp_path):
+    sample = dict(id='s', images=[], conversations=[{'from': 'human', 'value': text}, {'from': 'gpt', 'value': text}])
+    data = Dataset.from_list([sample | dict(document=None)])
+    (tmp_path / 'p').write_text(json.dumps(dict(id='s', prediction=text, answer=text, correct=0.0)) + '\n')
+    step = SimpleNamespace(step=1, stage=text, loss=0.5)
+    frame = pd.DataFrame(
+        [dict(round=0, added=text, set=text, chosen=True, seeds=1, low=0, high=1, mean=0.5, metric=text)]
+    )
+    effect = dict(factor=text, metric=text, mean=0.1, low=0.0, high=0.2, seeds=2, before='a', change=text, where=text)
+    for drawn in (
+        samples_figure(data),
+        predictions_figure(data, tmp_path / 'p'),
+        curve_figure([step, step]),
+        search_figure(frame, text),
+        effects_figure(pd.DataFrame([effect]), text),
+    ):
+        assert png(drawn)
+        told = [part for part in drawn.findobj(Text) if '$' in part.get_text() and 'mathdefault' not in part.get_text()]
+        assert told and not any(part._preprocess_math(part.get_text())[1] for part in told)

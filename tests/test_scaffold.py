@@ -417,3 +417,42 @@ def test_index_outputs_are_current():
         ]
 
     assert texts(executed(stored)) == texts(stored), 'the results changed: run `make readme`'
+
+
+# --- one module, one notebook -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', ['08_writing-Copy1', 'elsewhere/a_copy'])
+def test_a_second_notebook_of_a_module_is_refused(tmp_path, name):
+    from mllm_replica.core.exporting import check_owner
+
+    def clash(text, other):
+        folder = tmp_path / 'nbs'
+        for place, source in (('first', text), (name, other)):
+            path = folder / f'{place}.ipynb'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=source)])))
+        found = [path for path in folder.rglob('*.ipynb')]
+        for path in found:
+            check_owner(path, found)
+
+    clash('#| default_exp a.one', '#| default_exp a.two\n#| export\nx = 1')
+    clash('#| default_exp a.one', "text = '#| default_exp a.one'")
+    for first, second in [
+        ('#| default_exp a.one', '#| default_exp a.one'),
+        ('#| default_exp a.one', '# | hide\n# | default_exp  a.one'),
+        ('#| export a.one\nx = 1', '#| default_exp a.one'),
+        ('#| export a.one\nx = 1', '#|exporti a.one\ny = 2'),
+    ]:
+        with pytest.raises(ValueError, match=r'both write a\.one; give one of them another default_exp'):
+            clash(first, second)
+
+
+def test_the_export_of_a_project_with_a_copied_notebook_fails(tmp_path):
+    copy = tmp_path / 'tree'
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT, 'papers', 'tests'))
+    place = copy / 'nbs' / 'foundations' / 'core'
+    shutil.copy(place / '08_writing.ipynb', place / '08_writing-Copy1.ipynb')
+    env = {**os.environ, 'PYTHONPATH': str(copy)}
+    done = subprocess.run(
+        [Path(sys.executable).with_name('nbdev-export')], cwd=copy, env=env, capture_output=True, text=True
+    )
+    assert done.returncode and 'both write core.writing' in done.stderr

@@ -40,16 +40,39 @@ def resolve_image(
     return full
 
 # %% ../../nbs/foundations/data/10_images.ipynb #44948e98
+_DEPTHS = (8, 10, 12, 14, 16, 24, 31)
+_STATED_MAXIMUM, _SAMPLE_BITS = (281, 341), 258  # tags of TIFF
+
+
+def _stated_depth(image: Image.Image) -> tuple[int, ...]:
+    "The bits of a number if a TIFF file states them, by its maximum or by samples that are no whole bytes."
+    tags = getattr(image, 'tag_v2', {})
+    highest = max(int(np.max(tags.get(tag, 0))) for tag in _STATED_MAXIMUM)
+    bits = highest.bit_length() or int(np.max(tags.get(_SAMPLE_BITS, 8)))
+    return (max(8, bits),) if highest or bits % 8 else ()
+
+
+def _eight_bits(levels: np.ndarray, stated: tuple[int, ...]) -> np.ndarray:
+    "Whole numbers as 8 bits: white is the end of the stated depth or else of the smallest usual one that holds them all."
+    levels = levels.astype(np.int64).clip(0)
+    bits = next(bits for bits in (*stated, *_DEPTHS) if levels.max(initial=0) < 2**bits)
+    return (levels >> (bits - 8)).astype(np.uint8)
+
+
 def to_rgb(
     image: Image.Image,  # any mode
 ) -> Image.Image:
-    "Upright 8-bit RGB: 16 bits scaled, transparency on white, palette and CMYK converted."
+    """Upright 8-bit RGB: transparency on white, palette and CMYK converted, more than 8 bits scaled.
+
+    White of a picture of larger whole numbers is what its TIFF tags state, else the end of the smallest of
+    8, 10, 12, 14, 16, 24, 31 bits that holds its largest number.
+    """
+    stated = _stated_depth(image) if image.mode.startswith('I') else ()
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
         raise ImageError('floating-point pixels have no defined white; store the image with 8 or 16 bits')
     if image.mode.startswith('I'):
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image), stated))
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.writing import read_json_file
+
 # %% ../../nbs/foundations/data/13_mixture.ipynb #a93b2915
 def sampling_weights(
     lengths: Sequence[int],  # samples in each data set
@@ -77,7 +79,12 @@ class Mixture:
     @classmethod
     def load(cls, path: Path) -> 'Mixture':
         "The mixture of a file; an order that does not come out as recorded is an error."
-        content = json.loads(Path(path).read_text())
+        content = read_json_file(Path(path))
+        if (
+            not isinstance(content, dict)
+            or not {'sizes', 'weights', 'seed', 'steps', 'batch_size', 'order'} <= content.keys()
+        ):
+            raise ValueError(f'{path} is damaged: expected what decides an order; choose an empty folder to start anew')
         mixture = cls(content['sizes'], content['weights'], content['seed'])
         found = mixture.digest(content['steps'], content['batch_size'])
         if found != content['order']:

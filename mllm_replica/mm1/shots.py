@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.samples import COLUMNS, IMAGE_MARK, check_sample
 from ..models.vision import image_keys
+from ..scoring.captions import caption_words
 
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
 class Template(NamedTuple):
@@ -140,9 +141,8 @@ def few_shot(
     return made
 
 # %% ../../nbs/papers/03_mm1.ipynb #a3769aed
-def _grams(text: str) -> list[Counter]:
+def _grams(words: Sequence[str]) -> list[Counter]:
     "How often each n-gram occurs, for n = 1 to 4."
-    words = text.split()
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, 5)]
 
 
@@ -164,6 +164,7 @@ def cider_d(
     predictions: Sequence[str],  # a caption per image
     references: Sequence[Sequence[str]],  # captions by people, per image
     sigma: float = 6.0,  # tolerated difference in length, words
+    words: Callable[[str], Sequence[str]] = caption_words,  # of a caption
 ) -> list[float]:
     "CIDEr-D of every image, 0 to 10; the corpus score is the mean, printed times 100."
     if len(predictions) != len(references):
@@ -175,7 +176,7 @@ def cider_d(
         raise ValueError(
             f'image {bare[0]} has {references[bare[0]]!r} as references; expected a list with at least one caption'
         )
-    wanted = [[_grams(text) for text in texts] for texts in references]
+    wanted = [[_grams(words(text)) for text in texts] for texts in references]
     images = Counter(gram for texts in wanted for gram in {gram for text in texts for grams in text for gram in grams})
 
     def rarity(gram) -> 'float':
@@ -183,6 +184,6 @@ def cider_d(
         return math.log(len(references) / max(1, images[gram]))
 
     return [
-        10 * sum(_likeness(_grams(text), theirs, rarity, sigma) for theirs in texts) / len(texts)
+        10 * sum(_likeness(_grams(words(text)), theirs, rarity, sigma) for theirs in texts) / len(texts)
         for text, texts in zip(predictions, wanted)
     ]

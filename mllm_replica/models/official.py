@@ -7,7 +7,6 @@ __all__ = ['LANGUAGE_FIELDS', 'LANGUAGE_OPTIONS', 'weight_files', 'read_weights'
            'model_of', 'known_fields']
 
 # %% ../../nbs/foundations/models/40_official.ipynb #4c41c26f
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..core.writing import read_json_file
+
 # %% ../../nbs/foundations/models/40_official.ipynb #0434a6bb
+def _indexed(index: Path) -> list[str]:
+    "The file names of an index."
+    content = read_json_file(index)
+    places = content.get('weight_map') if isinstance(content, dict) else None
+    if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise OfficialWeightsError(
+            f'{index.name} is damaged: expected weight_map, the file of each tensor; fetch it again'
+        )
+    return sorted(set(places.values()))
+
+
 def weight_files(
     folder: Path,  # an official checkpoint
 ) -> list[Path]:
@@ -25,7 +37,7 @@ def weight_files(
     for stem, ending in (('model', 'safetensors'), ('pytorch_model', 'bin')):
         index, single = folder / f'{stem}.{ending}.index.json', folder / f'{stem}.{ending}'
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+            names = _indexed(index)
             wrong = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
             if wrong:
                 raise FileNotFoundError(f'{index.name} names {wrong}, which are not files of its folder; download them')

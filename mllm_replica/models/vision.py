@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..core.writing import read_json_file
 from .layers import side_of
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #856ed868
@@ -190,7 +191,9 @@ class FeatureCache:
         key: str,  # the `encoder_key` that is expected in it
     ) -> None:
         self.folder = Path(folder)
-        index = json.loads((self.folder / 'index.json').read_text())
+        index = read_json_file(self.folder / 'index.json')
+        if not isinstance(index, dict) or not {'key', 'names'} <= index.keys():
+            raise ValueError(f'{self.folder / "index.json"} is damaged: expected key and names; delete the folder')
         if index['key'] != key:
             raise ValueError(
                 f'{self.folder} holds features of key {index["key"]}, expected {key}: '

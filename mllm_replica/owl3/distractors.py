@@ -176,7 +176,7 @@ def circular(
     samples: Sequence[Mapping[str, Any]],  # from `build`, all passes of every question
 ) -> dict[str, float]:
     "Accuracy over prompts (plain) and over questions (circular); a letter or the text of an option counts."
-    questions: dict[tuple[str, int], list[bool]] = {}
+    questions: dict[tuple[str, int], dict[str, bool]] = {}
     for sample in samples:
         if sample['id'] not in predictions:
             raise ValueError(f'no prediction for sample {sample["id"]!r} ({len(predictions)} given)')
@@ -184,7 +184,10 @@ def circular(
         right = (
             text == sample['answer'] or text not in meta['options'] and infer(text, meta['options']) == sample['answer']
         )
-        questions.setdefault((meta['question'], len(meta['options'])), []).append(right)
+        rotations = questions.setdefault((meta['question'], len(meta['options'])), {})
+        if sample['id'] in rotations:
+            raise ValueError(f'sample {sample["id"]!r} comes twice; every pass of a question is asked once')
+        rotations[sample['id']] = right
     if not questions:
         raise ValueError('no samples; there is nothing to score')
     for (name, passes), values in questions.items():
@@ -193,6 +196,6 @@ def circular(
                 f'question {name!r} has {len(values)} samples; expected one per pass of one build, {passes}'
             )
     return dict(
-        plain=sum(map(sum, questions.values())) / len(samples),
-        circular=sum(map(all, questions.values())) / len(questions),
+        plain=sum(sum(values.values()) for values in questions.values()) / len(samples),
+        circular=sum(all(values.values()) for values in questions.values()) / len(questions),
     )

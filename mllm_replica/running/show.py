@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.writing import verbatim
 from ..data.images import open_image
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _grid(
         line[-1].text(
             1.1 if images else 0,
             0.5,
-            textwrap.fill(text, 70),
+            verbatim(textwrap.fill(text, 70)),
             transform=line[-1].transAxes,
             va='center',
             fontsize=8,
@@ -67,7 +68,7 @@ def curve_figure(
     fig, ax = plt.subplots(figsize=(6, 2.4), layout='constrained')
     for stage in dict.fromkeys(p.stage for p in points):
         here = [p for p in points if p.stage == stage]
-        ax.plot([p.step for p in here], [p.loss for p in here], lw=1, label=stage)
+        ax.plot([p.step for p in here], [p.loss for p in here], lw=1, label=verbatim(stage))
     ax.set(xlabel='step', ylabel='loss', yscale='log')
     ax.legend(frameon=False, fontsize=8)
     plt.close(fig)

@@ -19,7 +19,7 @@ from ..core.recipe import Recipe
 from ..core.registry import PAPERS, Search, recipes_of
 from ..core.settings import settings
 from ..core.variation import row_name, value_at, vary
-from ..core.writing import write_atomic
+from ..core.writing import verbatim, write_atomic
 from .engine import read_result
 from .runner import Summary, run_tables
 from .tracking import Tracker
@@ -245,7 +245,7 @@ def search_figure(
                 ax.plot([x, x], [line['low'], line['high']], color=shade, lw=2.2, solid_capstyle='round', zorder=3)
             ax.scatter([x], [line['mean']], color=shade, s=38, zorder=4, edgecolors='white', linewidths=0.8)
             ax.annotate(
-                f'+ {line["added"]}' if line['added'] else line['set'],
+                verbatim(f'+ {line["added"]}' if line['added'] else line['set']),
                 (x, line['mean']),
                 (5, 4),
                 textcoords='offset points',
@@ -254,10 +254,12 @@ def search_figure(
             )
     path = frame[frame['chosen']]
     ax.step(path['round'], path['mean'], where='mid', color=colour, lw=1, alpha=0.5, zorder=2)
-    ax.set(xticks=sorted(set(frame['round'])), xlabel='round', ylabel=', '.join(dict.fromkeys(frame['metric'])))
+    ax.set(
+        xticks=sorted(set(frame['round'])), xlabel='round', ylabel=verbatim(', '.join(dict.fromkeys(frame['metric'])))
+    )
     ax.tick_params(labelsize=8)
     sns.despine(fig)
     if title:
-        fig.suptitle(title, fontsize=10, x=0.01, ha='left')
+        fig.suptitle(verbatim(title), fontsize=10, x=0.01, ha='left')
     plt.close(fig)
     return fig

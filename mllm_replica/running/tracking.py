@@ -70,7 +70,10 @@ def read_curve(
     columns = [c for c in (rows[0] if rows else ()) if c not in ('step', 'stage')]
     stride = math.ceil(len(rows) * len(columns) / most) or 1
     kept = rows[::-1][::stride][::-1]
-    return [(c, int(r['step']), float(r[c])) for r in kept for c in columns if r[c] not in ('', None)]
+    try:
+        return [(c, int(r['step']), float(r[c])) for r in kept for c in columns if r[c] not in ('', None)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is damaged: {error!r}') from error
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #9200f163
 class Tracker:

@@ -20,8 +20,8 @@ from ..core.settings import project_root, settings
 from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
-from ..data.packing import arrange, truncate
-from ..data.sources import load_source
+from ..data.packing import arrange, truncate_all
+from ..data.sources import load_source, may_skip
 from ..models.vision import FeatureCache, encoder_key, image_key
 from .engine import Metric, Result
 from .journal import processor
@@ -103,7 +103,8 @@ def encode(
                 )
     for name, length in lengths.items():
         unit.progress(f'encoding {name}')
-        unit.encoded[name] = [truncate(unit.processor.encode(sample), length) for sample in unit.sources[name]]
+        whole, limit = map(unit.processor.encode, unit.sources[name]), may_skip(unit.recipe.sources[name])
+        unit.encoded[name] = truncate_all(whole, length, limit)
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #127862df
 def encoder_is_frozen(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.metrics import bootstrap, metric
 from ..core.recipe import Benchmark
 from ..core.settings import Strict
+from ..core.writing import read_json
 from ..data.encoded import Encoded
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #fe5c66ac
@@ -103,9 +104,11 @@ class Predictions:
         lines = self.path.read_bytes().split(b'\n') if self.path.exists() else [b'']
         for number, line in enumerate(lines[:-1], 1):
             try:
-                row = json.loads(line)
+                row = read_json(line)
             except ValueError as error:
                 raise ValueError(f'{self.path} line {number} is no JSON ({error}); delete the file') from None
+            if not isinstance(row, dict) or 'id' not in row:
+                raise ValueError(f'{self.path} line {number} is no prediction with an id; delete the file')
             if row['id'] in self.rows:
                 raise ValueError(
                     f'{self.path} line {number}: a second prediction for sample {row["id"]!r}; delete the file'
@@ -128,7 +131,10 @@ class Predictions:
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #d0c68cf7
 def _references(sample: Mapping[str, Any]) -> str | list[str]:
     "The answers of several people where the sample's meta has them, else its answer."
-    return json.loads(sample.get('meta') or '{}').get('answers') or sample['answer']
+    meta = read_json(sample.get('meta') or '{}')
+    if not isinstance(meta, dict):
+        raise ValueError(f'meta is {meta!r:.60}; expected an object')
+    return meta.get('answers') or sample['answer']
 
 
 def _checked(benchmark: Benchmark, samples: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -161,10 +167,12 @@ def _checked(benchmark: Benchmark, samples: Iterable[Mapping[str, Any]]) -> dict
 def _unfinished(chosen: Mapping[str, Mapping[str, Any]], predictions: Predictions) -> list[str]:
     "Ids without a prediction; predictions of other samples are an error."
     for key, row in predictions.rows.items():
-        if key not in chosen or chosen[key]['answer'] != row['answer']:
+        if key not in chosen or chosen[key]['answer'] != row.get('answer'):
             raise ValueError(
-                f'{predictions.path} holds a prediction for another sample {key!r} (answer {row["answer"]!r}); delete the file'
+                f'{predictions.path} holds a prediction for another sample {key!r} (answer {row.get("answer")!r}); delete the file'
             )
+        if not isinstance(row.get('correct'), (int, float)) or not 0 <= row['correct'] <= 1:
+            raise ValueError(f'{predictions.path}: the prediction for sample {key!r} has no score; delete the file')
     return [key for key in chosen if key not in predictions.rows]
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #39f2da43

@@ -8,7 +8,34 @@ __all__ = ['MME_TASKS', 'mme_answer', 'mme_task', 'mme', 'pope_answer', 'pope', 
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #162319b9
 import random, re
-from typing import Any, Sequence
+from collections import Counter
+from typing import Any, Iterable, Sequence
+
+# %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #079fcde7
+def _complete(
+    benchmark: str, found: Iterable[Any], expected: Iterable[Any] | None = None, what: str = 'predictions'
+) -> None:
+    "Refuse a file in which a record comes twice, is missing or is unknown (`expected`: all there should be)."
+    found = list(found)
+    wanted = set(found if expected is None else expected)
+    wrong = dict(
+        missing=sorted(wanted - set(found), key=str),
+        doubled=[key for key, n in Counter(found).items() if n > 1],
+        unknown=sorted(set(found) - wanted, key=str),
+    )
+    said = [f'{len(keys)} {fault}: {", ".join(map(repr, keys[:5]))}' for fault, keys in wrong.items() if keys]
+    if said or not found:
+        raise ValueError(
+            f'{benchmark}: {"; ".join(said) or f"no {what}"}; every one is needed once, make the file anew'
+        )
+
+
+def _yes_or_no(label: Any, where: str) -> str:
+    "A label as 'yes' or 'no'."
+    read = label.strip().lower() if isinstance(label, str) else label
+    if read not in ('yes', 'no'):
+        raise ValueError(f"{where} is {label!r}; it must be 'yes' or 'no'")
+    return read
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #27a8b7f2
 MME_TASKS = {
@@ -36,21 +63,33 @@ def mme_answer(
     return 'yes' if 'yes' in start else 'no' if 'no' in start else 'other'
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #76b8e458
-def mme_task(
-    lines: Sequence[str],  # tab-separated: image, question, answer, prediction; two per image
-) -> tuple[float, float, float]:
-    "Score, accuracy and accuracy+ of one subtask, in percent."
+def _mme_rows(lines: Sequence[str]) -> list[list[str]]:
+    "The columns of the lines, two questions of every image behind each other."
     rows = [line.split('\t') for line in lines]
-    if len(rows) % 2 or not rows:
-        raise ValueError(f'MME: {len(rows)} lines; every image needs exactly two')
     for row in rows:
         if len(row) < 4:
             raise ValueError(
                 f'MME: {len(row)} tab-separated columns in {row}; expected image, question, answer, prediction'
             )
-        if row[2].lower() not in ('yes', 'no'):
-            raise ValueError(f"MME: the answer of {row[0]} is {row[2]!r}; it must be 'yes' or 'no'")
-    right = [row[2].lower() == mme_answer(row[3]) for row in rows]
+    _complete('MME', [tuple(row[:2]) for row in rows], what='lines')
+    counts = Counter(row[0] for row in rows)
+    odd = [f'{image} has {n}' for image, n in counts.items() if n != 2]
+    if odd:
+        raise ValueError(f'MME: every image needs exactly two lines; {", ".join(odd[:5])}')
+    apart = [f'{first[0]} and {second[0]}' for first, second in zip(rows[::2], rows[1::2]) if first[0] != second[0]]
+    if apart:
+        raise ValueError(
+            f'MME: the two lines of an image must follow each other; found pairs of {", ".join(apart[:5])}'
+        )
+    return rows
+
+
+def mme_task(
+    lines: Sequence[str],  # tab-separated: image, question, answer, prediction; two per image
+) -> tuple[float, float, float]:
+    "Score, accuracy and accuracy+ of one subtask, in percent."
+    rows = _mme_rows(lines)
+    right = [_yes_or_no(row[2], f'MME: the answer of {row[0]}') == mme_answer(row[3]) for row in rows]
     accuracy = sum(right) / len(right) * 100
     accuracy_plus = sum(a and b for a, b in zip(right[::2], right[1::2])) / (len(right) / 2) * 100
     return accuracy + accuracy_plus, accuracy, accuracy_plus
@@ -88,7 +127,10 @@ def pope(
     "POPE of one category: accuracy, precision, recall and F1 of yes, ratio of yes, and the four counts."
     if len(predictions) != len(labels):
         raise ValueError(f'POPE: {len(predictions)} predictions for {len(labels)} labels')
-    pairs = [(pope_answer(p), 'no' if label == 'no' else 'yes') for p, label in zip(predictions, labels)]
+    if not labels:
+        raise ValueError('POPE: no predictions')
+    right = [_yes_or_no(label, f'POPE: label {i}') for i, label in enumerate(labels)]
+    pairs = [(pope_answer(prediction), label) for prediction, label in zip(predictions, right)]
     tp, fp, tn, fn = (pairs.count(kind) for kind in (('yes', 'yes'), ('yes', 'no'), ('no', 'no'), ('no', 'yes')))
     eps = 1e-12
     precision, recall = tp / (tp + fp + eps), tp / (tp + fn + eps)
@@ -114,9 +156,10 @@ def pope_average(
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #80032a87
 def seed(
-    results: Sequence[dict[str, Any]],  # pred, answer, question_type, question_type_id
+    results: Sequence[dict[str, Any]],  # pred, answer, question_type, question_type_id, perhaps question_id
 ) -> dict[str, dict[str, float]]:
     "SEED: total, correct and accuracy in percent per question type, and in total."
+    _complete('SEED', [row.get('question_id', number) for number, row in enumerate(results)])
     names = {row['question_type_id']: row['question_type'] for row in results}
     right: dict[str, list[bool]] = {names[i]: [] for i in sorted(names)}
     for row in results:
@@ -179,6 +222,18 @@ def mmbench_hit(
     return all(letter or chance.choice(right) == answer for letter, answer in zip(read, right))
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #5d8feb7c
+def _check_rotations(questions: dict[int, list[dict[str, Any]]]) -> None:
+    "Every question once with each of its options as the first."
+    found, expected = [row['index'] for rotations in questions.values() for row in rotations], []
+    for number, rotations in questions.items():
+        options = [o for o in rotations[0]['options_dict'].values() if o == o and o not in ('N/A', '', None)]
+        expected += [number + turn * 10**6 for turn in range(len(options))]
+    _complete('MMBench rotations', found, expected)
+    fixed = [n for n, rotations in questions.items() if len({row['answer'] for row in rotations}) < len(rotations)]
+    if fixed:
+        raise ValueError(f'MMBench: the right letter does not move in the rotations of the questions {fixed[:5]}')
+
+
 def mmbench(
     results: Sequence[dict[str, Any]],  # index, category, l2_category, options_dict, answer, pred
 ) -> dict[str, Any]:
@@ -186,6 +241,7 @@ def mmbench(
     questions: dict[int, list[dict[str, Any]]] = {}
     for row in results:
         questions.setdefault(row['index'] % 10**6, []).append(row)
+    _check_rotations(questions)
     chance, scores = random.Random(2680), {}
     for rotations in questions.values():
         child = scores.setdefault(rotations[0]['l2_category'], {}).setdefault(
@@ -208,17 +264,16 @@ def mmbench(
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #b73dd20b
 def scienceqa(
-    problems: dict[str, dict[str, Any]],  # question id -> choices, answer (index)
+    problems: dict[str, dict[str, Any]],  # question id -> choices, answer (index); of the split that was asked
     predictions: Sequence[dict[str, Any]],  # question_id, pred, image_path (None or 'None' without image)
     chance_seed: int = 0,  # for unreadable answers
 ) -> dict[str, float]:
     "ScienceQA: accuracy in percent over all questions, those with and those without an image."
     chance = random.Random(chance_seed)
     right: dict[bool, list[bool]] = {True: [], False: []}
+    _complete('ScienceQA', [row['question_id'] for row in predictions], problems)
     given = {row['question_id']: row for row in predictions}
     for key, problem in problems.items():
-        if key not in given:
-            continue
         choices, text = problem['choices'], re.sub(r'[().]', '', given[key]['pred'])
         read = (
             text if len(text) == 1 else ''.join('ABCDE'[i] for i, choice in enumerate(choices) if choice in text)[-1:]
@@ -226,8 +281,6 @@ def scienceqa(
         index = 'ABCDE'.index(read) if read and read in 'ABCDE'[: len(choices)] else chance.randrange(len(choices))
         right[given[key]['image_path'] not in (None, 'None')].append(index == problem['answer'])
     every = right[True] + right[False]
-    if not every:
-        raise ValueError('ScienceQA: no prediction belongs to a problem')
 
     def percent(values) -> 'float':
         "The mean in per cent, 0 of nothing."
@@ -294,12 +347,13 @@ def mmmu_open(
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #e7e69d6c
 def mmmu(
-    results: Sequence[dict[str, Any]],  # question_type, answer, pred; multiple choice: all_choices, num_option_images
+    results: Sequence[
+        dict[str, Any]
+    ],  # question_type, answer, pred, perhaps id; choices: all_choices, num_option_images
     chance_seed: int = 0,  # for unreadable letters
 ) -> float:
     "MMMU: the fraction of right answers, subjects taken together."
-    if not results:
-        raise ValueError('MMMU: no results')
+    _complete('MMMU', [row.get('id', number) for number, row in enumerate(results)])
     chance, right = random.Random(chance_seed), 0
     for row in results:
         if row['question_type'] != 'multiple-choice':

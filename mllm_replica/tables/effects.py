@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from ..core.settings import Scale
+from ..core.writing import verbatim
 from .published import load_table
 from .results import read_results, samples
 from .verdicts import interval
@@ -217,15 +218,16 @@ def effects_figure(
         ax.axvline(0, color='0.4', lw=1, zorder=2)
         ax.grid(visible=False, axis='y')
         labels = [
-            f'{line["change"]}  {"(" * bool(line["where"])}{line["where"]}{")" * bool(line["where"])}' for line in lines
+            verbatim(f'{line["change"]}  {"(" * bool(line["where"])}{line["where"]}{")" * bool(line["where"])}')
+            for line in lines
         ]
         ax.set(ylim=(len(lines) - 0.5, -0.5), yticks=range(len(lines)), yticklabels=labels)
-        ax.set_title(factor, fontsize=9, loc='left', color='0.35')
+        ax.set_title(verbatim(factor), fontsize=9, loc='left', color='0.35')
         ax.tick_params(labelsize=8)
     counts = ' to '.join(map(str, dict.fromkeys([frame['seeds'].min(), frame['seeds'].max()])))
-    axes[-1, 0].set_xlabel(f'difference in {metrics[0]}: {counts} seeds, 95 % interval', fontsize=9)
+    axes[-1, 0].set_xlabel(verbatim(f'difference in {metrics[0]}: {counts} seeds, 95 % interval'), fontsize=9)
     sns.despine(fig, left=True)
     if title:
-        fig.suptitle(title, fontsize=10, x=0.01, ha='left')
+        fig.suptitle(verbatim(title), fontsize=10, x=0.01, ha='left')
     plt.close(fig)
     return fig

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.registry import PAPERS
 from ..core.settings import SCALES, Scale
+from ..core.writing import verbatim
 from .published import Column, Row, Table, Value, load_table, tables_of
 from .results import Record, read_results, results_path, samples, summary
 from .validity import stale
@@ -218,8 +219,8 @@ def _colours(rows: list[Row]) -> list:
 
 def _axis(ax, column: Column, title: str, values: list[float]) -> None:
     arrow = {'higher': '  (higher is better)', 'lower': '  (lower is better)'}.get(column.better, '')
-    ax.set_xlabel(column.name + arrow, fontsize=9)
-    ax.set_title(title, fontsize=9, loc='left', color='0.35')
+    ax.set_xlabel(verbatim(column.name + arrow), fontsize=9)
+    ax.set_title(verbatim(title), fontsize=9, loc='left', color='0.35')
     ax.tick_params(labelsize=8)
     if not values:
         return ax.set_xticks([])
@@ -245,7 +246,7 @@ def _draw_published(ax, rows: list[Row], columns: list[Column], colours: list) -
             marker=marker,
             s=38,
             zorder=3,
-            label=c.name,
+            label=verbatim(c.name),
         )
     if shared:
         ax.legend(
@@ -321,7 +322,7 @@ def figure(
     shown = [r for r in t.rows if r.key in seeds or any(r.values[c] is not None for c in printed)] or t.rows
     colours = _colours(shown)
     labels = [
-        textwrap.shorten(name, 42, placeholder=' …') + STALE * (r.key in old)
+        verbatim(textwrap.shorten(name, 42, placeholder=' …')) + STALE * (r.key in old)
         for r, name in zip(shown, row_names(shown))
     ]
     name = f'{PAPERS[paper]}, {t.table if not t.table[0].isdigit() else "Table " + t.table}'
@@ -340,7 +341,7 @@ def figure(
                 _draw_ours(ax, shown, panel, _beside(t, panel, scale), found, seeds, colours, scale)
             else:
                 _draw_ours(ax, shown, panel, [], found, seeds, colours, scale)
-                ax.set_xlabel(panel.name, fontsize=8)
+                ax.set_xlabel(verbatim(panel.name), fontsize=8)
                 if ax is not axes[0]:
                     ax.set_title('', loc='left')
             ax.set(ylim=(len(shown) - 0.5, -0.5), yticks=range(len(shown)), yticklabels=labels if ax is axes[0] else [])
@@ -348,7 +349,7 @@ def figure(
         for ax in axes[len(line) :]:
             ax.set_visible(False)
     sns.despine(fig, left=True)
-    fig.suptitle(textwrap.fill(title, 105), fontsize=10, x=0.01, ha='left')
+    fig.suptitle(verbatim(textwrap.fill(title, 105)), fontsize=10, x=0.01, ha='left')
     plt.close(fig)
     return fig
 

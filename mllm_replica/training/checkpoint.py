@@ -7,7 +7,7 @@ __all__ = ['pack_state', 'unpack_state', 'CheckpointError', 'save_checkpoint', '
            'differences', 'Point', 'read_curve', 'Curve']
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #8d605af7
-import csv, errno, hashlib, io, json, os, re, shutil, warnings
+import csv, errno, hashlib, io, json, math, os, re, shutil, warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ..core.writing import read_json
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #3b3b5ada
 def pack_state(
@@ -162,7 +164,7 @@ def load_checkpoint(
     "Read one checkpoint; a missing, cut or altered file is an error that names it."
     state, file = path / 'state.json', path / 'tensors.safetensors'
     try:
-        content = json.loads(state.read_text(encoding='utf-8'))
+        content = read_json(state.read_bytes())
         body = content['body']
         intact = _body_digest(body) == content['sha256']
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -220,15 +222,32 @@ class Point(NamedTuple):
 def read_curve(
     path: Path,  # a curve.csv; may not exist
 ) -> list[Point]:
-    "All complete lines of a curve."
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding='utf-8').rpartition('\n')[0]
-    types = Point.__annotations__.values()
-    return [
-        Point(*(kind(text) for kind, text in zip(types, row, strict=True)))
-        for row in list(csv.reader(io.StringIO(whole)))[1:]
-    ]
+    "All complete lines of a curve; a damaged one is an error that names its line."
+    whole = path.read_bytes().rpartition(b'\n')[0] if path.exists() else b''
+    points, lines = [], csv.reader(io.StringIO(whole.decode(errors='replace')), strict=True)
+    try:
+        for row in lines:
+            if lines.line_num > 1:
+                points.append(_point(row, len(points) + 1))
+            elif row != list(Point._fields):
+                raise ValueError(f'{row}; expected the names of the columns')
+    except (ValueError, csv.Error) as error:
+        raise CheckpointError(
+            f'{path} line {lines.line_num} is damaged: {error}; restore the file or choose an empty folder to start anew'
+        ) from error
+    return points
+
+
+def _point(row: list[str], number: int) -> Point:
+    "The step of that number from its line."
+    expected = f'{row}; expected step {number} with {", ".join(Point._fields[1:])}'
+    try:
+        point = Point(*(kind(text) for kind, text in zip(Point.__annotations__.values(), row, strict=True)))
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if point.step != number or not all(math.isfinite(x) for x in (point.loss, point.lr, point.grad_norm)):
+        raise ValueError(expected)
+    return point
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #1b26382e
 class Curve:
@@ -241,7 +260,12 @@ class Curve:
         write: bool = True,  # False: only read (all processes but the first)
     ):
         self.path, self.write = path, write
-        self.points = [point for point in read_curve(path) if point.step <= steps]
+        self.points = read_curve(path)[:steps]
+        if len(self.points) < steps:
+            raise CheckpointError(
+                f'{path} ends at step {len(self.points)}, its checkpoint is of step {steps}: '
+                'restore the file or choose an empty folder to start anew'
+            )
         self.waiting = [Point._fields, *self.points]
         if write:
             self.flush('w')

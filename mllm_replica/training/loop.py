@@ -117,6 +117,7 @@ def _check(
                 f'stage {stage.name!r}: batch_size {stage.batch_size} cannot be cut into '
                 f'{processes} processes × {stage.accumulate} micro-batches'
             )
+        Stage.model_validate(stage)  # a copy may have brought in what a recipe refuses
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #69f55be1
 def _config(
