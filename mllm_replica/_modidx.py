@@ -234,6 +234,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.clone': ( 'foundations/core/settings.html#clone',
                                                                                   'mllm_replica/core/settings.py'),
+                                            'mllm_replica.core.settings.is_shipped': ( 'foundations/core/settings.html#is_shipped',
+                                                                                       'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.project_root': ( 'foundations/core/settings.html#project_root',
                                                                                          'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.read_settings': ( 'foundations/core/settings.html#read_settings',

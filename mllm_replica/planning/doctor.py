@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ..core.settings import SHIPPED, Strict, project_root, read_settings, settings, work_folder
+from ..core.settings import Strict, is_shipped, project_root, read_settings, settings, work_folder
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #7afde33e
 class Finding(Strict):
@@ -26,7 +26,7 @@ class Finding(Strict):
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #84fa96de
 def _install(extra: str = '') -> str:
     "What to say for the requirements of this project, or those of an extra."
-    if project_root() != SHIPPED:
+    if not is_shipped():
         return f"pip install -e '.[{extra}]'" if extra else 'make env'
     return f"pip install 'mllm_replica[{extra}]'" if extra else 'pip install --upgrade mllm_replica'
 

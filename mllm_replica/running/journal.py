@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 from ..core.keys import code_of, library_versions
 from ..core.reading import inside
 from ..core.recipe import Recipe
-from ..core.settings import SHIPPED, project_root, settings, work_folder
+from ..core.settings import is_shipped, project_root, settings, work_folder
 from .engine import Process, is_alive, this_process
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #e7b4f586
@@ -71,7 +71,7 @@ def unit_key(
 # %% ../../nbs/foundations/running/67_journal.ipynb #23cebbbc
 def git_commit() -> str:
     "The commit of the project, with `+` when more than results and ledgers has changed since; empty outside git, and of an installed package."
-    if project_root() == SHIPPED or shutil.which('git') is None:
+    if is_shipped() or shutil.which('git') is None:
         return ''
 
     def run(*words) -> 'subprocess.CompletedProcess':

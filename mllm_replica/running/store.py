@@ -30,7 +30,7 @@ class TrackerError(Trouble):
 
 
 _AWAY = (
-    'start it, or leave tracking_uri in settings.ini empty (or set MLLM_REPLICA_RUNS to a folder) '
+    'start or correct it, or leave tracking_uri in settings.ini empty (or set MLLM_REPLICA_RUNS to a folder) '
     'to track in the local database, mlflow.db of the run folder'
 )
 _DATABASE = {  # a word of SQLite -> what to do
@@ -38,6 +38,7 @@ _DATABASE = {  # a word of SQLite -> what to do
     'locked': 'another program is writing to it: end that one, or wait',
     'readonly': 'make file and folder writable, or set MLLM_REPLICA_RUNS to a folder that is',
     'unable to open': 'make file and folder writable, or set MLLM_REPLICA_RUNS to a folder that is',
+    '[Errno': 'make file and folder writable, or set MLLM_REPLICA_RUNS to a folder that is',
     'schema': 'mllm-replica was updated or is older than the file: `mlflow db upgrade` it, or move it away',
     '': 'move the file away: the next run makes a new one, and finished units and results stay where they are',
 }
@@ -95,7 +96,11 @@ class Client:
         self,
         uri: str,
     ):
-        self.uri, self._client = uri, import_mlflow().MlflowClient(tracking_uri=uri)
+        self.uri, mlflow = uri, import_mlflow()
+        try:
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
+        except Exception as error:  # an address of a kind that it does not know
+            raise _trouble(uri, _reason(error)) from error
 
     def __getattr__(self, name: str) -> Callable:
         from mlflow.exceptions import MlflowException
@@ -132,7 +137,7 @@ def _asked_once(client: Client, seconds: float) -> None:
     if not answer:
         raise _trouble(client.uri, f'no answer within {seconds:g} s')
     if isinstance(answer[0], Exception):
-        raise answer[0]
+        raise _trouble(client.uri, _reason(answer[0])) from answer[0]
 
 
 def open_store(
