@@ -49,10 +49,11 @@ def project_root() -> Path:
     for place in map(Path.resolve, places):
         if not ((place / 'settings.ini').is_file() and (place / 'papers').is_dir()):
             continue
-        if (place / PACKAGE.name / '__init__.py').is_file() and (place / PACKAGE.name).resolve() != PACKAGE:
+        own = place / PACKAGE.name
+        if not given and (own / '__init__.py').is_file() and own.resolve() != PACKAGE:
             raise SettingsError(
                 f'{place} has a package of its own, but {PACKAGE} is the one that runs: '
-                f'pip install -e {place}, or work in another folder'
+                f'pip install -e {place}, work in another folder, or set MLLM_REPLICA_ROOT'
             )
         return place
     raise SettingsError(
