@@ -6,6 +6,7 @@
 __all__ = ['app']
 
 # %% ../nbs/foundations/90_cli.ipynb #f96b06b4
+import errno
 from typing import Any
 
 import typer
@@ -18,16 +19,31 @@ from .commands.report import report
 from .commands.run import run
 from .commands.study import ablate, effects, search
 from .commands.verify import verify
-from .core.settings import SettingsError
+from .core.settings import Trouble
 
 # %% ../nbs/foundations/90_cli.ipynb #f0db97cd
+_ADVICE = {  # what the operating system says -> what to do
+    errno.ENOSPC: 'free some space and run again; what is finished stays',
+    errno.EDQUOT: 'free some space and run again; what is finished stays',
+} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    'make that place a writable one, or set MLLM_REPLICA_RUNS to a folder that is',
+)
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        "Run a command; where settings.ini is wrong, say so in a line."
+        "Run a command; what stops it and is no fault of the program is said in a line."
         try:
             return super().invoke(ctx)
-        except SettingsError as error:
-            typer.echo(f'Error: {error}', err=True)
+        except Trouble as trouble:
+            said = str(trouble)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            advice = _ADVICE.get(error.errno)
+            said = f'{error.filename or "files"}: {error.strerror or error}' + f'; {advice}' * bool(advice)
+        typer.echo(f'Error: {said}', err=True)
         raise typer.Exit(1)
 
 
@@ -37,7 +53,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help='Five multimodal papers: their published tables, replicated, with a verdict per claim.',
+    help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
+    'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
 for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, doctor, ui):
     app.command()(command)

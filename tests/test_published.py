@@ -5,9 +5,9 @@ import math
 import pytest
 import yaml
 
+from mllm_replica.core import reading
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import project_root
-from mllm_replica.tables import published
 from mllm_replica.tables.published import Table, load_paper, load_table, tables_of
 
 ALL = [(paper, key) for paper in PAPERS for key in tables_of(paper)]
@@ -190,4 +190,4 @@ def test_tables_of_projectors_are_read_twice():
 
 
 def test_reading_uses_a_safe_loader():
-    assert issubclass(published._Loader, (yaml.SafeLoader, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)))
+    assert issubclass(reading._Loader, (yaml.SafeLoader, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)))

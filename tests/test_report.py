@@ -142,7 +142,7 @@ def test_an_interrupted_write_leaves_the_old_file(project, monkeypatch):
     def fail(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(results.os, 'replace', fail)
+    monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(OSError, match='No space'):
         write_results('honeybee', '3', 'tiny', [record(value=0.9)])
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import new_console
+from .shared import as_bad_parameter, new_console
 from ..core.settings import settings
 
 # %% ../../nbs/foundations/commands/89_machine.ipynb #23a9b7f7
@@ -40,7 +40,5 @@ def ui(
     "The tracker's web page, until Ctrl-C."
     from mllm_replica.running.tracking import serve
 
-    try:
+    with as_bad_parameter():
         raise typer.Exit(serve(settings().tracking_uri, port))
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error

@@ -15,6 +15,7 @@ from mllm_replica.commands.shared import (
     Paper,
     Scale,
     Workers,
+    as_bad_parameter,
     check_rows,
     frame_table,
     known,
@@ -39,10 +40,8 @@ def effects(
     table = table_of(paper, table)
     from mllm_replica.tables import effects as found
 
-    try:
+    with as_bad_parameter():
         frame = found.effects(paper, table, scale, metric)
-    except (KeyError, ValueError) as error:
-        raise typer.BadParameter(error.args[0]) from error
     if frame.empty:
         return typer.echo(f'{PAPERS[paper]}, table {table}: no two rows with results differ in just one setting')
     new_console().print(
@@ -96,14 +95,9 @@ def ablate(
     from mllm_replica.tables.effects import effects_table
 
     console, base = new_console(), recipes.recipe(table, row, scale, (numbers or settings().seeds)[0])
-    try:
+    with as_bad_parameter():
         ablation(base, factors)
-    except (KeyError, ValueError) as error:
-        raise typer.BadParameter(error.args[0]) from error
-    try:
         study = run_ablation(base, factors, metric, numbers, workers=workers, engine=engine, console=console)
-    except KeyError as error:
-        raise typer.BadParameter(error.args[0]) from error
     shown = effects_table(study.frame[study.frame['metric'] == metric])
     if len(shown):
         console.print(frame_table(shown.set_index('factor'), f'{PAPERS[paper]}: {study.name} (scale {scale})'))
@@ -122,10 +116,8 @@ def searched(
     from mllm_replica.running.study import run_search
 
     console = new_console()
-    try:
+    with as_bad_parameter():
         study = run_search(registry.recipes_of(paper).search, scale, console=console, **options)
-    except (KeyError, ValueError) as error:
-        raise typer.BadParameter(error.args[0]) from error
     console.print(
         frame_table(
             study.frame.drop(columns='metric').round(3).set_index('round'),

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import known, new_console
+from .shared import as_bad_parameter, known, new_console
 from ..core.registry import PAPERS
 
 # %% ../../nbs/foundations/commands/88_verify.ipynb #0eed3750
@@ -89,8 +89,6 @@ def verify(
 ) -> None:
     "Whether a change of the code moves a number: this tree and a commit side by side, compared bit for bit."
     papers = [known('paper', name, PAPERS) for name in paper or PAPERS]
-    try:
+    with as_bad_parameter():
         code = _checked(papers) if check else _audited(audit, papers) if audit else _verified(papers, against, quick)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     raise typer.Exit(code)

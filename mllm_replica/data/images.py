@@ -7,10 +7,12 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'ImageError', 'resolve_image', 'to_rgb', 'im
 
 # %% ../../nbs/foundations/data/10_images.ipynb #01a6e40e
 import io, warnings
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ..core.reading import inside
 
 # %% ../../nbs/foundations/data/10_images.ipynb #4dac11a6
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')  # of animations and multi-page files the first picture counts
@@ -26,17 +28,12 @@ def resolve_image(
     root: Path,  # folder that holds the images
 ) -> Path:
     "The file behind a relative path, proven to lie under `root`."
-    text, root = str(path), Path(root).resolve()
-    parts = PurePosixPath(text.replace('\\', '/'))
-    if parts.is_absolute() or PureWindowsPath(text).drive:
-        raise ImageError(f'image path {text!r} is absolute; write it relative to {root}')
-    if '..' in parts.parts:
-        raise ImageError(f"image path {text!r} contains '..'; images must lie under {root}")
-    full = (root / parts).resolve()
-    if not full.is_relative_to(root):
-        raise ImageError(f'image path {text!r} is a link that leads outside {root}; copy the file into the folder')
+    try:
+        full = inside(path, root, 'image path', 'folder')
+    except ValueError as error:
+        raise ImageError(str(error)) from error
     if not full.is_file():
-        raise ImageError(f'image {text!r} does not exist under {root}')
+        raise ImageError(f'image {str(path)!r} does not exist under {root}')
     return full
 
 # %% ../../nbs/foundations/data/10_images.ipynb #44948e98

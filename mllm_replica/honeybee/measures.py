@@ -13,13 +13,13 @@ from .studies import _SPATIAL
 # %% ../../nbs/papers/02_honeybee.ipynb #7922f159
 def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
     "GFLOP of one optimiser step without the frozen encoder, counted on four samples of each source."
-    from mllm_replica.core.settings import project_root
+    from mllm_replica.core.settings import work_folder
     from mllm_replica.data.packing import collate
     from mllm_replica.models.cost import count
 
     stage, total = recipe.stages[-1], 0.0
     for name, weight in stage.mixture.items():
-        samples = load_source(recipe.sources[name], recipe.seed, project_root() / 'data')
+        samples = load_source(recipe.sources[name], recipe.seed, work_folder() / 'data')
         samples = samples.select(range(min(4, len(samples))))
         batch = collate(
             [processor.encode(sample) for sample in samples],
@@ -42,7 +42,7 @@ def measure(
     scores: dict[str, float],  # benchmark -> score
 ) -> dict[str, float]:
     "Further numbers of a unit."
-    from mllm_replica.core.settings import project_root
+    from mllm_replica.core.settings import work_folder
     from mllm_replica.honeybee.attention import attention_maps, locality
 
     found = {'gflop_step': _step_gflop(model, processor, recipe), 'visual_tokens': model.config.visual_token_count()}
@@ -51,7 +51,7 @@ def measure(
     if {'name_color', 'name_row'} <= set(scores):
         found['rec'] = (scores['name_color'] + scores['name_row']) / 2
     if recipe.model['connector']['projector_type'] in ('resampler', 'd-abs') and 'test_cell' in recipe.sources:
-        images = load_source(recipe.sources['test_cell'], recipe.seed, project_root() / 'data').select(range(8))[
+        images = load_source(recipe.sources['test_cell'], recipe.seed, work_folder() / 'data').select(range(8))[
             'images'
         ]
         features = model.visual_features(processor.image_tensor([image for some in images for image in some]))

@@ -112,14 +112,14 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
 
 def _law_numbers(processor: Any, recipe: Recipe) -> dict[str, float]:
     "Slope and intercept of the law, and how good its prediction is for the largest size."
-    from mllm_replica.core.settings import project_root
+    from mllm_replica.core.settings import work_folder
     from mllm_replica.data.sources import load_source
     from mllm_replica.mm1.law import fit_law
     from mllm_replica.mm1.small import best_rate
 
     work = recipe.model['law']
     encoded = [
-        processor.encode(sample) for sample in load_source(recipe.sources['text'], recipe.seed, project_root() / 'data')
+        processor.encode(sample) for sample in load_source(recipe.sources['text'], recipe.seed, work_folder() / 'data')
     ]
     sizes, best, floors = [], [], []
     for width in work['widths']:

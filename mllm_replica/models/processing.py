@@ -101,6 +101,10 @@ def encode(
     training: bool = True,  # False: the prompt alone, to be answered
 ) -> Encoded:
     "Token ids, labels and images of one sample."
+    turns = list(sample.get('conversations') or [])
+    for i, turn in enumerate(turns if training else turns[:-1]):
+        if turn['from'] == 'gpt' and not turn['value'].strip():
+            raise ValueError(f'sample {sample["id"]!r}: the answer in turn {i} is empty; write it or drop the turn')
     pieces, images = self.pieces(sample, training), list(sample.get('images') or [])
     found = sum(piece.text is None for piece in pieces)
     if found != len(images):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ..core.settings import Strict, read_settings, project_root, settings
+from ..core.settings import Strict, is_shipped, project_root, read_settings, settings, work_folder
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #7afde33e
 class Finding(Strict):
@@ -24,6 +24,13 @@ class Finding(Strict):
     advice: str = ''
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #84fa96de
+def _install(extra: str = '') -> str:
+    "What to say for the requirements of this project, or those of an extra."
+    if not is_shipped():
+        return f"pip install -e '.[{extra}]'" if extra else 'make env'
+    return f"pip install 'mllm_replica[{extra}]'" if extra else 'pip install --upgrade mllm_replica'
+
+
 def versions() -> Iterator[Finding]:
     "Python and every requirement of the package."
     from packaging.requirements import Requirement
@@ -46,7 +53,7 @@ def versions() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(need.name)
         except importlib.metadata.PackageNotFoundError:
-            advice = f"pip install -e '.[{extra}]'" if extra else 'make env'
+            advice = _install(extra)
             found = f'not installed (extra `{extra}`)' if extra else 'not installed'
             yield Finding(topic=need.name, state='note' if extra else 'fail', found=found, advice=advice)
             continue
@@ -55,7 +62,7 @@ def versions() -> Iterator[Finding]:
             topic=need.name,
             state='ok' if fits else 'fail',
             found=version,
-            advice='' if fits else f'needs {need.specifier}: make env',
+            advice='' if fits else f'needs {need.specifier}: {_install()}',
         )
     if importlib.util.find_spec('torchvision'):
         try:
@@ -118,7 +125,7 @@ def attention_kernels() -> Iterator[Finding]:
         topic='flash_attention_2',
         state='ok' if flash else 'note',
         found='found' if flash else 'not usable here',
-        advice='' if flash else "needs a CUDA device and pip install --no-build-isolation -e '.[flash]'",
+        advice='' if flash else f'needs a CUDA device and {_install("flash")} --no-build-isolation',
     )
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #1e98be84
@@ -146,15 +153,12 @@ def tracker(
     uri = uri or settings().tracking_uri
     if uri.startswith('sqlite:///') and not Path(uri.removeprefix('sqlite:///')).exists():
         return Finding(topic='tracker', state='ok', found=f'{uri} will be made by the first run')
-    if uri.startswith('http'):
-        os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')  # say so at once rather than after minutes
-    from mlflow import MlflowClient
+    from mllm_replica.running.store import TrackerError, open_store
 
     try:
-        found = len(MlflowClient(uri).search_experiments())
-    except Exception as error:
-        advice = 'set tracking_uri in settings.ini, or `mlflow db upgrade` it'
-        return Finding(topic='tracker', state='fail', found=f'{uri}: {str(error).splitlines()[0]}', advice=advice)
+        found = len(open_store(uri).search_experiments())
+    except TrackerError as error:
+        return Finding(topic='tracker', state='fail', found=error.found, advice=error.advice)
     return Finding(topic='tracker', state='ok', found=f'{uri}, {found} experiments')
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #fc783fc6
@@ -190,7 +194,7 @@ def kernel() -> Finding:
 def configuration() -> Finding:
     "Is settings.ini readable, and what does it say?"
     try:
-        found = read_settings(project_root() / 'settings.ini')
+        found = read_settings(project_root() / 'settings.ini', work_folder())
     except (ValueError, OSError) as error:
         return Finding(topic='settings.ini', state='fail', found=str(error), advice='repair settings.ini')
     seeds = ' '.join(map(str, found.seeds))

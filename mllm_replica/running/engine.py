@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['RowParameters', 'StartParameters', 'TableParameters', 'Job', 'notebook_parameters', 'check_parameters', 'Metric',
-           'Result', 'read_result', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
+           'Result', 'read_result', 'Process', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #1da28b3f
 import ast, json, logging, os, signal, socket, sys, threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ..core.settings import Scale, Strict
 
@@ -129,21 +130,46 @@ def read_result(
     return result
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #70af5863
+class Process(BaseModel):
+    "Which process, of which machine."
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    pid: int = Field(gt=0, lt=2**31)
+    started: FiniteFloat  # seconds since 1970, by the system's clock
+    host: str
+    booted: FiniteFloat | None = None  # the machine's own start, by the same clock: it moves with it
+
+
 def this_process() -> dict[str, str | int | float]:
-    "Name of the running process: pid, start time, machine."
-    return dict(pid=os.getpid(), started=psutil.Process().create_time(), host=socket.gethostname())
+    "Name of the running process: pid, start time, machine and the machine's start."
+    started = psutil.Process().create_time()
+    return dict(pid=os.getpid(), started=started, host=socket.gethostname(), booted=psutil.boot_time())
 
 
 def is_alive(
     process: dict,  # as `this_process` names it
 ) -> bool:
-    "Whether that very process still runs; one on another machine is taken to be alive."
-    if process['host'] != socket.gethostname():
+    "Whether that very process still runs; a zombie does not, one on another machine is taken to be alive."
+    named = Process.model_validate(process)
+    if named.host != socket.gethostname():
         return True
     try:
-        return abs(psutil.Process(int(process['pid'])).create_time() - float(process['started'])) < 2
+        found = psutil.Process(named.pid)
+        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return False
+        later = found.create_time() - named.started
     except psutil.NoSuchProcess:
         return False
+    moved = 0.0 if named.booted is None else psutil.boot_time() - named.booted
+    return min(abs(later), abs(later - moved)) < 2
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
 
 
 def kill_tree(
@@ -154,11 +180,7 @@ def kill_tree(
         root = psutil.Process(pid)
     except psutil.NoSuchProcess:
         return
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            pass
+    _kill([root, *root.children(recursive=True)])
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #f0320b77
 def execute(
@@ -221,8 +243,7 @@ def execute(
 def _end_with_parent() -> None:
     while os.read(0, 1):
         pass  # not sys.stdin: its lock, held here, would stop the interpreter from ending
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
+    _kill(psutil.Process().children(recursive=True))
     os._exit(128 + signal.SIGTERM)
 
 

@@ -6,11 +6,13 @@
 __all__ = ['data_hash', 'unit_key', 'git_commit', 'processor', 'unit_lock', 'Journal']
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #58ac4796
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,10 +21,13 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
+
 from ..core.keys import code_of, library_versions
+from ..core.reading import inside
 from ..core.recipe import Recipe
-from ..core.settings import project_root, settings
-from .engine import is_alive, this_process
+from ..core.settings import is_shipped, project_root, settings, work_folder
+from .engine import Process, is_alive, this_process
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #e7b4f586
 def _files_below(place: Path) -> list[tuple[str, int, int]]:
@@ -41,13 +46,13 @@ def data_hash(
         found = settings().backbones.get(name, name)  # a folder, or an id of the hub
         seen[f'backbone {part}'] = [
             found,
-            _files_below(project_root() / found) if (project_root() / found).is_dir() else [],
+            _files_below(work_folder() / found) if (work_folder() / found).is_dir() else [],
         ]
     for key, source in sorted(recipe.sources.items()):
         if source.kind == 'easy_vqa':
             seen[key] = version('easy-vqa')
         elif source.kind != 'world':
-            place = (data_root or project_root() / 'data') / source.name
+            place = inside(source.name, data_root or work_folder() / 'data', 'source')
             if not place.exists():
                 raise FileNotFoundError(
                     f'{recipe.label}: source {key!r} ({source.kind}) wants {place}, which does not exist'
@@ -65,7 +70,9 @@ def unit_key(
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #23cebbbc
 def git_commit() -> str:
-    "The commit of the project, with `+` when more than results and ledgers has changed since; empty outside git."
+    "The commit of the project, with `+` when more than results and ledgers has changed since; empty outside git, and of an installed package."
+    if is_shipped() or shutil.which('git') is None:
+        return ''
 
     def run(*words) -> 'subprocess.CompletedProcess':
         "What git says, or how it fails."
@@ -124,6 +131,24 @@ def unit_lock(
         os.close(fd)
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #81a41c00
+class _Event(BaseModel):
+    "What every line says; most say more."
+
+    model_config = ConfigDict(strict=True, extra='allow')
+    time: FiniteFloat
+    event: str
+    label: str
+    unit_key: str | None = None
+    reason: str = ''
+    process: Process | None = None
+
+    @model_validator(mode='after')
+    def _complete(self) -> '_Event':
+        if self.unit_key is None and self.event != 'untracked' or self.process is None and self.event == 'started':
+            raise ValueError(f'{self.event} without unit or process')
+        return self
+
+
 class Journal:
     "The run folder's `journal.jsonl`: events `started`, `finished`, `failed`, `timeout`, `killed`, `lost`, `untracked`."
 
@@ -146,7 +171,8 @@ class Journal:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b'\n':
                 line = '\n' + line
-            os.write(fd, line.encode())
+            if os.write(fd, line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -158,14 +184,16 @@ class Journal:
             return events, broken
         for number, line in enumerate(self.path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
             try:
-                events.append(json.loads(line))
-            except ValueError:
+                event = json.loads(line)
+                _Event.model_validate(event)
+                events.append(event)
+            except (ValueError, RecursionError):
                 broken.append(number)
         return events, broken
 
     def last(self) -> dict[str, dict]:
         "Unit key -> its last event."
-        return {e['unit_key']: e for e in self.read()[0] if 'unit_key' in e}
+        return {e['unit_key']: e for e in self.read()[0] if e.get('unit_key') is not None}
 
     def reconcile(self) -> list[dict]:
         "Write `lost` for every unit that was started by a process that is gone; returns those events."

@@ -6,12 +6,14 @@
 __all__ = ['ProgressFile', 'read_progress', 'Display']
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #4df57a0f
-import json, os, time
+import json, time
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from ..core.writing import replacing
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #f39785d2
 class ProgressFile:
@@ -34,9 +36,8 @@ class ProgressFile:
         if phase == self.phase and now < self.next:
             return
         self.phase, self.next = phase, now + self.every
-        partial = self.path.with_suffix(f'.{os.getpid()}')
-        partial.write_text(json.dumps(dict(phase=phase, **numbers)), encoding='utf-8')
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(dict(phase=phase, **numbers)), encoding='utf-8')
 
 
 def read_progress(
@@ -44,9 +45,10 @@ def read_progress(
 ) -> dict:
     "What the unit last said; empty when it has said nothing."
     try:
-        return json.loads((Path(folder) / 'progress.json').read_bytes())
-    except (FileNotFoundError, ValueError):
+        said = json.loads((Path(folder) / 'progress.json').read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return said if isinstance(said, dict) else {}
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #ffc2490a
 class Display:
@@ -113,7 +115,7 @@ class Display:
             table.add_column(heading, no_wrap=True)
         for unit, (folder, since) in self.running.items():
             now = read_progress(folder)
-            step = f'{now["step"]}/{now["steps"]}' if now.get('steps') else ''
-            loss = f'{now["loss"]:.3f}' if now.get('loss') is not None else ''
-            table.add_row(unit, now.get('phase', 'starting'), f'{time.monotonic() - since:.0f} s', step, loss)
+            step = f'{now.get("step")}/{now["steps"]}' if now.get('steps') else ''
+            loss = f'{loss:.3f}' if isinstance(loss := now.get('loss'), (int, float)) else ''
+            table.add_row(unit, str(now.get('phase', 'starting')), f'{time.monotonic() - since:.0f} s', step, loss)
         return table

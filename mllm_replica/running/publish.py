@@ -136,10 +136,10 @@ def is_published(
         return True
     try:
         seal = json.loads((report_folder(paper, table, scale) / 'seal.json').read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    same = all(_hash(Path(path)) == digest for path, digest in seal['files'].items())
-    return wanted <= set(seal['units']) and seal['tracker'] == settings().tracking_uri and same
+        same = all(_hash(Path(path)) == digest for path, digest in seal['files'].items())
+        return same and wanted <= set(seal['units']) and seal['tracker'] == settings().tracking_uri
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # none, or no seal of ours: it is made anew
 
 
 def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from ..core import registry
 from ..core.keys import code_of_functions, code_of_table, library_versions
 from ..core.recipe import Recipe
-from ..core.settings import project_root, settings
+from ..core.settings import clone, project_root, settings
 from ..core.variation import split_row
 from .engine import Result, check_parameters
 from .journal import Journal, unit_key
@@ -338,6 +338,8 @@ def run_tables(
 ) -> Summary:
     "Run what is not finished of some tables, track it and report it."
     begin, chosen = time.monotonic(), settings()
+    if publishing:
+        clone("publishing into the project's own results")
     plan = make_plan(paper, tables, scale, rows, seeds)
     plan.study = study
     notebook = Path(pipeline or project_root() / 'nbs' / 'pipelines' / 'replicate_row.ipynb').resolve()
@@ -381,7 +383,11 @@ def _run(
     display: Display,
 ) -> None:
     chosen = settings()
-    for lost in Journal(chosen.run_folder).reconcile():
+    journal = Journal(chosen.run_folder)
+    if broken := journal.read()[1]:
+        lines = ', '.join(map(str, broken[:5])) + ' …' * (len(broken) > 5)
+        display.say(f'journal   {journal.path}: lines {lines} are no events and are passed over')
+    for lost in journal.reconcile():
         display.say(f'lost      {lost["label"]}: {lost["reason"]}')
     with _terminable(), Tracker(chosen.tracking_uri, chosen.run_folder) as tracker:
         for name in tracker.reconcile(plan.paper):

@@ -16,7 +16,7 @@ import torch
 from ..core import registry
 from ..core.keys import library_versions
 from ..core.recipe import Recipe
-from ..core.settings import project_root, settings
+from ..core.settings import settings, work_folder
 from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
@@ -71,7 +71,7 @@ def open_unit(
             f'{recipe.label}: the recipe is {recipe.digest()}, the runner ordered {given.digest()}: the code has changed meanwhile; '
             'start the run again'
         )
-    ordered.write_text(recipe.model_dump_json(indent=1), encoding='utf-8')
+    write_atomic(ordered, recipe.model_dump_json(indent=1))
     return Unit(recipe, folder)
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #870a7ea6
@@ -83,7 +83,7 @@ def load(
     unit.progress('loading data')
     read = chapter.load_source or load_source
     unit.sources = {
-        name: read(source, unit.recipe.seed, project_root() / 'data') for name, source in unit.recipe.sources.items()
+        name: read(source, unit.recipe.seed, work_folder() / 'data') for name, source in unit.recipe.sources.items()
     }
     unit.progress('building the model')
     unit.model, unit.processor = chapter.build(unit.recipe)

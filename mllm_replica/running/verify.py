@@ -21,12 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..core import registry
 from ..core.keys import Part, Tree, code_hash, meanings, reach, tree_of_paper
+from ..core.reading import read_yaml
 from ..core.recipe import Recipe
-from ..core.settings import project_root, settings
+from ..core.settings import clone, project_root, settings
 from .journal import git_commit, processor
 from .worker import environment
 from ..tables.published import paper_folder, tables_of
@@ -60,8 +59,8 @@ Unit = tuple[str, str, str, str, int]  # paper, table, row, scale, seed; or pape
 
 def _calls(paper: str) -> list[Unit]:
     path = paper_folder(paper) / 'canaries.yaml'
-    listed = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else []
-    return [(paper, 'call', name, json.dumps(arguments), 0) for name, arguments in listed]
+    listed = read_yaml(path) if path.exists() else None
+    return [(paper, 'call', name, json.dumps(arguments), 0) for name, arguments in listed or []]
 
 
 def _name(recipe: Recipe) -> Unit:
@@ -69,7 +68,7 @@ def _name(recipe: Recipe) -> Unit:
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #741b88b6
 def _git(*words: str) -> str:
-    done = subprocess.run(['git', '-C', str(project_root()), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(['git', '-C', str(clone('`verify`')), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f'git {" ".join(words)}: {done.stderr.strip()}')
     return done.stdout.strip()
@@ -384,7 +383,8 @@ def audit(
     done = iter(range(1, len(drawn) + 1))
     with ThreadPoolExecutor(2) as pool:
         seen = pool.map(
-            lambda half: observe_all([project_root()], half, lambda: said(next(done), len(drawn)))[0].units, halves
+            lambda half: observe_all([clone('`verify --audit`')], half, lambda: said(next(done), len(drawn)))[0].units,
+            halves,
         )
         found = {unit: what for half in seen for unit, what in half.items()}
     return [_audited(unit, units[unit], found[unit]) for unit in drawn]

@@ -13,7 +13,7 @@ from typing import Literal
 import psutil
 
 from ..core.recipe import Recipe
-from ..core.settings import Strict, project_root
+from ..core.settings import Strict, project_root, work_folder
 from ..core.writing import write_atomic
 from mllm_replica.running.engine import (
     Job,
@@ -159,7 +159,7 @@ def start_job(
             stdout=out,
             stderr=subprocess.STDOUT,
             env=env,
-            cwd=project_root(),
+            cwd=work_folder(),
             pass_fds=keep_open,
             start_new_session=True,
         )

@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from ..core.reading import read_yaml
 from ..core.recipe import Recipe
 from ..core.registry import PAPERS
-from ..core.settings import Scale, Strict, project_root
+from ..core.settings import Scale, Strict, Trouble, project_root
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #1b12812b
 Value = float | int | str | bool | None  # a printed cell; None: not printed or not readable
@@ -294,25 +294,14 @@ class Paper(Strict):
     deviations: list[Deviation] = []
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #e2950195
-class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-    "A safe loader that refuses a mapping with the same key twice."
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
-    _unique(f'line {node.start_mark.line + 1}: keys', keys)
-    return dict(zip(keys, [loader.construct_object(v, deep=True) for _, v in node.value]))
-
-
-_Loader.add_constructor('tag:yaml.org,2002:map', _mapping)
-
-
 @cache
 def _read(path: Path, model: type[Strict], changed: int, **known: str) -> Strict:
     try:
-        return model(**known, **yaml.load(path.read_text(encoding='utf-8'), _Loader))
-    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f'{path}: {error}') from error
+        return model(**known, **read_yaml(path))
+    except Trouble:
+        raise
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise Trouble(f'{path}: {error}') from error
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #432e70a6
 def paper_folder(

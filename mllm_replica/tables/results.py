@@ -7,14 +7,15 @@ __all__ = ['LOST', 'Record', 'results_path', 'read_results', 'write_results', 's
 
 # %% ../../nbs/foundations/tables/58_results.ipynb #0bda5f38
 import csv
-import os
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
-from ..core.settings import SCALES, Scale, Strict, settings
+from ..core.reading import csv_lines
+from ..core.settings import SCALES, Scale, Strict, Trouble, settings
+from ..core.writing import replacing
 from .published import load_table, paper_folder
 from .verdicts import Interval, Samples, interval
 
@@ -77,26 +78,19 @@ def read_results(
     if not path.is_file():
         return []
     rows, records = {r.key for r in load_table(paper, table).rows}, {}
-    with open(path, encoding='utf-8', newline='') as file:
-        reader = csv.DictReader(file, strict=True)
-        if reader.fieldnames != list(Record.model_fields):
-            raise ValueError(f'{path}: has the columns {reader.fieldnames}, expected {list(Record.model_fields)}')
-        for line in reader:
-            here = f'{path} line {reader.line_num}'
-            try:
-                record = Record.model_validate_strings(
-                    {k: v for k, v in line.items() if not (k == 'n_eval' and v == '')}
-                )
-            except (ValidationError, TypeError) as error:
-                raise ValueError(f'{here}: {error}') from error
-            if (record.table, record.scale) != (table, scale):
-                raise ValueError(f'{here}: belongs to table {record.table} at {record.scale}')
-            if record.row not in rows:
-                raise ValueError(f'{here}: table {table} has no row {record.row!r}')
-            key = record.row, record.metric, record.seed
-            if key in records:
-                raise ValueError(f'{here}: {key} is already given above')
-            records[key] = record
+    for here, line in csv_lines(path, list(Record.model_fields)):
+        try:
+            record = Record.model_validate_strings({k: v for k, v in line.items() if not (k == 'n_eval' and v == '')})
+        except (ValidationError, TypeError) as error:
+            raise Trouble(f'{here}: {error}') from error
+        if (record.table, record.scale) != (table, scale):
+            raise Trouble(f'{here}: belongs to table {record.table} at {record.scale}')
+        if record.row not in rows:
+            raise Trouble(f'{here}: table {table} has no row {record.row!r}')
+        key = record.row, record.metric, record.seed
+        if key in records:
+            raise Trouble(f'{here}: {key} is already given above')
+        records[key] = record
     return list(records.values())
 
 # %% ../../nbs/foundations/tables/58_results.ipynb #7947be09
@@ -117,15 +111,10 @@ def write_results(
     merged = [r for r in read_results(paper, table, scale, own) if (r.row, r.seed) not in given] + list(records)
     merged.sort(key=lambda r: (order.index(r.row), r.seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(part, 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, list(Record.model_fields), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(r.model_dump() for r in merged)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, open(part, 'w', encoding='utf-8', newline='') as file:
+        writer = csv.DictWriter(file, list(Record.model_fields), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(r.model_dump() for r in merged)
     return path
 
 # %% ../../nbs/foundations/tables/58_results.ipynb #d96134cb

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import ConfigDict, Field, ValidationError
 
 from ..core.keys import code_of
+from ..core.reading import csv_lines
 from ..core.registry import recipes_of
-from ..core.settings import Strict
+from ..core.settings import Strict, Trouble
 from .published import paper_folder
 from .results import LOST, Record
 
@@ -55,15 +56,11 @@ def read_ledger(
     path, lines = ledger_path(paper), []
     if not path.is_file():
         return lines
-    with open(path, encoding='utf-8', newline='') as file:
-        reader = csv.DictReader(file, strict=True)
-        if reader.fieldnames != _COLUMNS:
-            raise ValueError(f'{path}: has the columns {reader.fieldnames}, expected {_COLUMNS}')
-        for line in reader:
-            try:
-                lines.append(Verification.model_validate_strings(line))
-            except ValidationError as error:
-                raise ValueError(f'{path} line {reader.line_num}: {error}') from error
+    for here, line in csv_lines(path, _COLUMNS):
+        try:
+            lines.append(Verification.model_validate_strings(line))
+        except (ValidationError, TypeError) as error:
+            raise Trouble(f'{here}: {error}') from error
     return lines
 
 

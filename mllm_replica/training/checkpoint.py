@@ -9,6 +9,7 @@ __all__ = ['pack_state', 'unpack_state', 'CheckpointError', 'save_checkpoint', '
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #8d605af7
 import csv, errno, hashlib, io, json, math, os, re, shutil, warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.writing import read_json
+from ..core.writing import read_json, replacing
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #3b3b5ada
 def pack_state(
@@ -117,15 +118,20 @@ def save_checkpoint(
     for left_over in folder.glob('.step-*'):
         shutil.rmtree(left_over)
     target = folder / f'step-{step:08d}'
-    partial = folder / f'.{target.name}.partial'
+    partial, replaced = (folder / f'.{target.name}.{end}' for end in ('partial', 'replaced'))
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
     try:
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.mkdir()
         _write(partial, step, tensors, state)
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists():
+            replaced.rename(target)
         if getattr(error, 'errno', None) != errno.ENOSPC and 'No space left' not in str(error):
             raise
         raise OSError(
@@ -135,9 +141,6 @@ def save_checkpoint(
             'free some space and run again',
             str(folder),
         ) from error
-    if target.exists():
-        target.rename(folder / f'.{target.name}.replaced')
-    partial.rename(target)
     _flush(folder)
     for old in [*folder.glob('.step-*.replaced'), *_complete(folder)[:-keep]]:
         shutil.rmtree(old)
@@ -284,11 +287,9 @@ class Curve:
         "Bring all points to disk."
         if not self.write:
             return
-        target = self.path.with_suffix('.partial') if mode == 'w' else self.path
-        with target.open(mode, encoding='utf-8', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerows(self.waiting)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode == 'w':
-            target.replace(self.path)
+        with replacing(self.path) if mode == 'w' else nullcontext(self.path) as target:
+            with target.open(mode, encoding='utf-8', newline='') as file:
+                csv.writer(file, lineterminator='\n').writerows(self.waiting)
+                file.flush()
+                os.fsync(file.fileno())
         self.waiting = []

@@ -20,6 +20,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..core.recipe import Stage
+from ..core.writing import replacing
 from ..data.encoded import IGNORED, Encoded
 from ..data.mixture import Mixture
 from mllm_replica.training.checkpoint import (
@@ -275,8 +276,8 @@ def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     if run.accelerator.is_main_process and resumed and path.exists():
         run.draw.load(path)
     elif run.accelerator.is_main_process:
-        order.save(path.with_suffix('.partial'), min(stage.steps, 1000), stage.batch_size)
-        path.with_suffix('.partial').replace(path)
+        with replacing(path) as partial:
+            order.save(partial, min(stage.steps, 1000), stage.batch_size)
     return order
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #9c7fca5f

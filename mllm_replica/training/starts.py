@@ -16,7 +16,8 @@ from torch import nn
 from ..core.keys import code_of_functions, library_versions
 from ..core.recipe import Recipe, Stage
 from ..core.registry import recipes_of
-from ..core.settings import project_root, settings
+from ..core.settings import settings, work_folder
+from ..core.writing import replacing
 from ..data import sources as data
 from ..data.packing import arrange
 from ..models.vision import encoder_key
@@ -46,7 +47,7 @@ def pretrained(
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'weights.safetensors').exists():
-            found = {name: read(recipe.sources[name], recipe.seed, project_root() / 'data') for name in names}
+            found = {name: read(recipe.sources[name], recipe.seed, work_folder() / 'data') for name in names}
             encoded = {name: [processor.encode(sample) for sample in samples] for name, samples in found.items()}
             arranged = order(
                 stages,
@@ -55,10 +56,8 @@ def pretrained(
                 image_tensor=getattr(processor, 'image_tensor', None),
             )
             train(model, stages, **arranged, out_dir=folder, seed=recipe.seed)
-            save_file(
-                {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
-                folder / 'weights.partial',
-            )
-            (folder / 'weights.partial').replace(folder / 'weights.safetensors')
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+            with replacing(folder / 'weights.safetensors') as partial:
+                save_file(weights, partial)
         model.load_state_dict(load_file(folder / 'weights.safetensors'))
     return model.cpu().eval()

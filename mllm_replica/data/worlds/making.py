@@ -6,7 +6,7 @@
 __all__ = ['samples', 'build_world', 'read_world']
 
 # %% ../../../nbs/foundations/data/worlds/31_making.ipynb #4e01a72a
-import hashlib, json, os, zlib
+import hashlib, json, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from ...core.keys import code_of_functions
 from ...core.settings import settings
+from ...core.writing import replacing
 from ..images import encode_png
 from ..samples import IMAGE_MARK, schema
 from .asking import ask_all, conversation, draw_scene
@@ -82,13 +83,9 @@ def build_world(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        made = Dataset.from_list(list(samples(name, split, seed, size, **options)), features=schema())
+    made = Dataset.from_list(list(samples(name, split, seed, size, **options)), features=schema())
+    with replacing(path) as temporary:
         pq.write_table(made.data.table, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
