@@ -36,7 +36,7 @@ def inputs(file, part=''):
 
 @torch.enable_grad()
 def agrees(folder, file, tensors, config=None, notes=None):
-    "A file with these inputs and outputs agrees, and does not once any of its outputs is another."
+    "A file with these inputs and outputs agrees, and each of its outputs is missed once it is another."
     kept = {name: value for name, value in file.config.items() if name != 'metadata'}
     metadata = {name: json.dumps(value) for name, value in file.config['metadata'].items()}
     metadata['config'] = json.dumps(kept | {'kind': file.kind} | (config or {}))
@@ -51,9 +51,8 @@ def agrees(folder, file, tensors, config=None, notes=None):
     assert not report.problems, report.problems
     assert {c.name for c in report.compared} == set(outputs)
     assert notes is None or any(re.search(notes, note) for note in report.notes), report.notes
-    for name, tensor in outputs.items():
-        wrong = tensor + (0.1 * (1 + tensor.abs()) if tensor.is_floating_point() else 1)
-        assert checked(**{name: wrong}).problems, name
+    others = {name: t + (0.1 * (1 + t.abs()) if t.is_floating_point() else 1) for name, t in outputs.items()}
+    assert {c.name for c in checked(**others).compared if c.problem} == set(outputs)
 
 
 # settings and names
