@@ -2460,6 +2460,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'mllm_replica/running/canary.py'),
                                              'mllm_replica.running.canary.observe': ( 'foundations/running/canary.html#observe',
                                                                                       'mllm_replica/running/canary.py'),
+                                             'mllm_replica.running.canary.resumed': ( 'foundations/running/canary.html#resumed',
+                                                                                      'mllm_replica/running/canary.py'),
                                              'mllm_replica.running.canary.weights_digest': ( 'foundations/running/canary.html#weights_digest',
                                                                                              'mllm_replica/running/canary.py')},
             'mllm_replica.running.engine': { 'mllm_replica.running.engine.Job': ( 'foundations/running/engine.html#job',

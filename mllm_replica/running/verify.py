@@ -58,9 +58,13 @@ Unit = tuple[str, str, str, str, int]  # paper, table, row, scale, seed; or pape
 
 
 def _calls(paper: str) -> list[Unit]:
-    path = paper_folder(paper) / 'canaries.yaml'
-    listed = read_yaml(path) if path.exists() else None
-    return [(paper, 'call', name, json.dumps(arguments), 0) for name, arguments in listed or []]
+    own, folder = [], paper_folder(paper)
+    for path in (folder.parent / 'canaries.yaml', folder / 'canaries.yaml'):
+        own += (read_yaml(path) or []) if path.exists() else []
+    lines = [['code', [line]] if isinstance(line, str) else line for line in own]
+    trained = [recipe for recipe in _distinct(paper, 'smoke') if recipe.stages]
+    lines += [['resumed', _name(recipe)] for recipe in trained[:1]]
+    return [(paper, 'call', name, json.dumps(arguments), 0) for name, arguments in lines]
 
 
 def _name(recipe: Recipe) -> Unit:
