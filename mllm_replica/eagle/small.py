@@ -88,20 +88,21 @@ class SymbolReader(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,  # [B,T] −1 in the places of the picture
+        input_ids: Tensor,  # [B,T] with placeholders, which are no words
         labels: Tensor,  # [B,T] answers: the words of all cells, topic by topic, −100 elsewhere
         attention_mask: Tensor,  # [B,T]
         **_: Any,
     ) -> CausalLMOutputWithPast:
         "The loss of a batch of questions."
-        embeddings, places = self.language_model.get_input_embeddings(), input_ids < 0
+        embeddings = self.language_model.get_input_embeddings()
+        places = (input_ids < 0) | (input_ids >= embeddings.num_embeddings)
         symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells, self.cells)).sum(
             1
         )  # [B,c,c,D]
         for dim in (1, 2):
             symbols = symbols.repeat_interleave(self.grid // self.cells, dim)  # [B,g,g,D]
         copies = int(places.sum()) // (len(places) * self.grid**2)
-        embeds = embeddings(input_ids.clamp(min=0)).masked_scatter(
+        embeds = embeddings(input_ids.masked_fill(places, 0)).masked_scatter(
             places[..., None], symbols.flatten(1, 2).repeat(1, copies, 1)
         )
         return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)

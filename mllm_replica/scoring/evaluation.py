@@ -85,7 +85,7 @@ def log_probabilities(
     positions = (batch['attention_mask'].cumsum(1) - 1).clamp(min=0)
     out = model(**batch, position_ids=positions, logits_to_keep=keep + 1, use_cache=False)
     logits = out.logits[:, -keep - 1 : -1]
-    tokens = batch['input_ids'][:, -keep:].clamp(min=0)
+    tokens = batch['input_ids'][:, -keep:].clamp(0, logits.shape[-1] - 1)  # placeholders are no words
     values = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     return values.masked_fill(
         torch.arange(keep, device=values.device) < keep - lengths[:, None].to(values.device), 0
