@@ -83,7 +83,9 @@ def resumed(
     side = model.config.vision_config.image_size
     with torch.no_grad():
         features = model.visual_features(torch.zeros(1, 3, side, side))
-        step = getattr(module_named('plan'), '_step', None)  # where the model has no method for it
+        step = getattr(
+            importlib.import_module('mllm_replica.planning.plan'), '_step', None
+        )  # where the model has no method for it
         logits = [
             step(model, 40, n, features) if step else model.planned_step(40, n, features if n else None) for n in (0, 1)
         ]
