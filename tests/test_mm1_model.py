@@ -817,3 +817,16 @@ def test_a_document_longer_than_a_sequence_keeps_whole_images(processor):
     assert encode_source([album], 'interleaved', processor.encode, 14)[0].image_spans == [(4, 8)]
     with pytest.raises(ValueError, match="document 'album': an image takes 4 positions, but a sequence of 4 leaves 3"):
         encode_source([album], 'interleaved', processor.encode, 4)
+
+
+@pytest.mark.parametrize('answer', ['', ' ', '\n\t', '\u3000'])
+@pytest.mark.parametrize('turn', [1, 3])
+def test_an_empty_answer_is_refused(processor, answer, turn):
+    said = ['what is this ?', 'a cat', 'and this ?', 'a dog']
+    said[turn] = answer
+    turns = [{'from': ('human', 'gpt')[i % 2], 'value': text} for i, text in enumerate(said)]
+    sample = dict(id='s', images=[], conversations=turns, document='')
+    with pytest.raises(ValueError, match=f"sample 's': the answer in turn {turn} is empty; write it or drop the turn"):
+        processor.encode(sample)
+    if turn == 3:
+        assert processor.encode(sample, training=False).input_ids  # it is what is asked for
