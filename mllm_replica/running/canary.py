@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -79,7 +80,8 @@ def resumed(
     made = steps.open_unit(*unit, str(folder))
     steps.load(made)
     model = made.model.eval()
-    model.set_output_embeddings(model.get_output_embeddings())
+    with suppress(AttributeError):  # as models that leave it to transformers say
+        model.set_output_embeddings(model.get_output_embeddings())
     side = model.config.vision_config.image_size
     with torch.no_grad():
         features = model.visual_features(torch.zeros(1, 3, side, side))
