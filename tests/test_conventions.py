@@ -104,6 +104,12 @@ def test_embeddings_with_images(model, batch):
     assert torch.equal(found, answers(model, one))
 
 
+def test_a_prompt_of_embeddings_alone(model, batch):
+    ids = torch.tensor([[1, 10, 11, 12]])
+    found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY)
+    assert torch.equal(found, model.generate(ids, **GREEDY)[:, 4:])
+
+
 def test_outputs(model, batch):
     labels = batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -100)
     labels[:, :3] = -100

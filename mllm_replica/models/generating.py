@@ -20,6 +20,8 @@ def only_words(
     size: int,  # of the vocabulary
 ) -> Tensor:
     "The ids with the row's first word in place of what is beyond the vocabulary: [B,T] → [B,T]."
+    if not input_ids.shape[1]:
+        return input_ids  # a prompt of embeddings
     inside = (input_ids >= 0) & (input_ids < size)
     first = input_ids.gather(1, inside.int().argmax(1, keepdim=True)).clamp(0, size - 1)
     return torch.where(inside, input_ids, first)

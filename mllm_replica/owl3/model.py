@@ -271,7 +271,7 @@ def text_positions(
 @torch.no_grad()
 def generate(
     self: Owl3Model,
-    input_ids: Tensor,  # [B,T] prompts, padded on any side
+    input_ids: Tensor | None = None,  # [B,T] prompts, padded on any side; None: inputs_embeds are given
     attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
     pixel_values: Tensor | None = None,  # [N,3,height,width]
     image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
@@ -280,11 +280,14 @@ def generate(
     **kwargs: Any,  # as for transformers' generate, beam search included
 ) -> Any:
     "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if media is None:
+    images = pixel_values is not None or image_features is not None
+    if media is None and (input_ids is not None or images or media_starts):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
-    return self.generate_padded(input_ids, attention_mask, media=media or False, **kwargs)
+    kwargs['media'] = media or False
+    if input_ids is None:
+        return VisionLanguageModel.generate(self, None, attention_mask, **kwargs)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return self.generate_padded(input_ids, mask, **kwargs)
 
 
 @patch
