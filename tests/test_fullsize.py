@@ -50,7 +50,7 @@ def forget():
 @torch.no_grad()
 def test_owl2_layer():
     layer, (x, angles), route = owl2.adapted(), owl2.inputs(), owl2.route_of()
-    expected = owl2.layer_reference(layer, x, angles, route.visual)
+    expected = owl2.layer_reference(layer, x, angles, route.indices)
     assert close(owl2.run(layer, x, angles, route=route), expected)
     assert close(owl2.run(layer, x, angles), owl2.run(owl2.llama(), x, angles))
 

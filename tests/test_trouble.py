@@ -207,7 +207,7 @@ def test_canaries_are_read_with_the_same_limits(project):
 
     file = project.root / 'papers' / 'mm1' / 'canaries.yaml'
     file.write_text('# none\n')
-    assert _calls('mm1') == []
+    assert all(name == 'resumed' for _, _, name, _, _ in _calls('mm1'))
     file.write_text('x' * 2**21)
     with pytest.raises(Trouble, match='canaries.yaml has more than'):
         _calls('mm1')
@@ -246,7 +246,6 @@ def root(tmp_path):
         dict(name='good', split='..'),
         dict(name='good', split='/etc'),
         dict(name='good', split='*'),
-        dict(name='good', split=''),
         dict(name='good', split='tr[a]in'),
     ],
 )

@@ -9,7 +9,9 @@ __all__ = ['module_named', 'weights_digest', 'observe', 'resumed', 'called', 'Li
 import hashlib
 import importlib
 import json
+import runpy
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import suppress
@@ -106,7 +108,10 @@ def called(
     module, _, function = name.partition(':')
     root, scope = Path(mllm_replica.__file__).parent, {}
     if name == 'code':
-        exec(arguments[0], scope)  # lines of our own repository
+        with tempfile.NamedTemporaryFile('w', suffix='.py', encoding='utf-8') as lines:
+            lines.write(arguments[0])
+            lines.flush()
+            scope = runpy.run_path(lines.name)
     else:
         file = next((root / paper).rglob(f'{module}.py')).relative_to(root.parent).with_suffix('')
         scope['found'] = getattr(importlib.import_module('.'.join(file.parts)), function)(*arguments)
