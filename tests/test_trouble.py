@@ -207,7 +207,7 @@ def test_canaries_are_read_with_the_same_limits(project):
 
     file = project.root / 'papers' / 'mm1' / 'canaries.yaml'
     file.write_text('# none\n')
-    assert all(name == 'resumed' for _, _, name, _, _ in _calls('mm1'))
+    assert [name for _, _, name, _, _ in _calls('mm1')] == ['resumed']  # what every paper has
     file.write_text('x' * 2**21)
     with pytest.raises(Trouble, match='canaries.yaml has more than'):
         _calls('mm1')
@@ -254,6 +254,11 @@ def test_no_part_of_a_source_leads_outside_the_data_root(root, given):
     for read in data_files, lambda source, root: load_source(source, 0, root):
         with pytest.raises(ValueError, match='leads outside the data root|no plain name|leads nowhere|no regular file'):
             read(source, root)
+
+
+def test_a_split_has_a_name():
+    with pytest.raises(ValueError, match='at least 1 character'):
+        Source(kind='folder', name='good', split='')
 
 
 def test_absolute_names_and_names_that_are_hashed_are_refused(root):
