@@ -21,7 +21,7 @@ from mllm_replica.data.packing import collate
 from mllm_replica.eagle.fusing.fusion import FUSIONS
 from mllm_replica.eagle.golden import parity_cases
 from mllm_replica.eagle.model import EagleConfig, EagleModel, EagleVisionConfig, EagleVisionModel
-from mllm_replica.eagle.prompts import EagleProcessor
+from mllm_replica.eagle.prompts import EagleImageProcessor, EagleProcessor
 from mllm_replica.eagle.released import (
     RELEASED,
     convert_official,
@@ -274,7 +274,7 @@ def test_keywords_reach_the_decoder():
 
 
 def test_packed_rows_are_single_samples():
-    processor = EagleProcessor(byte_tokenizer(), 4, 32, template='words')
+    processor = EagleProcessor(EagleImageProcessor(32), byte_tokenizer(), 4, template='words')
     model = build(text=dict(vocab_size=260))
     image = Image.effect_noise((40, 30), 90).convert('RGB')
     samples = [
@@ -690,7 +690,7 @@ def test_processor_and_tied_embeddings_survive(tmp_path):
     EagleProcessor.from_config(model.config, byte_tokenizer(), template='words').save_pretrained(tmp_path)
     loaded, processor = EagleModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert loaded.language_model.lm_head.weight is loaded.get_input_embeddings().weight
-    assert (processor.tiles, processor.visual_tokens, processor.image_size) == (2, 20, 32)
+    assert (processor.image_processor.tiles, processor.visual_tokens, processor.image_processor.side) == (2, 20, 32)
 
 
 # rows of the released code

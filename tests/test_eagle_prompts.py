@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm_replica.data.language import byte_tokenizer, word_tokenizer
 from mllm_replica.data.packing import collate, truncate
-from mllm_replica.eagle.prompts import SYSTEM, TEMPLATES, EagleProcessor, part_ids, prompt_text, with_images
+from mllm_replica.eagle.prompts import (
+    SYSTEM,
+    TEMPLATES,
+    EagleImageProcessor,
+    EagleProcessor,
+    part_ids,
+    prompt_text,
+    with_images,
+)
 
 torch.set_num_threads(1)
 TEXT = json.loads((Path(__file__).parent / 'golden/eagle/prompts_labels.json').read_text())
@@ -48,7 +56,10 @@ def sample(question='<image>What?', answer='red', images=1, **more):
 
 
 def processor_of(tokenizer=None, **settings):
-    return EagleProcessor(tokenizer or byte_tokenizer(), VISUAL, 28, IMAGE_ID, **settings)
+    pictures = {name: settings.pop(name) for name in ('mode', 'tiles') if name in settings}
+    return EagleProcessor(
+        EagleImageProcessor(28, **pictures), tokenizer or byte_tokenizer(), VISUAL, IMAGE_ID, **settings
+    )
 
 
 def collapsed(encoded, values):
@@ -171,7 +182,9 @@ def test_documents_have_no_turns():
 def test_the_corner_of_a_wide_picture(mode, expected):
     processor = processor_of(mode=mode)
     pixels = processor.image_tensor([picture(60, 30), picture(30, 60), picture(28, 28)])
-    colour = pixels[:, :, 0, 0] * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+    colour = pixels[:, :, 0, 0] * torch.tensor(processor.image_processor.image_std) + torch.tensor(
+        processor.image_processor.image_mean
+    )
     assert (colour[0] * 255).round().int().tolist() == list(expected)
     assert (colour[2] * 255).round().int().tolist() == [52, 101, 164]
 
@@ -180,7 +193,7 @@ def test_settings_survive_saving(tmp_path):
     processor = processor_of(template='plain', mode='crop', begin=False)
     processor.save_pretrained(tmp_path)
     again = EagleProcessor.from_pretrained(tmp_path)
-    assert (again.template, again.mode, again.begin) == ('plain', 'crop', False)
+    assert (again.template, again.image_processor.mode, again.begin) == ('plain', 'crop', False)
     assert again.encode(sample()).input_ids == processor.encode(sample()).input_ids
 
 

@@ -12,6 +12,7 @@ from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.honeybee import building, recipes
 from mllm_replica.honeybee.data import examples_of, in_template
 from mllm_replica.honeybee.model import HoneybeeProcessor
+from mllm_replica.models.image_processing import VisionLanguageImageProcessor
 from mllm_replica.honeybee.prompts import SYSTEM, SYSTEM_DETAIL
 from mllm_replica.honeybee.recipes import load_source, recipe
 from mllm_replica.running import unit
@@ -75,7 +76,7 @@ def loaded(sources, name, **options):
 
 
 def test_every_source_of_the_paper_becomes_token_ids(sources):
-    processor = HoneybeeProcessor(byte_tokenizer(), visual_tokens=4, image_size=8)
+    processor = HoneybeeProcessor(VisionLanguageImageProcessor(8), byte_tokenizer(), visual_tokens=4)
     for name in sources[1]:
         data, asked = loaded(sources, name), name.startswith('test_')
         encoded = [processor.encode(sample, training=not asked) for sample in data]
@@ -111,7 +112,7 @@ def test_the_words_of_a_template(sources, name, prompt):
 def test_conversations_keep_their_own_words(sources):
     data = loaded(sources, 'llava150k')
     assert 'prompt' not in data.column_names
-    processor = HoneybeeProcessor(byte_tokenizer(), visual_tokens=4, image_size=8)
+    processor = HoneybeeProcessor(VisionLanguageImageProcessor(8), byte_tokenizer(), visual_tokens=4)
     assert processor.pieces(data[0], True)[0].text == SYSTEM_DETAIL
 
 

@@ -13,6 +13,7 @@ from mllm_replica.data.images import encode_png
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.data.samples import COLUMNS, IMAGE_MARK, check_sample
 from mllm_replica.mm1.shots import CAPTION, VQA, Template, cider_d, demonstrations, few_shot, resolutions
+from mllm_replica.models.image_processing import VisionLanguageImageProcessor
 from mllm_replica.models.vlm import VisionLanguageProcessor
 from mllm_replica.scoring.captions import caption_words
 
@@ -250,7 +251,7 @@ def test_the_last_demonstrations_keep_their_crops(pool):
 
 
 def test_a_prompt_can_be_encoded(pool):
-    processor = VisionLanguageProcessor(byte_tokenizer(), visual_tokens=4, image_size=8)
+    processor = VisionLanguageProcessor(VisionLanguageImageProcessor(8), byte_tokenizer(), visual_tokens=4)
     encoded = processor.encode(few_shot(QUERY, pool, 4, 0), training=False)
     assert len(encoded.images) == len(encoded.image_spans) == 5 and processor.decode(encoded.input_ids).endswith(
         'which ? Short answer:'

@@ -24,7 +24,7 @@ from mllm_replica.owl2.components import ADAPTIVE, Route, WayLinear, WayNorm
 from mllm_replica.models.vision import resize_positions
 from mllm_replica.owl2.encoder import Owl2VisionConfig, Owl2VisionModel
 from mllm_replica.owl2.model import Owl2Config, Owl2Model, paper_config
-from mllm_replica.owl2.processor import Owl2Processor
+from mllm_replica.owl2.processor import Owl2ImageProcessor, Owl2Processor
 from mllm_replica.owl2.released import both_ways, convert_official, encoder_from_clip, load_official, official_config
 from mllm_replica.owl2.stages import _ALL, _VISUAL, layerwise_decay, mixture_of, published_stages
 from mllm_replica.training.loop import train
@@ -269,7 +269,7 @@ def test_an_image_changes_nothing_before_it(kind):
 
 
 def test_packed_rows_are_single_samples():
-    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1, style='plain')
+    processor = Owl2Processor(Owl2ImageProcessor(16), byte_tokenizer(), 5, -1, style='plain')
     model, samples = build(text=dict(vocab_size=260)), pictured(processor)
     packed = collate(samples, 0, packed=True, length=80, image_tensor=processor.image_tensor)
     assert packed['input_ids'].shape[0] == 2 and packed['attention_mask'].dim() == 4
@@ -1051,7 +1051,7 @@ def pictured(processor):
 
 @torch.no_grad()
 def test_pictures_of_any_size_in_one_batch():
-    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1)
+    processor = Owl2Processor(Owl2ImageProcessor(16), byte_tokenizer(), 5, -1)
     model, samples = build(text=dict(vocab_size=260)), pictured(processor)
     for side in ('left', 'right'):
         batch = collate(samples, 0, side, image_tensor=processor.image_tensor)
@@ -1067,7 +1067,7 @@ def test_pictures_of_any_size_in_one_batch():
 
 
 def test_a_cut_inside_an_image_takes_the_whole_image():
-    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1, style='plain')
+    processor = Owl2Processor(Owl2ImageProcessor(16), byte_tokenizer(), 5, -1, style='plain')
     turns = [
         {'from': role, 'value': text}
         for role, text in (('human', '<image> one ?'), ('gpt', 'yes'), ('human', '<image> two ?'), ('gpt', 'no'))
@@ -1123,7 +1123,7 @@ def test_images_without_placeholder():
 
 
 def test_a_whole_batch_may_have_no_image():
-    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1)
+    processor = Owl2Processor(Owl2ImageProcessor(16), byte_tokenizer(), 5, -1)
     model, text = build(text=dict(vocab_size=260)), [s for s in pictured(processor) if not s.images]
     batch = collate(text * 2, 0, image_tensor=processor.image_tensor)
     assert batch.pop('ids') == ['b', 'b'] and 'pixel_values' not in batch
@@ -1131,7 +1131,7 @@ def test_a_whole_batch_may_have_no_image():
 
 
 def test_stage_1_goes_on_after_a_batch_without_images(tmp_path):
-    processor = Owl2Processor(byte_tokenizer(), 5, 16, -1)
+    processor = Owl2Processor(Owl2ImageProcessor(16), byte_tokenizer(), 5, -1)
     model, text = build(text=dict(vocab_size=260)), [s for s in pictured(processor) if not s.images]
     stage = Stage(name='pretrain', trainable=_VISUAL, mixture={'text': 1.0}, steps=2, batch_size=2, lr=0.05)
     before = copy.deepcopy(model.state_dict())

@@ -8,6 +8,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'ImageError', 'resolve_image', 'to_rgb', 'im
 # %% ../../nbs/foundations/data/10_images.ipynb #01a6e40e
 import io, warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -76,6 +77,29 @@ def to_rgb(
     return image.convert('RGB')
 
 # %% ../../nbs/foundations/data/10_images.ipynb #ca49a2ba
+def _from_array(array: Any) -> Image.Image:
+    "A picture from numbers: [H,W], or 1, 3 or 4 channels first or last; floats are of 0…1."
+    if hasattr(array, 'detach'):  # of torch
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    levels = np.asarray(array)
+    if levels.ndim == 3 and levels.shape[0] in (1, 3, 4) and not (levels.shape[0] == 4 and levels.shape[2] in (1, 3)):
+        levels = levels.transpose(1, 2, 0)
+    if levels.ndim == 3 and levels.shape[2] == 1:
+        levels = levels[..., 0]
+    if not levels.size or levels.ndim != 2 and (levels.ndim != 3 or levels.shape[2] not in (3, 4)):
+        raise ImageError(
+            f'an array of shape {list(np.shape(array))}; expected [H,W], [H,W,3] or [3,H,W] of one picture'
+        )
+    if levels.dtype.kind == 'f':
+        if not (levels.min() >= 0 and levels.max() <= 1):
+            raise ImageError(f'an array of floats from {levels.min():g} to {levels.max():g}; expected 0 to 1')
+        levels = (levels * 255).round()
+    elif levels.dtype.kind not in 'iu':
+        raise ImageError(f'an array of {levels.dtype}; expected whole numbers or floats of 0 to 1')
+    return Image.fromarray(_eight_bits(levels, ()))
+
+
 def image_name(
     image: str | Path | bytes | dict | Image.Image,  # as for `open_image`
 ) -> str:
@@ -101,15 +125,13 @@ def _content(image: str | Path | bytes | dict, root: Path | None) -> io.BytesIO 
 
 # %% ../../nbs/foundations/data/10_images.ipynb #77d69cb2
 def open_image(
-    image: str
-    | Path
-    | bytes
-    | dict
-    | Image.Image,  # path under `root`, bytes, or {'bytes', 'path'}; an open image passes through
+    image: Any,  # path under `root`, bytes, {'bytes', 'path'}, a PIL image or an array of one picture
     root: Path | None = None,  # folder that paths are relative to
     max_pixels: int = MAX_PIXELS,  # width x height
 ) -> Image.Image:
     "Decode one image into upright 8-bit RGB, or raise an `ImageError` naming it."
+    if hasattr(image, '__array__') and not isinstance(image, Image.Image):
+        image = _from_array(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     name, content = image_name(image), _content(image, root)

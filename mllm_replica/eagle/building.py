@@ -24,7 +24,7 @@ def _taught(recipe: Recipe, name: str, processor: Any) -> dict[str, Any]:
     expert = build_expert(tower['kind'], tower['config'], tower.get('image_size'), **tower.get('options', {}))
     asked, steps = _TAUGHT[name]
     topics = [shelves.TOPICS.index(topic) for topic in asked]
-    pupil = CellNames(expert, _CELLS, _GRID, len(processor.tokenizer), topics) if topics else HiddenPatches(expert)
+    pupil = CellNames(expert, _CELLS, _GRID, processor.image_token_id, topics) if topics else HiddenPatches(expert)
     stage = _stage('teach', recipe.scale, (r'.',), 'named', steps, 3e-3, 64)
     return pretrained(
         recipe, pupil, [stage], processor, expert=name, topics=topics, noise=processor.noise

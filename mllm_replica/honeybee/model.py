@@ -5,7 +5,7 @@ __all__ = ['SIZES', 'RENAMED', 'IGNORED_KEYS', 'HoneybeeConfig', 'HoneybeeModel'
 
 # %% ../../nbs/papers/02_honeybee.ipynb #52b1c0df
 import json, re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.language import IMAGE_PIECE, Piece
 from .components import build_projector, projector_fields
-from .prompts import SYSTEM_DETAIL, conversation_pieces, prompt_pieces
+from .prompts import CHAT, SYSTEM_DETAIL, conversation_pieces, prompt_pieces
 from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, known_fields, model_of, read_weights
-from ..models.vision import CLIP_MEAN, CLIP_STD
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, register
+from ..models.image_processing import VisionLanguageImageProcessor
+from ..models.processing import TURNS, VisionLanguageProcessor, piece_ids, with_system, without_ends
+from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a16cde91
 class HoneybeeConfig(VisionLanguageConfig):
@@ -103,26 +104,41 @@ class HoneybeeProcessor(VisionLanguageProcessor):
 
     def __init__(
         self,
+        image_processor: VisionLanguageImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         visual_tokens: int,  # positions per image
-        image_size: int,  # pixels
-        image_token_id: int = -1,  # placeholder
+        image_token_id: int | None = None,  # placeholder; None: the tokenizer's or a new one
+        chat_template: str | None = None,  # Jinja; None: that of the style
         style: str = 'conversation',  # or 'plain': no role words, no end tokens
         system: str | None = None,  # system sentence; None: that of the style
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
     ) -> None:
         if style not in ('conversation', 'plain'):
             raise ValueError(f"style {style!r} is unknown; expected 'conversation' or 'plain'")
-        super().__init__(tokenizer, visual_tokens, image_size, image_token_id, image_mean, image_std)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.unk_token  # Llama has none
         self.style, self.system = style, SYSTEM_DETAIL if system is None and style == 'conversation' else system or ''
+        if chat_template is None:
+            chat_template = CHAT if style == 'conversation' else without_ends(TURNS)
+            chat_template = with_system(chat_template, self.system) if self.system else chat_template
+        super().__init__(image_processor, tokenizer, visual_tokens, image_token_id, chat_template)
+
+    def turns(self, sample: dict[str, Any], training: bool, name: str) -> list[dict[str, str]]:
+        "The turns that are encoded; a finished prompt is one."
+        prompt = sample.get('prompt')
+        return [{'from': 'human', 'value': prompt}] if prompt else super().turns(sample, training, name)
+
+    def text_parts(self, text: str, begin: bool) -> Iterator[list[int | None]]:
+        "Token ids of a written prompt, None for an image; each line by itself, an end token after each answer."
+        if self.style == 'plain':
+            yield from super().text_parts(text, begin)
+            return
+        start = self.tokenizer.bos_token
+        if begin or text.startswith(start):
+            yield [self.tokenizer.bos_token_id]
+        yield from (ids for ids, _ in piece_ids(prompt_pieces(text.removeprefix(start)), self.tokenizer))
 
     def pieces(
         self,
         sample: dict[str, Any],  # with `prompt`, `conversations` or `document`
-        training: bool,  # False: leave out the last answer
+        training: bool,  # False: an answer is to come
     ) -> list[Piece]:
         "The prompt of a sample."
         if sample.get('prompt'):

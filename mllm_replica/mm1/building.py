@@ -19,7 +19,7 @@ def _encoder_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, A
 
     torch.manual_seed(recipe.seed)
     encoder = AutoModel.from_config(config.vision_config)
-    words, kind = len(processor.tokenizer), recipe.model['encoder']
+    words, kind = config.text_config.vocab_size, recipe.model['encoder']
     trained = {
         'contrastive': lambda: ContrastivePair(encoder, words),
         'reconstructive': lambda: Reconstruction(encoder),

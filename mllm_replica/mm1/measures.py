@@ -94,7 +94,9 @@ def _loss_at(recipe: Recipe, width: int, rate: float, processor: Any, encoded: l
     torch.manual_seed(recipe.seed)
     fields = {name: value for name, value in recipe.model['text'].items() if name != 'model_type'}
     model = LlamaForCausalLM(
-        LlamaConfig(**fields | dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4))
+        LlamaConfig(
+            **fields | dict(vocab_size=processor.image_token_id, hidden_size=width, intermediate_size=11 * width // 4)
+        )
     )
     size, stage = (
         sum(p.numel() for p in model.model.layers.parameters()),

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -278,7 +279,7 @@ def forward(
     )
     states, head = out.last_hidden_state, self.get_output_embeddings()
     if labels is not None:  # nobody is to say placeholders
-        labels = labels.masked_fill(labels == self.config.image_token_id, IGNORED)
+        labels = labels.masked_fill(self.image_places(labels, None), IGNORED)
     loss = None if labels is None else answer_loss(states, head, labels, num_items_in_batch)
     logits = None
     if labels is None or return_logits:
@@ -338,6 +339,8 @@ def register(
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto.register(config_class, model_class, exist_ok=True)
     AutoProcessor.register(config_class, processor_class, exist_ok=True)
+    pictures = {'pil': processor_class.image_processor_type}
+    AutoImageProcessor.register(config_class, image_processor_classes=pictures, exist_ok=True)
 
 
 register(VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor)

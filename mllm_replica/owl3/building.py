@@ -54,8 +54,9 @@ def build(
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
+    from mllm_replica.models.processing import TURNS, without_ends
     from mllm_replica.owl3.model import Owl3Model
-    from mllm_replica.owl3.processor import ConcatProcessor, Owl3Processor
+    from mllm_replica.owl3.processor import ConcatProcessor, Owl3ImageProcessor, Owl3Processor
     from mllm_replica.owl3.released import SIGLIP, paper_config
 
     made, meta = (
@@ -73,7 +74,7 @@ def build(
     tokenizer, vision = word_tokenizer([*vocabulary(), _PLACEHOLDER]), made.pop('vision')
     backbones = dict(vision_config=vision, text_config=made.pop('text') | {'vocab_size': len(tokenizer)})
     processor = Owl3Processor(
-        tokenizer, image_size=vision['image_size'], style='plain', ends=False, placeholder=_PLACEHOLDER
+        Owl3ImageProcessor(vision['image_size']), tokenizer, style='plain', ends=False, placeholder=_PLACEHOLDER
     )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -81,7 +82,7 @@ def build(
         if not meta:
             _scratch(model, recipe.seed)
     if made['fusion'] == 'concat':
-        processor = ConcatProcessor.from_config(model.config, tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        processor = ConcatProcessor.from_config(model.config, tokenizer, chat_template=without_ends(TURNS))
     return model, processor
 
 # %% ../../nbs/papers/05_owl3.ipynb #b359c5dc

@@ -56,6 +56,8 @@ class Owl3Config(VisionLanguageConfig):
                 raise ValueError(f'{name} is {value!r}; expected one of {known}')
         if not self.placeholder_ids:
             raise ValueError('placeholder_ids is empty; an image needs a place in the text')
+        if self.image_token_id is None:
+            self.image_token_id = self.placeholder_ids[0]
         super().__post_init__(**kwargs)
 
     @property
@@ -111,6 +113,12 @@ class Owl3Model(VisionLanguageModel):
                 f'the checkpoint lacks {len(missing)} weights of the image layers: {missing[:8]}; save the whole model'
             )
         return (model, info) if output_loading_info else model
+
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        "Nowhere, bool [B,T]: the placeholder of an image is read as text."
+        return (
+            inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool) if input_ids is None else input_ids < 0
+        )
 
     def media(
         self,

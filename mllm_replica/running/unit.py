@@ -136,9 +136,9 @@ def cache_features(
     key = encoder_key(
         model.vision_model,
         layer=model.config.feature_layer,
-        size=processor.image_size,
-        mean=processor.image_mean,
-        std=processor.image_std,
+        size=processor.image_processor.side,
+        mean=processor.image_processor.image_mean,
+        std=processor.image_processor.image_std,
     )
     folder.mkdir(parents=True, exist_ok=True)
 
