@@ -21,7 +21,7 @@ from mllm_replica.data.packing import collate
 from mllm_replica.eagle.fusing.fusion import FUSIONS
 from mllm_replica.eagle.golden import parity_cases
 from mllm_replica.eagle.model import EagleConfig, EagleModel, EagleVisionConfig, EagleVisionModel
-from mllm_replica.eagle.prompts import EagleImageProcessor, EagleProcessor
+from mllm_replica.eagle.prompts import EagleProcessor
 from mllm_replica.eagle.released import (
     RELEASED,
     convert_official,
@@ -274,8 +274,8 @@ def test_keywords_reach_the_decoder():
 
 
 def test_packed_rows_are_single_samples():
-    processor = EagleProcessor(EagleImageProcessor(32), byte_tokenizer(), 4, template='words')
     model = build(text=dict(vocab_size=260))
+    processor = EagleProcessor.from_config(model.config, byte_tokenizer(), template='words')
     image = Image.effect_noise((40, 30), 90).convert('RGB')
     samples = [
         processor.encode(

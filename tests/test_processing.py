@@ -216,15 +216,21 @@ def test_numbers_between_words_and_rows_are_reserved():
     assert processor.tokenizer.convert_ids_to_tokens([259, 299, 300]) == ['<reserved_259>', '<reserved_299>', '<image>']
 
 
-@pytest.mark.parametrize(
-    'size, number, message', [(3, 5, 'has 259 tokens, the configuration says 5'), (0, 300, 'has <image> as number 259')]
-)
-def test_a_token_elsewhere_is_refused(size, number, message):
+@pytest.mark.parametrize('number', [5, 300])
+def test_a_token_elsewhere_is_refused(number):
     tokenizer = byte_tokenizer()
-    if not size:
-        tokenizer.add_tokens([AddedToken('<image>', special=True)])
-    with pytest.raises(ValueError, match=message):
+    tokenizer.add_tokens([AddedToken('<image>', special=True)])
+    with pytest.raises(ValueError, match=f'<image> is number 259 in the tokenizer and {number}'):
         with_token(tokenizer, '<image>', number)
+
+
+def test_another_token_may_stand_for_images_unless_a_text_says_it():
+    config = VisionLanguageConfig(text_config=dict(vocab_size=259), image_token_id=3 + ord('z'))
+    processor = VisionLanguageProcessor.from_config(config, byte_tokenizer())
+    sample = sample_of('<image> why?', 'so', images=[picture()])
+    assert processor.encode(sample).input_ids.count(3 + ord('z')) == processor.visual_tokens
+    with pytest.raises(ValueError, match="sample 's': its text has token number 125, which stands for images"):
+        processor.encode(sample_of('<image> lazy?', 'so', images=[picture()]))
 
 
 def test_a_known_token_is_used_as_it_is():

@@ -41,12 +41,12 @@ def with_token(
     known, size = tokenizer.convert_tokens_to_ids(token), len(tokenizer)
     if number < 0 or known == number:
         return tokenizer
-    if known not in (None, tokenizer.unk_token_id) or size > number:
-        where = f'has {token} as number {known}' if tokenizer.get_vocab().get(token) == known else f'has {size} tokens'
+    if known not in (None, tokenizer.unk_token_id):
         raise ValueError(
-            f'the tokenizer {where}, the configuration says {number} for {token}: '
-            'set its image_token_id (and vocab_size) to fit the tokenizer'
+            f'{token} is number {known} in the tokenizer and {number} in the configuration: set image_token_id={known}'
         )
+    if number < size:
+        return tokenizer
     names = [f'<reserved_{i}>' for i in range(size, number)] + [token]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
@@ -95,6 +95,7 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     image_processor_type = VisionLanguageImageProcessor
     image_token = IMAGE_MARK
+    image_is_text = False  # whether an image stands at ordinary words
     marks = {'image': re.compile('<image>'), 'video': re.compile('<video>')}  # what stands for media in a text
 
     def __init__(
@@ -294,6 +295,11 @@ def assembled(
     ids, labels, spans = [], [], []
     for tokens, supervised in parts:
         new = []
+        if self.image_token_id in tokens and not self.image_is_text:
+            raise ValueError(
+                f'{name}: its text has token number {self.image_token_id}, which stands for images; '
+                'let image_token_id be a token that no text has'
+            )
         for token in tokens:
             shown = self.image_ids if token is None else [token]
             if token is None:

@@ -55,7 +55,7 @@ class Owl3Processor(VisionLanguageProcessor):
     "Samples of mPLUG-Owl3 → token ids, labels, pictures and their places."
 
     image_processor_type = Owl3ImageProcessor
-    image_token = PLACEHOLDER  # ordinary text
+    image_token, image_is_text = PLACEHOLDER, True
     marks = _MARKS
 
     def __init__(
