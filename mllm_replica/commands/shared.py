@@ -22,12 +22,11 @@ from ..core.registry import PAPERS
 from ..core.settings import SCALES, Trouble, settings
 
 # %% ../../nbs/foundations/commands/82_shared.ipynb #0848de44
-def known(
-    what: str,  # for the message
-    given: str,
-    names: Iterable[str],
-) -> str:
-    "The name itself, or an error that says which names there are."
+def known(what: str, given: str, names: Iterable[str]) -> str:
+    """The name itself, or an error that says which names there are.
+
+    what: for the message
+    """
     names = list(names)
     if given in names:
         return given
@@ -47,11 +46,11 @@ def as_bad_parameter() -> Iterator[None]:
         raise typer.BadParameter(str(error.args[0])) from error
 
 
-def table_of(
-    paper: str,
-    table: str,  # as somebody wrote it, like `Table 3`
-) -> str:
-    "The key of a paper's table."
+def table_of(paper: str, table: str) -> str:
+    """The key of a paper's table.
+
+    table: as somebody wrote it, like `Table 3`
+    """
     from mllm_replica.tables.published import tables_of
 
     return known(f'table of {PAPERS[paper]}', table.lower().removeprefix('table').strip(), tables_of(paper))
@@ -111,18 +110,19 @@ def new_console() -> Console:
     )
 
 
-def print_json(
-    data: Any,  # plain data
-) -> None:
-    "Print data for a program."
+def print_json(data: Any) -> None:
+    """Print data for a program.
+
+    data: plain data
+    """
     typer.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
 
 # %% ../../nbs/foundations/commands/82_shared.ipynb #c43be0e3
-def frame_table(
-    found: Any,  # a pandas frame
-    title: str,
-) -> Table:
-    "A frame as a table; empty columns are left out."
+def frame_table(found: Any, title: str) -> Table:
+    """A frame as a table; empty columns are left out.
+
+    found: a pandas frame
+    """
     named = [(': '.join(c) if isinstance(c, tuple) else str(c), [str(x) for x in found[c]]) for c in found.columns]
     named = [(name, cells) for name, cells in named if any(cell.strip() for cell in cells)]
     out = Table(title=title, title_justify='left')

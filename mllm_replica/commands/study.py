@@ -107,12 +107,11 @@ def ablate(
     raise typer.Exit(study.exit_code)
 
 # %% ../../nbs/foundations/commands/87_study.ipynb #7b61adf9
-def searched(
-    paper: str,
-    scale: str,
-    **options: Any,  # of `run_search`
-) -> int:
-    "Search, show the rounds; the exit code."
+def searched(paper: str, scale: str, **options: Any) -> int:
+    """Search, show the rounds; the exit code.
+
+    options: of `run_search`
+    """
     from mllm_replica.running.study import run_search
 
     console = new_console()

@@ -30,11 +30,11 @@ def _modules(notebook: Path, changed: int) -> frozenset[str]:
     return frozenset(name for text in code for name in _NAMES.findall(text))
 
 
-def check_owner(
-    notebook: Path,
-    among: Iterable[Path] | None = None,  # None: all notebooks of the project
-) -> None:
-    "Refuse a notebook that writes a module which another one writes, too."
+def check_owner(notebook: Path, among: Iterable[Path] | None = None) -> None:
+    """Refuse a notebook that writes a module which another one writes, too.
+
+    among: None: all notebooks of the project
+    """
     here = notebook.resolve()
     own, every = _modules(here, here.stat().st_mtime_ns), nbglob(as_path=True) if among is None else among
     for other in sorted({path.resolve() for path in every} - {here}):

@@ -24,12 +24,12 @@ from .recipe import Recipe
 
 # %% ../../nbs/foundations/core/07_keys.ipynb #b848ba35
 class Tree:
-    "The modules of some packages, each taken apart on first use."
+    """The modules of some packages, each taken apart on first use.
 
-    def __init__(
-        self,
-        folders: tuple[tuple[str, Path], ...],  # name of a package, its folder
-    ):
+    folders: name of a package, its folder
+    """
+
+    def __init__(self, folders: tuple[tuple[str, Path], ...]):
         self.files: dict[str, Path] = {}
         for package, folder in folders:
             for file in sorted(folder.rglob('*.py')):
@@ -58,13 +58,12 @@ class Tree:
             for part in self.named(base, there)
         ]
 
-    def meant(
-        self,
-        part: Part,
-        name: str,  # that it reads from its module
-        what: str = '',  # attribute or key
-    ) -> list[Part]:
-        "What a part means by a name of its module and, if that is a module, by an attribute of it."
+    def meant(self, part: Part, name: str, what: str = '') -> list[Part]:
+        """What a part means by a name of its module and, if that is a module, by an attribute of it.
+
+        name: that it reads from its module
+        what: attribute or key
+        """
         for local, base, there in (*part.imports, *self.module(part.module).imports):
             if local != name:
                 continue
@@ -73,12 +72,12 @@ class Tree:
             return self.named(base, there) + (self.named(base, there + what) if what.startswith('[') else [])
         return self.named(part.module, name) + (self.named(part.module, name + what) if what.startswith('[') else [])
 
-    def reached(
-        self,
-        entries: Collection[tuple[str, str]],  # module, name
-        strings: Collection[str] = (),  # that a recipe says
-    ) -> list[Part]:
-        "All that a start at these entries can execute."
+    def reached(self, entries: Collection[tuple[str, str]], strings: Collection[str] = ()) -> list[Part]:
+        """All that a start at these entries can execute.
+
+        entries: module, name
+        strings: that a recipe says
+        """
         asked = (frozenset(entries), frozenset(strings))
         if asked not in self._reached:
             self._reached[asked] = self._reach(*asked)
@@ -142,22 +141,24 @@ def _tree(folders: tuple[tuple[str, Path], ...], stamp: tuple[int, ...]) -> Tree
     return Tree(folders)
 
 
-def tree_of(
-    *packages: str,  # beside `mllm_replica`
-    root: Path | None = None,  # folder of another checkout; None: the packages as Python finds them
-) -> Tree:
-    "The code of some packages, as it lies on the disk now."
+def tree_of(*packages: str, root: Path | None = None) -> Tree:
+    """The code of some packages, as it lies on the disk now.
+
+    packages: beside `mllm_replica`
+    root: folder of another checkout; None: the packages as Python finds them
+    """
     names = dict.fromkeys(('mllm_replica', *packages))
     folders = tuple((name, place) for name in names if (place := _folder(name, root)))
     files = sorted(file for _, folder in folders for file in folder.rglob('*.py'))
     return _tree(folders, tuple(x for file in files for x in (file.stat().st_mtime_ns, file.stat().st_size)))
 
 
-def tree_of_paper(
-    paper: str,  # key of `registry.CHAPTERS`
-    root: Path | None = None,  # as of `tree_of`
-) -> Tree:
-    "The house and the package in which the paper's chapter lies."
+def tree_of_paper(paper: str, root: Path | None = None) -> Tree:
+    """The house and the package in which the paper's chapter lies.
+
+    paper: key of `registry.CHAPTERS`
+    root: as of `tree_of`
+    """
     return tree_of(registry.CHAPTERS[paper].partition('.')[0], root=root)
 
 
@@ -175,11 +176,11 @@ def _strings(content: Any) -> Iterator[str]:
         yield from _strings(x)
 
 
-def reach(
-    recipe: Recipe,
-    tree: Tree | None = None,  # the package at work by default
-) -> list[Part]:
-    "What a unit of the recipe can execute."
+def reach(recipe: Recipe, tree: Tree | None = None) -> list[Part]:
+    """What a unit of the recipe can execute.
+
+    tree: the package at work by default
+    """
     tree = tree or tree_of_paper(recipe.paper)
     unit = next(name for name in tree.files if name.startswith('mllm_replica.') and name.endswith('.unit'))
     entries = [(unit, name) for name in _UNIT] + [
@@ -206,11 +207,11 @@ def code_hash(
     return digest(meanings(parts))
 
 
-def code_of(
-    recipe: Recipe,
-    tree: Tree | None = None,  # the package at work by default
-) -> str:
-    "One hash of the meaning of everything that a unit of the recipe can execute."
+def code_of(recipe: Recipe, tree: Tree | None = None) -> str:
+    """One hash of the meaning of everything that a unit of the recipe can execute.
+
+    tree: the package at work by default
+    """
     return code_hash(reach(recipe, tree))
 
 
@@ -234,11 +235,12 @@ def _source(function: Any) -> str:
         return ''
 
 
-def code_of_functions(
-    *functions: Any,  # functions and classes; those of installed libraries do not count
-    content: Any = (),  # plain data they are given: its strings may be keys of tables
-) -> str:
-    "One hash of what some functions can execute; of one from a notebook's cell its source counts."
+def code_of_functions(*functions: Any, content: Any = ()) -> str:
+    """One hash of what some functions can execute; of one from a notebook's cell its source counts.
+
+    functions: functions and classes; those of installed libraries do not count
+    content: plain data they are given: its strings may be keys of tables
+    """
     tree = tree_of(*(chapter.partition('.')[0] for chapter in registry.CHAPTERS.values()))
     plain = [getattr(function, 'func', function) for function in functions]  # of a partial what it calls
     places = {(function.__module__, function.__qualname__.partition('.<locals>')[0]): function for function in plain}

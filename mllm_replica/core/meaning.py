@@ -78,16 +78,27 @@ def _plain(node: Any) -> Any:
     ]
 
 
-def digest(
-    content: Any,  # plain data
-) -> str:
-    "A hash of 16 letters and digits."
+def digest(content: Any) -> str:
+    """A hash of 16 letters and digits.
+
+    content: plain data
+    """
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 # %% ../../nbs/foundations/core/06_meaning.ipynb #43a3e914
 @dataclass(frozen=True)
 class Part:
-    "A piece of a module that has a meaning of its own."
+    """A piece of a module that has a meaning of its own.
+
+    name: 'samples', 'Model', 'Model.forward', 'METRICS[cider]', '(import)'
+    lines: first and last
+    meaning: hash
+    uses: (name that it reads from its module, attribute or key of it, or '')
+    says: attributes that it names
+    strings: string constants
+    imports: (local name, module, name in it or '') of imports inside
+    is_function: else something that is there from the import on
+    """
 
     name: str  # 'samples', 'Model', 'Model.forward', 'METRICS[cider]', '(import)'
     module: str
@@ -201,14 +212,13 @@ def _assigned(node: ast.stmt) -> list[str]:
 
 
 class Module:
-    "A file, taken apart."
+    """A file, taken apart.
 
-    def __init__(
-        self,
-        name: str,  # like 'mllm_replica.core.metrics'
-        file: Path,
-        known: Collection[str],  # names of all modules of the tree
-    ):
+    name: like 'mllm_replica.core.metrics'
+    known: names of all modules of the tree
+    """
+
+    def __init__(self, name: str, file: Path, known: Collection[str]):
         self.name, self.file, self.known = name, file, known
         self.parts: list[Part] = []
         tree = ast.parse(file.read_text(encoding='utf-8'))

@@ -15,10 +15,11 @@ from typing import Any, Callable, Hashable, Sequence
 import numpy as np
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #0ee60437
-def texts_of(
-    answers: Any,  # a text, texts, or annotators' dictionaries with an 'answer'
-) -> list[str]:
-    "The answers as a list of texts; anything else is refused."
+def texts_of(answers: Any) -> list[str]:
+    """The answers as a list of texts; anything else is refused.
+
+    answers: a text, texts, or annotators' dictionaries with an 'answer'
+    """
     listed = [answers] if isinstance(answers, (str, dict)) else answers
     texts = [one.get('answer') if isinstance(one, dict) else one for one in listed] if _is_list(listed) else []
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -44,28 +45,31 @@ def _best(score: Callable[[str, str], float]) -> Callable[..., float]:
     return among
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #1c3f2b90
-def normalise(
-    text: str,  # any answer
-) -> str:
-    "The text in lower case without surrounding blanks."
+def normalise(text: str) -> str:
+    """The text in lower case without surrounding blanks.
+
+    text: any answer
+    """
     return text.strip().lower()
 
 
 @_best
-def exact_match(
-    prediction: str,  # the model's text
-    answer: str,  # the right answer
-) -> float:
-    "1 if prediction and answer are equal after stripping and lower-casing."
+def exact_match(prediction: str, answer: str) -> float:
+    """1 if prediction and answer are equal after stripping and lower-casing.
+
+    prediction: the model's text
+    answer: the right answer
+    """
     return float(normalise(prediction) == normalise(answer))
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #10ff4e2e
 @_best
-def yes_no(
-    prediction: str,  # the model's text
-    answer: str,  # 'yes' or 'no'
-) -> float:
-    "1 if the first yes or no among the prediction's words is the answer."
+def yes_no(prediction: str, answer: str) -> float:
+    """1 if the first yes or no among the prediction's words is the answer.
+
+    prediction: the model's text
+    answer: 'yes' or 'no'
+    """
     if normalise(answer) not in ('yes', 'no'):
         raise ValueError(f"yes_no: the answer is {answer!r}; it must be 'yes' or 'no'")
     words = re.findall(r'[a-z]+', prediction.lower())
@@ -84,32 +88,35 @@ _SAID = re.compile(
 )
 
 
-def stated_letter(
-    prediction: str,  # the model's text
-) -> str | None:
-    "The one letter, in lower case, that a text states at its beginning or as its answer."
+def stated_letter(prediction: str) -> str | None:
+    """The one letter, in lower case, that a text states at its beginning or as its answer.
+
+    prediction: the model's text
+    """
     text = re.sub(r'\\[a-z]+|[\\*_`$#~]', '', unicodedata.normalize('NFKC', prediction))
     found = {match[1].lower() for match in [_LEADING.match(text), *_SAID.finditer(text)] if match}
     return found.pop() if len(found) == 1 else None
 
 
 @_best
-def letter(
-    prediction: str,  # the model's text: 'B', '(b)', 'B. a dog', '**B**', 'The answer is B because …'
-    answer: str,  # one letter
-) -> float:
-    "1 if the letter that the prediction states, alone or with an explanation, is the answer."
+def letter(prediction: str, answer: str) -> float:
+    """1 if the letter that the prediction states, alone or with an explanation, is the answer.
+
+    prediction: the model's text: 'B', '(b)', 'B. a dog', '**B**', 'The answer is B because …'
+    answer: one letter
+    """
     if not re.fullmatch(r'[A-Za-z]', answer.strip()):
         raise ValueError(f'letter: the answer is {answer!r}; it must be a single letter')
     return float(stated_letter(prediction) == normalise(answer))
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #540ddd13
 @_best
-def token_f1(
-    prediction: str,  # the model's text
-    answer: str,  # the right answer
-) -> float:
-    "Harmonic mean of precision and recall over the words shared by prediction and answer, counted with repetition."
+def token_f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of precision and recall over the words shared by prediction and answer, counted with repetition.
+
+    prediction: the model's text
+    answer: the right answer
+    """
     predicted, expected = (Counter(re.findall(r'\w+', text.lower())) for text in (prediction, answer))
     shared = (predicted & expected).total()
     if not predicted or not expected:
@@ -118,11 +125,12 @@ def token_f1(
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #feabc7ca
 @_best
-def word_accuracy(
-    prediction: str,  # the model's text
-    answer: str,  # the right answer
-) -> float:
-    "The share of the answer's words that the prediction has at the same place."
+def word_accuracy(prediction: str, answer: str) -> float:
+    """The share of the answer's words that the prediction has at the same place.
+
+    prediction: the model's text
+    answer: the right answer
+    """
     words, expected = normalise(prediction).split(), normalise(answer).split()
     if not expected:
         raise ValueError('word_accuracy: the answer has no words')
@@ -140,11 +148,12 @@ def _edits(first: str, second: str) -> int:
 
 
 @_best
-def anls(
-    prediction: str,  # the model's text
-    answer: str,  # the right answer
-) -> float:
-    "1 − edit distance / length of the longer text, without case and repeated blanks; 0 if that distance is 0.5 or more."
+def anls(prediction: str, answer: str) -> float:
+    """1 − edit distance / length of the longer text, without case and repeated blanks; 0 if that distance is 0.5 or more.
+
+    prediction: the model's text
+    answer: the right answer
+    """
     said, right = (' '.join(text.lower().split()) for text in (prediction, answer))
     distance = _edits(said, right) / max(len(said), len(right), 1)
     return 1 - distance if distance < 0.5 else 0.0
@@ -168,10 +177,11 @@ _CONTRACTIONS = {
 }
 
 
-def vqa_normalise(
-    text: str,  # an answer
-) -> str:
-    "The text as the official VQA evaluation compares it."
+def vqa_normalise(text: str) -> str:
+    """The text as the official VQA evaluation compares it.
+
+    text: an answer
+    """
     text = ' '.join(text.replace('’', "'").split())
     text = bare = re.sub(r'(?<=\d) (?=[%°$€£¥])|(?<=[$€£¥]) (?=\d)', '', text)
     grouped = _GROUPED.search(text)
@@ -182,11 +192,12 @@ def vqa_normalise(
     return ' '.join(_CONTRACTIONS.get(word, word) for word in kept)
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #b428e971
-def vqa_accuracy(
-    prediction: str,  # the model's text
-    answers: Any,  # what people, usually ten, answered: texts or dictionaries with 'answer'; one text: all agree
-) -> float:
-    "Mean over all subsets without one person of min(1, equal answers / 3), as the official VQA evaluation normalises texts."
+def vqa_accuracy(prediction: str, answers: Any) -> float:
+    """Mean over all subsets without one person of min(1, equal answers / 3), as the official VQA evaluation normalises texts.
+
+    prediction: the model's text
+    answers: what people, usually ten, answered: texts or dictionaries with 'answer'; one text: all agree
+    """
     said, people = vqa_normalise(prediction), [vqa_normalise(text) for text in texts_of(answers)]
     equal = [float(said == text) for text in people]
     enough = min(3, len(people) - 1)
@@ -204,22 +215,28 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
 }
 
 
-def metric(
-    name: str,  # a key of `METRICS`
-) -> Callable[[str, Any], float]:
-    "The metric of that name."
+def metric(name: str) -> Callable[[str, Any], float]:
+    """The metric of that name.
+
+    name: a key of `METRICS`
+    """
     if name not in METRICS:
         raise KeyError(f'unknown metric {name!r}; known: {", ".join(METRICS)}')
     return METRICS[name]
 
 # %% ../../nbs/foundations/core/05_metrics.ipynb #db86a90b
 def bootstrap(
-    values: Sequence[float],  # one number per sample
-    n: int = 1000,  # resamples
+    values: Sequence[float],
+    n: int = 1000,
     seed: int = 0,
-    clusters: Sequence[Hashable] | None = None,  # the group of each sample (e.g. its image); groups are drawn whole
+    clusters: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
-    "The 95 % percentile interval of the mean, (low, high)."
+    """The 95 % percentile interval of the mean, (low, high).
+
+    values: one number per sample
+    n: resamples
+    clusters: the group of each sample (e.g. its image); groups are drawn whole
+    """
     values = np.asarray(values, dtype=float)
     if values.size == 0:
         raise ValueError('bootstrap: no values')

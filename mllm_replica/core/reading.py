@@ -17,13 +17,14 @@ import yaml
 from .settings import Trouble
 
 # %% ../../nbs/foundations/core/09_reading.ipynb #2dfb16a6
-def inside(
-    path: str | Path,  # relative path, as somebody wrote it
-    root: Path,  # the folder it is relative to
-    what: str,  # for the message
-    folder: str = 'data root',  # what the root is
-) -> Path:
-    "The place behind a relative path, proven to lie under `root`; whether something is there is another question."
+def inside(path: str | Path, root: Path, what: str, folder: str = 'data root') -> Path:
+    """The place behind a relative path, proven to lie under `root`; whether something is there is another question.
+
+    path: relative path, as somebody wrote it
+    root: the folder it is relative to
+    what: for the message
+    folder: what the root is
+    """
     text, root = str(path), Path(root).resolve()
     parts = PurePosixPath(text.replace('\\', '/'))
     if parts.is_absolute() or PureWindowsPath(text).drive:
@@ -82,11 +83,11 @@ def read_yaml(
         raise Trouble(f'{path}: {error}') from error
 
 # %% ../../nbs/foundations/core/09_reading.ipynb #eef9381b
-def csv_lines(
-    path: Path,
-    columns: list[str],  # the heading, as it has to be
-) -> Iterator[tuple[str, dict[str, str]]]:
-    "(file and line, for messages; the line's cells) of a CSV file."
+def csv_lines(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file and line, for messages; the line's cells) of a CSV file.
+
+    columns: the heading, as it has to be
+    """
     try:
         with open(path, encoding='utf-8', newline='') as file:
             reader = csv.DictReader(file, strict=True)

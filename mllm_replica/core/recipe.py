@@ -48,7 +48,14 @@ class _Part(Strict):
 
 # %% ../../nbs/foundations/core/02_recipe.ipynb #6f078d94
 class Source(_Part):
-    "One data set of a recipe."
+    """One data set of a recipe.
+
+    kind: how it is read
+    name: world name, or path under the data root
+    split: 'train' or 'test'; never share samples
+    size: number of samples, None for all there are
+    options: e.g. resolution or tasks of a world
+    """
 
     kind: Literal['world', 'easy_vqa', 'folder', 'parquet', 'tar']  # how it is read
     name: Name  # world name, or path under the data root
@@ -58,7 +65,21 @@ class Source(_Part):
 
 
 class Stage(_Part):
-    "One training phase."
+    """One training phase.
+
+    trainable: `re.search`ed in parameter names; others are frozen
+    mixture: source name -> weight (any sum)
+    steps: 0: only what an earlier stage taught
+    batch_size: samples per optimiser step
+    accumulate: micro-batches per optimiser step; does not change the result
+    lr_scale: regular expression -> factor on lr
+    decayed_layers: regular expression with one group: the layer number
+    weight_decay: not on biases and norm weights
+    clip: norm of the whole gradient
+    max_length: positions per sample; the first predicts nothing
+    pack: several samples in one row, no attention across
+    checkpoint_every: steps; None: only at the end
+    """
 
     name: Name
     trainable: Annotated[
@@ -100,7 +121,13 @@ class Stage(_Part):
 
 
 class Benchmark(_Part):
-    "One evaluation: a source, how answers are made, how they are scored."
+    """One evaluation: a source, how answers are made, how they are scored.
+
+    name: becomes the metric's name
+    source: key of `Recipe.sources`
+    tasks: keep only samples of these tasks; empty: all
+    metric: a name in `metrics.METRICS`
+    """
 
     name: Name  # becomes the metric's name
     source: Name  # key of `Recipe.sources`
@@ -112,7 +139,11 @@ class Benchmark(_Part):
 
 # %% ../../nbs/foundations/core/02_recipe.ipynb #36449420
 class Recipe(Strict):
-    "Everything that decides a unit."
+    """Everything that decides a unit.
+
+    model: the paper's own settings, read by its `build`
+    assumptions: what the paper leaves open and we chose
+    """
 
     paper: Name
     table: Name

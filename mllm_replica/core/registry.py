@@ -29,7 +29,11 @@ CHAPTERS = {paper: f'mllm_replica.{paper}' for paper in PAPERS}
 # %% ../../nbs/foundations/core/04_registry.ipynb #1e799796
 @dataclass(frozen=True)
 class Search:
-    "A set that grows by its best addition: where it begins, what may be added, and the recipe of a set."
+    """A set that grows by its best addition: where it begins, what may be added, and the recipe of a set.
+
+    recipe_of: of a set, in the order in which it grew, and a scale
+    seeds: development seeds: what was chosen by its score is not measured by it
+    """
 
     start: tuple[str, ...]
     candidates: tuple[str, ...]
@@ -40,7 +44,18 @@ class Search:
 
 @dataclass(frozen=True)
 class Chapter:
-    "What a chapter's `recipes` give."
+    """What a chapter's `recipes` give.
+
+    rows: table, scale -> row -> why it cannot run, None if it can
+    tables: scale -> tables of which a row can run
+    recipe: table, row, scale, seed -> recipe
+    build: recipe -> model, processor
+    measure: model, processor, recipe, scores -> numbers beside the benchmarks'
+    load_source: in place of `data.sources.load_source`
+    arrange: in place of `data.packing.arrange`
+    starts: names of what a unit starts from
+    teach: train one of them, or find it trained
+    """
 
     rows: Callable[[str, str], dict[str, str | None]]  # table, scale -> row -> why it cannot run, None if it can
     tables: Callable[[str], list[str]]  # scale -> tables of which a row can run
@@ -80,17 +95,24 @@ def _module(paper: str, name: str) -> str:
     return f'{CHAPTERS[paper]}.{name}'
 
 
-def recipes_of(
-    paper: str,  # key of `PAPERS`
-) -> Chapter:
-    "What the paper's chapter gives; its `recipe` also understands a row that carries changes."
+def recipes_of(paper: str) -> Chapter:
+    """What the paper's chapter gives; its `recipe` also understands a row that carries changes.
+
+    paper: key of `PAPERS`
+    """
     module = importlib.import_module(_module(paper, 'recipes'))
     return Chapter(**_given(Chapter, module) | {'recipe': partial(_varied, module.recipe)})
 
 # %% ../../nbs/foundations/core/04_registry.ipynb #d3106919
 @dataclass(frozen=True)
 class Cases:
-    "What a chapter's `golden` gives."
+    """What a chapter's `golden` gives.
+
+    ORIGIN: the official repository, as it stands in the metadata of the files made from it
+    parity_cases: kind of a file -> what computes it anew
+    kind_of: names of a file's tensors -> its kind, where it does not say it
+    recognises: whether these tensors are of a file of this paper
+    """
 
     ORIGIN: str  # the official repository, as it stands in the metadata of the files made from it
     parity_cases: Mapping[str, Callable[..., Any]]  # kind of a file -> what computes it anew
@@ -98,9 +120,10 @@ class Cases:
     recognises: Callable[[set[str]], bool] | None = None  # whether these tensors are of a file of this paper
 
 
-def cases_of(
-    paper: str,  # key of `PAPERS`
-) -> Cases | None:
-    "The paper's recorded cases, None if it has none."
+def cases_of(paper: str) -> Cases | None:
+    """The paper's recorded cases, None if it has none.
+
+    paper: key of `PAPERS`
+    """
     name = _module(paper, 'golden')
     return Cases(**_given(Cases, importlib.import_module(name))) if find_spec(name) else None

@@ -72,17 +72,26 @@ def work_folder() -> Path:
     return Path.cwd() if is_shipped() else project_root()
 
 
-def clone(
-    what: str,  # that changes or compares the project's own files
-) -> Path:
-    "The project folder, which must be a clone: what a wheel brings is only read."
+def clone(what: str) -> Path:
+    """The project folder, which must be a clone: what a wheel brings is only read.
+
+    what: that changes or compares the project's own files
+    """
     if is_shipped():
         raise SettingsError(f'{what} needs a clone of the project; work in one, after pip install -e . there')
     return project_root()
 
 # %% ../../nbs/foundations/core/01_settings.ipynb #25387086
 class Settings(Strict):
-    "The `[replication]` section of `settings.ini`."
+    """The `[replication]` section of `settings.ini`.
+
+    tracking_uri: MLflow address; SQLite under `run_folder` when the file leaves it empty
+    run_folder: absolute
+    scale: the default scale
+    seeds: the default seeds
+    workers: units that run side by side
+    backbones: hub id -> local folder, from `[backbones]`
+    """
 
     tracking_uri: str  # MLflow address; SQLite under `run_folder` when the file leaves it empty
     run_folder: Path  # absolute
@@ -99,11 +108,12 @@ class Settings(Strict):
         return value
 
 
-def read_settings(
-    path: Path,  # a settings.ini
-    folder: Path | None = None,  # what `run_folder` is relative to; that of the file by default
-) -> Settings:
-    "Read and check `[replication]`; a missing, unknown or malformed key is an error that names it."
+def read_settings(path: Path, folder: Path | None = None) -> Settings:
+    """Read and check `[replication]`; a missing, unknown or malformed key is an error that names it.
+
+    path: a settings.ini
+    folder: what `run_folder` is relative to; that of the file by default
+    """
     ini = configparser.ConfigParser(default_section='no defaults', delimiters=('=',), interpolation=None)
     ini.optionxform = str
     try:

@@ -22,29 +22,32 @@ def _text(value: Any) -> str:
     return value if plain else json.dumps(value)
 
 
-def parse_value(
-    text: str,  # JSON, or any other text
-) -> Any:
-    "What a written value stands for: JSON where it is JSON, else the text itself."
+def parse_value(text: str) -> Any:
+    """What a written value stands for: JSON where it is JSON, else the text itself.
+
+    text: JSON, or any other text
+    """
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def split_row(
-    row: str,  # name of a row, perhaps with changes
-) -> tuple[str, dict[str, Any]]:
-    "The row's own name, and path -> value of its changes."
+def split_row(row: str) -> tuple[str, dict[str, Any]]:
+    """The row's own name, and path -> value of its changes.
+
+    row: name of a row, perhaps with changes
+    """
     base, *changes = _CHANGE.split(row)
     return base, {path: parse_value(value) for path, _, value in (change.partition('=') for change in changes)}
 
 
-def row_name(
-    row: str,  # perhaps with changes
-    changes: dict[str, Any],  # path -> value; a path that the row has already is changed again
-) -> str:
-    "The name of the row with these changes."
+def row_name(row: str, changes: dict[str, Any]) -> str:
+    """The name of the row with these changes.
+
+    row: perhaps with changes
+    changes: path -> value; a path that the row has already is changed again
+    """
     base, old = split_row(row)
     merged = {path: value for path, value in old.items() if path not in changes} | changes
     name = '+'.join([base, *(f'{path}={_text(value)}' for path, value in merged.items())])
@@ -72,20 +75,20 @@ def _place(data: dict, path: str, unit: str) -> tuple[Any, Any]:
     return above, key
 
 
-def value_at(
-    recipe: Recipe,
-    path: str,  # like 'stages.0.lr'
-) -> Any:
-    "What the recipe has there, as plain data; an unknown path is an error that names what exists."
+def value_at(recipe: Recipe, path: str) -> Any:
+    """What the recipe has there, as plain data; an unknown path is an error that names what exists.
+
+    path: like 'stages.0.lr'
+    """
     above, key = _place(recipe.model_dump(mode='json'), path, recipe.label)
     return above[key]
 
 
-def vary(
-    recipe: Recipe,
-    changes: dict[str, Any],  # path -> value
-) -> Recipe:
-    "The recipe with these changes, under the name that carries them; it is checked as every recipe."
+def vary(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with these changes, under the name that carries them; it is checked as every recipe.
+
+    changes: path -> value
+    """
     if not changes:
         return recipe
     data = recipe.model_dump(mode='json')

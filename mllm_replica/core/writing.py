@@ -14,10 +14,11 @@ from typing import Any
 
 # %% ../../nbs/foundations/core/08_writing.ipynb #2f9c79fc
 @contextmanager
-def replacing(
-    path: Path,  # the file to write or replace
-) -> Iterator[Path]:
-    "A place to write to, which becomes the file when the block ends well and is gone when it does not."
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes the file when the block ends well and is gone when it does not.
+
+    path: the file to write or replace
+    """
     partial = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}')
     try:
         yield partial
@@ -26,11 +27,12 @@ def replacing(
         partial.unlink(missing_ok=True)
 
 
-def write_atomic(
-    path: Path,  # the file to write or replace
-    text: str,  # its whole content
-) -> None:
-    "Write a file so that a reader, or a crash, sees the old content or the new, never a part."
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    path: the file to write or replace
+    text: its whole content
+    """
     with replacing(path) as partial, open(partial, 'w', encoding='utf-8') as file:
         file.write(text)
         file.flush()

@@ -15,7 +15,15 @@ IGNORED = -100  # the label of a position without loss, everywhere in this proje
 
 @dataclass
 class Encoded:
-    "One sample as token ids, with labels on the answers only."
+    """One sample as token ids, with labels on the answers only.
+
+    input_ids: an image is a run of placeholder ids
+    labels: -100: not supervised
+    image_ids: names or rows in a feature cache, in reading order
+    images: undecoded, in reading order
+    image_spans: start and stop of each image's run
+    views: consecutive runs that show one image, such as its overview and crops
+    """
 
     id: str
     input_ids: list[int]  # an image is a run of placeholder ids

@@ -24,11 +24,12 @@ class ImageError(ValueError):
     "An image that cannot be used, and why."
 
 # %% ../../nbs/foundations/data/10_images.ipynb #b7ed1ae9
-def resolve_image(
-    path: str | Path,  # relative path, as written in the data file
-    root: Path,  # folder that holds the images
-) -> Path:
-    "The file behind a relative path, proven to lie under `root`."
+def resolve_image(path: str | Path, root: Path) -> Path:
+    """The file behind a relative path, proven to lie under `root`.
+
+    path: relative path, as written in the data file
+    root: folder that holds the images
+    """
     try:
         full = inside(path, root, 'image path', 'folder')
     except ValueError as error:
@@ -57,13 +58,13 @@ def _eight_bits(levels: np.ndarray, stated: tuple[int, ...]) -> np.ndarray:
     return (levels >> (bits - 8)).astype(np.uint8)
 
 
-def to_rgb(
-    image: Image.Image,  # any mode
-) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: transparency on white, palette and CMYK converted, more than 8 bits scaled.
 
     White of a picture of larger whole numbers is what its TIFF tags state, else the end of the smallest of
     8, 10, 12, 14, 16, 24, 31 bits that holds its largest number.
+
+    image: any mode
     """
     stated = _stated_depth(image) if image.mode.startswith('I') else ()
     image = ImageOps.exif_transpose(image)
@@ -100,10 +101,11 @@ def _from_array(array: Any) -> Image.Image:
     return Image.fromarray(_eight_bits(levels, ()))
 
 
-def image_name(
-    image: str | Path | bytes | dict | Image.Image,  # as for `open_image`
-) -> str:
-    "What to call an image in a message."
+def image_name(image: str | Path | bytes | dict | Image.Image) -> str:
+    """What to call an image in a message.
+
+    image: as for `open_image`
+    """
     if isinstance(image, dict):
         return str(image.get('path') or 'unnamed image')
     return str(image) if isinstance(image, (str, Path)) else 'unnamed image'
@@ -124,12 +126,13 @@ def _content(image: str | Path | bytes | dict, root: Path | None) -> io.BytesIO 
     raise ImageError(f"expected a path, bytes or a dictionary with 'bytes' or 'path', found {type(image).__name__}")
 
 # %% ../../nbs/foundations/data/10_images.ipynb #77d69cb2
-def open_image(
-    image: Any,  # path under `root`, bytes, {'bytes', 'path'}, a PIL image or an array of one picture
-    root: Path | None = None,  # folder that paths are relative to
-    max_pixels: int = MAX_PIXELS,  # width x height
-) -> Image.Image:
-    "Decode one image into upright 8-bit RGB, or raise an `ImageError` naming it."
+def open_image(image: Any, root: Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one image into upright 8-bit RGB, or raise an `ImageError` naming it.
+
+    image: path under `root`, bytes, {'bytes', 'path'}, a PIL image or an array of one picture
+    root: folder that paths are relative to
+    max_pixels: width x height
+    """
     if hasattr(image, '__array__') and not isinstance(image, Image.Image):
         image = _from_array(image)
     if isinstance(image, Image.Image):
@@ -163,10 +166,11 @@ def open_image(
         ) from error
 
 # %% ../../nbs/foundations/data/10_images.ipynb #1aceeb6e
-def encode_png(
-    image: Image.Image,  # 8-bit RGB
-) -> bytes:
-    "The image as the bytes of a PNG file."
+def encode_png(image: Image.Image) -> bytes:
+    """The image as the bytes of a PNG file.
+
+    image: 8-bit RGB
+    """
     buffer = io.BytesIO()
     image.save(buffer, 'PNG', compress_level=1)
     return buffer.getvalue()

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .encoded import IGNORED
 
 # %% ../../nbs/foundations/data/15_language.ipynb #8ac83c34
-def word_tokenizer(
-    words: Iterable[str],  # the vocabulary, in order; a text such as 'left of' counts as two words
-) -> PreTrainedTokenizerFast:
-    "One token per word or punctuation mark; `<pad>` 0, `<s>` 1, `</s>` 2, `<unk>` 3."
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per word or punctuation mark; `<pad>` 0, `<s>` 1, `</s>` 2, `<unk>` 3.
+
+    words: the vocabulary, in order; a text such as 'left of' counts as two words
+    """
     split = pre_tokenizers.Split(Regex(r'\w+|[^\w\s]'), behavior='removed', invert=True)
     known = dict.fromkeys(word for text in words for word, _ in split.pre_tokenize_str(text.lower()))
     vocabulary = {word: i for i, word in enumerate(['<pad>', '<s>', '</s>', '<unk>', *known])}
@@ -48,7 +49,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 # %% ../../nbs/foundations/data/15_language.ipynb #97b42b32
 class Piece(NamedTuple):
-    "A part of a sequence."
+    """A part of a sequence.
+
+    text: None: an image
+    supervised: whether the loss is taken on it
+    end: whether the end token follows it
+    """
 
     text: str | None  # None: an image
     supervised: bool = False  # whether the loss is taken on it
@@ -75,11 +81,16 @@ def text_ids(
 def tokenize(
     pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerBase,
-    image_token_id: int,  # the placeholder
-    visual_tokens: int,  # placeholders per image
-    max_length: int | None = None,  # tokens after the begin token
+    image_token_id: int,
+    visual_tokens: int,
+    max_length: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    "Begin token and pieces → input ids and labels, −100 where no loss is taken. Too long: text is cut, an image that does not fit ends the sequence."
+    """Begin token and pieces → input ids and labels, −100 where no loss is taken. Too long: text is cut, an image that does not fit ends the sequence.
+
+    image_token_id: the placeholder
+    visual_tokens: placeholders per image
+    max_length: tokens after the begin token
+    """
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
     limit = float('inf') if max_length is None else max_length + 1
     for piece in pieces:
@@ -107,7 +118,10 @@ def _spans(
 
 
 class LabelMask:
-    "A sequence with its label mask: coloured in a notebook, marked with «…» as plain text."
+    """A sequence with its label mask: coloured in a notebook, marked with «…» as plain text.
+
+    image_token_id: the placeholder
+    """
 
     _COLOURS = {'image': '#9ec9ff', 'supervised': '#a6e3a1', 'context': '#ececec'}
 
@@ -116,7 +130,7 @@ class LabelMask:
         tokenizer: PreTrainedTokenizerBase,
         input_ids: Sequence[int],
         labels: Sequence[int],
-        image_token_id: int,  # the placeholder
+        image_token_id: int,
     ) -> None:
         self.spans = [
             (kind, f'image × {len(ids)}' if kind == 'image' else tokenizer.decode(ids))

@@ -16,11 +16,12 @@ import numpy as np
 from ..core.writing import read_json_file
 
 # %% ../../nbs/foundations/data/13_mixture.ipynb #a93b2915
-def sampling_weights(
-    lengths: Sequence[int],  # samples in each data set
-    rule: str | Sequence[float],  # 'uniform', 'length_ratio', 'per_sample_100k' or one weight per data set
-) -> list[float]:
-    "The chance that a sample comes from each data set; they add up to one."
+def sampling_weights(lengths: Sequence[int], rule: str | Sequence[float]) -> list[float]:
+    """The chance that a sample comes from each data set; they add up to one.
+
+    lengths: samples in each data set
+    rule: 'uniform', 'length_ratio', 'per_sample_100k' or one weight per data set
+    """
     rules = {
         'uniform': [1.0] * len(lengths),
         'length_ratio': list(lengths),
@@ -38,7 +39,11 @@ def sampling_weights(
 # %% ../../nbs/foundations/data/13_mixture.ipynb #fa56ea9f
 @dataclass(frozen=True)
 class Mixture:
-    "Which samples each training step sees."
+    """Which samples each training step sees.
+
+    sizes: samples per source
+    weights: weight per source, any positive sum
+    """
 
     sizes: dict[str, int]  # samples per source
     weights: dict[str, float]  # weight per source, any positive sum

@@ -22,14 +22,22 @@ from .samples import IMAGE_MARK, left_out
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #ad2dd3a0
 def encode_document(
-    sample: dict[str, Any],  # with a `document`
-    tokenize: Callable[[str], list[int]],  # text -> ids, without special tokens
-    bos: int,  # first id
-    eos: int,  # last id
-    image_token_id: int,  # id of every position of an image
-    visual_tokens: Callable[[Any], int],  # image -> positions it costs
+    sample: dict[str, Any],
+    tokenize: Callable[[str], list[int]],
+    bos: int,
+    eos: int,
+    image_token_id: int,
+    visual_tokens: Callable[[Any], int],
 ) -> Encoded:
-    "The encoded form of an interleaved document."
+    """The encoded form of an interleaved document.
+
+    sample: with a `document`
+    tokenize: text -> ids, without special tokens
+    bos: first id
+    eos: last id
+    image_token_id: id of every position of an image
+    visual_tokens: image -> positions it costs
+    """
     if not sample['document']:
         raise ValueError(f"sample {sample['id']!r} has no document; conversations are encoded by the model's processor")
     ids, labels, spans = [bos], [-100], []
@@ -43,11 +51,11 @@ def encode_document(
     return Encoded(sample['id'], ids + [eos], labels + [eos], images=sample['images'], image_spans=spans)
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #e8f4a2b6
-def truncate(
-    encoded: Encoded,
-    max_length: int,  # positions
-) -> Encoded:
-    "At most `max_length` positions, every image whole; an error if nothing supervised is left."
+def truncate(encoded: Encoded, max_length: int) -> Encoded:
+    """At most `max_length` positions, every image whole; an error if nothing supervised is left.
+
+    max_length: positions
+    """
     if len(encoded) <= max_length:
         return encoded
     kept = sum(end <= max_length for _, end in encoded.image_blocks) * encoded.views
@@ -67,12 +75,12 @@ def truncate(
     )
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #7154ff19
-def truncate_all(
-    encoded: Iterable[Encoded],
-    max_length: int,  # positions
-    skip: int = 0,  # so many samples may be left out
-) -> list[Encoded]:
-    "All samples, cut; up to `skip` of which nothing supervised is left are left out and listed in a warning."
+def truncate_all(encoded: Iterable[Encoded], max_length: int, skip: int = 0) -> list[Encoded]:
+    """All samples, cut; up to `skip` of which nothing supervised is left are left out and listed in a warning.
+
+    max_length: positions
+    skip: so many samples may be left out
+    """
     kept, bad = [], []
     for sample in encoded:
         try:
@@ -86,11 +94,11 @@ def truncate_all(
     return kept
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #68f560ec
-def pack(
-    samples: list[Encoded],
-    length: int,  # positions of a row
-) -> list[list[Encoded]]:
-    "Rows of samples that fit into `length`, by best-fit decreasing."
+def pack(samples: list[Encoded], length: int) -> list[list[Encoded]]:
+    """Rows of samples that fit into `length`, by best-fit decreasing.
+
+    length: positions of a row
+    """
     rooms, rows = [], []  # rooms: sorted (free positions, row number)
     for sample in sorted(samples, key=len, reverse=True):
         if len(sample) > length:
@@ -104,10 +112,11 @@ def pack(
     return rows
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #6357eb2f
-def segment_mask(
-    segment_ids: torch.Tensor,  # [B, T]; equal numbers may see each other
-) -> torch.Tensor:
-    "Additive causal mask inside segments, [B, T] -> [B, 1, T, T]: 0 where attention is allowed, else the lowest float."
+def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Additive causal mask inside segments, [B, T] -> [B, 1, T, T]: 0 where attention is allowed, else the lowest float.
+
+    segment_ids: [B, T]; equal numbers may see each other
+    """
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     allowed = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
     return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
@@ -150,13 +159,20 @@ def _image_inputs(
 def collate(
     batch: list[Encoded],
     pad_token_id: int,
-    padding_side: str = 'right',  # 'left' for generation
-    features: Any = None,  # a feature cache: features[image_ids] -> [N, S, Dv]
-    packed: bool = False,  # several samples per row
-    length: int | None = None,  # positions of a packed row; None: the longest sample
-    image_tensor: Callable[[list], torch.Tensor] | None = None,  # undecoded images -> [N, C, P, P]
+    padding_side: str = 'right',
+    features: Any = None,
+    packed: bool = False,
+    length: int | None = None,
+    image_tensor: Callable[[list], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    "One batch: input_ids, labels [B, T], attention_mask ([B, T], or [B, 1, T, T] if packed), position_ids if packed, images, ids."
+    """One batch: input_ids, labels [B, T], attention_mask ([B, T], or [B, 1, T, T] if packed), position_ids if packed, images, ids.
+
+    padding_side: 'left' for generation
+    features: a feature cache: features[image_ids] -> [N, S, Dv]
+    packed: several samples per row
+    length: positions of a packed row; None: the longest sample
+    image_tensor: undecoded images -> [N, C, P, P]
+    """
     if padding_side not in ('left', 'right'):
         raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
     if not batch:
@@ -178,12 +194,12 @@ def collate(
     return out | _image_inputs(samples, features, image_tensor)
 
 # %% ../../nbs/foundations/data/14_packing.ipynb #5b4185a4
-def arrange(
-    stages: Sequence[Stage],
-    encoded: Mapping[str, Sequence[Encoded]],  # source -> its samples
-    **how: Any,  # further arguments of `collate`
-) -> dict[str, Any]:
-    "What `train` is given besides model and stages: data sets, collation, order."
+def arrange(stages: Sequence[Stage], encoded: Mapping[str, Sequence[Encoded]], **how: Any) -> dict[str, Any]:
+    """What `train` is given besides model and stages: data sets, collation, order.
+
+    encoded: source -> its samples
+    how: further arguments of `collate`
+    """
     packed = {stage.pack for stage in stages}
     if len(packed) > 1:
         raise NotImplementedError(

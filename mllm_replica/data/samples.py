@@ -61,11 +61,12 @@ def _check_turns(sample: dict[str, Any], name: str) -> None:
             raise ValueError(f'{name}: the answer in turn {i} contains {IMAGE_MARK}; images belong in human turns')
 
 
-def check_sample(
-    sample: dict[str, Any],  # all columns of `features`
-    where: str = '',  # file and line, for the message
-) -> None:
-    "Raise a ValueError naming the sample if it cannot be trained on or asked."
+def check_sample(sample: dict[str, Any], where: str = '') -> None:
+    """Raise a ValueError naming the sample if it cannot be trained on or asked.
+
+    sample: all columns of `features`
+    where: file and line, for the message
+    """
     name = f'{where}: ' * bool(where) + f'sample {sample["id"]!r}'
     if not sample['id']:
         raise ValueError(f'{where or "a sample"}: id is missing or empty; every sample needs one of its own')
@@ -148,12 +149,13 @@ def _check_types(entry: Any, where: str) -> None:
         raise ValueError(f'{where}: meta is {entry["meta"]!r:.60}; expected an object or its JSON')
 
 
-def as_sample(
-    entry: dict[str, Any],  # as it stands in the file
-    where: str,  # file and line, for messages
-    place: Callable[[Any], dict],  # image reference -> {'bytes', 'path'}
-) -> dict[str, Any]:
-    "The checked sample that an entry of a data file describes."
+def as_sample(entry: dict[str, Any], where: str, place: Callable[[Any], dict]) -> dict[str, Any]:
+    """The checked sample that an entry of a data file describes.
+
+    entry: as it stands in the file
+    where: file and line, for messages
+    place: image reference -> {'bytes', 'path'}
+    """
     _check_types(entry, where)
     images = entry.get('images', entry.get('image'))
     images = images if isinstance(images, list) else [] if images is None else [images]
@@ -187,22 +189,22 @@ def as_sample(
         raise ImageError(f'{where}: sample {sample["id"]!r}: {error}') from error
 
 # %% ../../nbs/foundations/data/11_samples.ipynb #339431e3
-def left_out(
-    what: str,  # whose records
-    bad: list[str],  # what is wrong with each that was left out
-    limit: int,  # how many may be
-) -> str:
-    "What is said of bad records: how many, how many may be left out, and the first twenty."
+def left_out(what: str, bad: list[str], limit: int) -> str:
+    """What is said of bad records: how many, how many may be left out, and the first twenty.
+
+    what: whose records
+    bad: what is wrong with each that was left out
+    limit: how many may be
+    """
     more = f'\n… and {len(bad) - 20} more' * (len(bad) > 20)
     return f'{what}: {len(bad)} bad records, {limit} may be left out:\n' + '\n'.join(bad[:20]) + more
 
 
-def choose(
-    dataset: 'datasets.Dataset',
-    size: int | None,  # None: all
-    seed: int,
-) -> 'datasets.Dataset':
-    "A seeded choice of `size` samples, in the order of the data set."
+def choose(dataset: 'datasets.Dataset', size: int | None, seed: int) -> 'datasets.Dataset':
+    """A seeded choice of `size` samples, in the order of the data set.
+
+    size: None: all
+    """
     if size is None:
         return dataset
     if size > len(dataset):

@@ -134,11 +134,12 @@ def _split(source: Source) -> str:
     return source.split
 
 
-def data_files(
-    source: Source,  # kind 'folder', 'parquet' or 'tar'
-    data_root: Path,  # folder that `source.name` is relative to
-) -> list[Path]:
-    "The files of a source: `name` itself, or `name/SPLIT*` in sorted order."
+def data_files(source: Source, data_root: Path) -> list[Path]:
+    """The files of a source: `name` itself, or `name/SPLIT*` in sorted order.
+
+    source: kind 'folder', 'parquet' or 'tar'
+    data_root: folder that `source.name` is relative to
+    """
     root, endings, split = Path(data_root).resolve(), _READERS[source.kind][0], _split(source)
     place = inside(source.name, root, 'source')
     found = [place] if place.is_file() else place.glob(f'{split}*') if place.is_dir() else []
@@ -172,12 +173,13 @@ def _sample(entry: Any, where: str, place: Callable[[Any], dict]) -> dict[str, A
         raise ValueError(f'{where}: brackets are nested too deeply') from error
 
 
-def read_files(
-    source: Source,  # kind 'folder', 'parquet' or 'tar'
-    data_root: Path,  # folder that `source.name` is relative to
-    skipped: list[str] | None = None,  # gets what is wrong with each record that was left out
-) -> Iterator[dict[str, Any]]:
-    "The checked samples of a source, in file order, without bad records up to `may_skip`; one more is an error."
+def read_files(source: Source, data_root: Path, skipped: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The checked samples of a source, in file order, without bad records up to `may_skip`; one more is an error.
+
+    source: kind 'folder', 'parquet' or 'tar'
+    data_root: folder that `source.name` is relative to
+    skipped: gets what is wrong with each record that was left out
+    """
     seen, limit, skipped = {}, may_skip(source), [] if skipped is None else skipped
     for path in data_files(source, data_root):
 
@@ -263,20 +265,21 @@ def _stored(source: Source, seed: int, data_root: Path | None) -> 'datasets.Data
 _KINDS = {'world': _made, 'easy_vqa': _easy_vqa, 'folder': _stored, 'parquet': _stored, 'tar': _stored}
 
 
-def load_source(
-    source: Source,  # from the recipe
-    seed: int,  # decides procedural scenes and which samples `size` keeps
-    data_root: Path | None = None,  # folder of local data, for the kinds 'folder', 'parquet' and 'tar'
-) -> 'datasets.Dataset':
-    "The samples of a source, images undecoded; columns as in `features`."
+def load_source(source: Source, seed: int, data_root: Path | None = None) -> 'datasets.Dataset':
+    """The samples of a source, images undecoded; columns as in `features`.
+
+    source: from the recipe
+    seed: decides procedural scenes and which samples `size` keeps
+    data_root: folder of local data, for the kinds 'folder', 'parquet' and 'tar'
+    """
     return _KINDS[source.kind](source, seed, data_root)
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #b0e7359a
-def check_images(
-    dataset: 'datasets.Dataset',
-    allowed: int = 0,  # how many samples may be left out
-) -> tuple['datasets.Dataset', list[str]]:
-    "The samples whose images all decode, and one message per sample left out; more than `allowed` of them is an error."
+def check_images(dataset: 'datasets.Dataset', allowed: int = 0) -> tuple['datasets.Dataset', list[str]]:
+    """The samples whose images all decode, and one message per sample left out; more than `allowed` of them is an error.
+
+    allowed: how many samples may be left out
+    """
     bad = {}
     for row, images in enumerate(dataset['images'][:]):
         try:

@@ -87,11 +87,11 @@ def starts(
     return [*experts, f'reader-{_GRID**2 * (len(experts) if recipe.model["fusion"] == "sequence" else 1)}']
 
 
-def teach(
-    recipe: Recipe,
-    start: str,  # of `starts`
-) -> None:
-    "Train it on first use."
+def teach(recipe: Recipe, start: str) -> None:
+    """Train it on first use.
+
+    start: of `starts`
+    """
     import torch
 
     with torch.device('meta'):
@@ -102,13 +102,11 @@ def teach(
         _reader(recipe, model.config, processor)
 
 # %% ../../nbs/papers/04_eagle.ipynb #63b7a9b4
-def measure(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    scores: dict[str, float],  # benchmark -> score
-) -> dict[str, float]:
-    "Further numbers of a unit: the mean of its tests, and what its mixture costs."
+def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]) -> dict[str, float]:
+    """Further numbers of a unit: the mean of its tests, and what its mixture costs.
+
+    scores: benchmark -> score
+    """
     import torch
     from mllm_replica.data.worlds.making import samples
     from mllm_replica.models.cost import count

@@ -41,11 +41,11 @@ from ..models.vision import clip_pixels
 from ..owl2.processor import to_square
 
 # %% ../../nbs/papers/04_eagle.ipynb #daac7679
-def under(
-    weights: Mapping[str, Tensor],
-    prefix: str,  # of names
-) -> dict[str, Tensor]:
-    "The weights below a prefix, without it."
+def under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights below a prefix, without it.
+
+    prefix: of names
+    """
     return {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
@@ -161,10 +161,11 @@ _SETTINGS = dict(
 )  # tower -> its settings in a file
 
 
-def settings_of(
-    config: dict[str, Any],  # towers, their settings, input_size
-) -> dict[str, dict[str, Any]]:
-    "Settings and image size of every tower of a file: all but CLIP see the whole input."
+def settings_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings and image size of every tower of a file: all but CLIP see the whole input.
+
+    config: towers, their settings, input_size
+    """
     fields = {name: config[_SETTINGS[name.split('-')[0]]] for name in tower_names(config['towers'])}
     return {
         name: dict(config=f, image_size=f['image_size'] if name.startswith('clip') else config['input_size'])
@@ -172,11 +173,12 @@ def settings_of(
     }
 
 
-def mixture_of(
-    config: dict[str, Any],  # towers, their settings, grid, input_size
-    weights: Mapping[str, Tensor],  # with `vision_towers.k.` in front
-) -> Mixture:
-    "The file's mixture, its weights loaded."
+def mixture_of(config: dict[str, Any], weights: Mapping[str, Tensor]) -> Mixture:
+    """The file's mixture, its weights loaded.
+
+    config: towers, their settings, grid, input_size
+    weights: with `vision_towers.k.` in front
+    """
     experts = {name: build_expert(name, **settings) for name, settings in settings_of(config).items()}
     check_towers(list(experts), weights)
     fusion, _ = build_fusion('channel', shapes_of(experts), config['grid'], 1, 'linear')
@@ -196,12 +198,12 @@ def _norm(mixture: Mixture) -> nn.Module:
     ]
 
 
-def steady(
-    mixture: Mixture,
-    maps: list[Tensor],  # of its experts
-    before: Tensor,  # [B,h,w,c] what SAM's last norm was given
-) -> Tensor:
-    "Where SAM's norm divides by more than its epsilon, → bool [B,N,C]: below, all rounding errors grow a thousandfold."
+def steady(mixture: Mixture, maps: list[Tensor], before: Tensor) -> Tensor:
+    """Where SAM's norm divides by more than its epsilon, → bool [B,N,C]: below, all rounding errors grow a thousandfold.
+
+    maps: of its experts
+    before: [B,h,w,c] what SAM's last norm was given
+    """
     above = (before.var(-1, correction=0, keepdim=True) > _norm(mixture).eps).expand_as(before).permute(0, 3, 1, 2)
     return (
         mixture.fusion(
@@ -246,13 +248,18 @@ def fusion_case(
 # %% ../../nbs/papers/04_eagle.ipynb #f9f52123
 def _official(
     model: EagleModel,
-    ids: Tensor,  # [B,T] with one placeholder per image
-    images: list[Tensor],  # crops of each; none: the rows stay as they are
-    mask: Tensor | None,  # [B,T] or, with past positions, [B,P+T]
+    ids: Tensor,
+    images: list[Tensor],
+    mask: Tensor | None,
     labels: Tensor | None,
     config: dict[str, Any],
 ) -> dict[str, Tensor | None]:
-    "A batch as the official code hands it to the language model."
+    """A batch as the official code hands it to the language model.
+
+    ids: [B,T] with one placeholder per image
+    images: crops of each; none: the rows stay as they are
+    mask: [B,T] or, with past positions, [B,P+T]
+    """
     mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
     if images:
         return model.official_inputs(ids, images, mask, labels, **_rows(config))

@@ -17,32 +17,35 @@ from .experts.towers import build_expert, official_weights
 from ..models.parity import Given
 
 # %% ../../nbs/papers/04b_eagle_experts.ipynb #8749afc4
-def scalar(
-    features: Tensor,  # in the layout of the file
-) -> Tensor:
-    "The number whose gradients are recorded."
+def scalar(features: Tensor) -> Tensor:
+    """The number whose gradients are recorded.
+
+    features: in the layout of the file
+    """
     flat = features.flatten()
     weights = torch.cos(0.37 * torch.arange(flat.numel(), dtype=torch.float64, device=flat.device)).to(flat.dtype)
     return (flat * weights).mean()
 
 
-def watch(
-    module: nn.Module,  # an expert
-    parts: Mapping[str, str],  # name of a result -> path of the part that gives it
-) -> dict[str, Tensor]:
-    "A dict that is filled with the parts' outputs at every forward pass."
+def watch(module: nn.Module, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """A dict that is filled with the parts' outputs at every forward pass.
+
+    module: an expert
+    parts: name of a result -> path of the part that gives it
+    """
     seen: dict[str, Tensor] = {}
     for name, path in parts.items():
         module.get_submodule(path).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
     return seen
 
 
-def gradients(
-    module: nn.Module,  # whose parameters have official names
-    wanted: list[str],  # names of recorded tensors
-    prefix: str,  # of the names, before the parameter's
-) -> dict[str, Tensor]:
-    "The gradients of the recorded parameters."
+def gradients(module: nn.Module, wanted: list[str], prefix: str) -> dict[str, Tensor]:
+    """The gradients of the recorded parameters.
+
+    module: whose parameters have official names
+    wanted: names of recorded tensors
+    prefix: of the names, before the parameter's
+    """
     names = dict(module.named_parameters())
     return {
         name: names[name[len(prefix) :]].grad

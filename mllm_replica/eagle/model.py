@@ -37,7 +37,10 @@ MIXTURES = {
 
 
 class EagleVisionConfig(PreTrainedConfig):
-    "Experts in their order, and the side of the pictures that come in."
+    """Experts in their order, and the side of the pictures that come in.
+
+    image_size: pixels
+    """
 
     model_type = 'eagle_vision'
 
@@ -80,11 +83,11 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         "Nothing: each expert draws its own weights when it is made."
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [P,3,S,S]
-    ) -> list[Tensor]:
-        "[P,3,S,S] → [P,C,s,s] for each expert."
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """[P,3,S,S] → [P,C,s,s] for each expert.
+
+        pixel_values: [P,3,S,S]
+        """
         return self.maps(pixel_values)
 
 
@@ -97,7 +100,10 @@ CONNECTOR = dict(fusion='channel', projector='mlp2x_gelu', grid=None, aligned=[]
 
 
 class EagleConfig(VisionLanguageConfig):
-    "Settings of Eagle; `connector_config` has the keys of `CONNECTOR`."
+    """Settings of Eagle; `connector_config` has the keys of `CONNECTOR`.
+
+    tiles: an image is also cut into tiles × tiles pictures
+    """
 
     model_type = 'eagle'
 
@@ -135,10 +141,11 @@ class EagleConfig(VisionLanguageConfig):
         return self.crops * grids * self.connector_config['grid'] ** 2
 
 # %% ../../nbs/papers/04_eagle.ipynb #3a193082
-def pictures(
-    pixel_values: Tensor | Sequence[Tensor],  # [N,3,S,S], [N,c,3,S,S], or N times [c,3,S,S]
-) -> tuple[Tensor, list[int]]:
-    "All crops of all images [P,3,S,S], and how many each image has."
+def pictures(pixel_values: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """All crops of all images [P,3,S,S], and how many each image has.
+
+    pixel_values: [N,3,S,S], [N,c,3,S,S], or N times [c,3,S,S]
+    """
     if not isinstance(pixel_values, Tensor):
         if wrong := [tuple(x.shape) for x in pixel_values if x.dim() != 4 or not len(x)]:
             raise ValueError(
@@ -192,22 +199,22 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
             raise ValueError(f'the own projectors of {", ".join(learning)} learn at once; align one expert per stage')
         return learning[0] if learning else None
 
-    def visual_features(
-        self,
-        pixel_values: Tensor,  # [N,3,S,S] or [N,c,3,S,S]
-    ) -> Tensor:
-        "What the fusion reads of all maps: → [N,c,F]."
+    def visual_features(self, pixel_values: Tensor) -> Tensor:
+        """What the fusion reads of all maps: → [N,c,F].
+
+        pixel_values: [N,3,S,S] or [N,c,3,S,S]
+        """
         crops, counts = pictures(pixel_values)
         maps = zip(self.vision_model(crops), self.fusion.experts)
         return torch.cat([resize(x, self.fusion.side(expert)).flatten(1) for x, expert in maps], 1).unflatten(
             0, (len(counts), -1)
         )
 
-    def maps_of(
-        self,
-        image_features: Tensor,  # [N,c,F]
-    ) -> list[Tensor]:
-        "`visual_features` as maps again: → [P,C,s,s] for each expert."
+    def maps_of(self, image_features: Tensor) -> list[Tensor]:
+        """`visual_features` as maps again: → [P,C,s,s] for each expert.
+
+        image_features: [N,c,F]
+        """
         shapes = [
             (expert.channels, self.fusion.side(expert), self.fusion.side(expert)) for expert in self.fusion.experts
         ]
@@ -223,10 +230,14 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
 @patch
 def visual_embeds(
     self: EagleModel,
-    pixel_values: Tensor | Sequence[Tensor] | None = None,  # [N,3,S,S], [N,c,3,S,S], or N times [c,3,S,S]
-    image_features: Tensor | None = None,  # [N,c,F] instead of pixels
+    pixel_values: Tensor | Sequence[Tensor] | None = None,
+    image_features: Tensor | None = None,
 ) -> Tensor:
-    "Visual tokens of all pictures in the decoder's width: → [P,M,D]."
+    """Visual tokens of all pictures in the decoder's width: → [P,M,D].
+
+    pixel_values: [N,3,S,S], [N,c,3,S,S], or N times [c,3,S,S]
+    image_features: [N,c,F] instead of pixels
+    """
     dtype, name = self.get_input_embeddings().weight.dtype, self.aligning()
     if name is not None:
         if pixel_values is None:
@@ -245,11 +256,16 @@ def visual_embeds(
 @patch
 def check_images(
     self: EagleModel,
-    is_image: Tensor,  # [B,T] true at placeholders
-    pixel_values: Tensor | Sequence[Tensor] | None,  # as for `visual_embeds`
-    image_features: Tensor | None,  # [N,c,F] instead of pixels
+    is_image: Tensor,
+    pixel_values: Tensor | Sequence[Tensor] | None,
+    image_features: Tensor | None,
 ) -> None:
-    "Placeholders and the crops of the images must fit, or the error names the sample."
+    """Placeholders and the crops of the images must fit, or the error names the sample.
+
+    is_image: [B,T] true at placeholders
+    pixel_values: as for `visual_embeds`
+    image_features: [N,c,F] instead of pixels
+    """
     crops = [image_features.shape[1]] * len(image_features) if pixel_values is None else pictures(pixel_values)[1]
     per_crop = self.config.visual_token_count() // self.config.crops
     check_places(is_image.sum(1).tolist(), [count * per_crop for count in crops])
@@ -258,14 +274,22 @@ def check_images(
 @patch
 def embed(
     self: EagleModel,
-    input_ids: Tensor | None = None,  # [B,T] with placeholders
-    pixel_values: Tensor | Sequence[Tensor] | None = None,  # as for `visual_embeds`
-    image_features: Tensor | None = None,  # [N,c,F] instead of pixels
-    inputs_embeds: Tensor | None = None,  # [B,T,D] of the text instead of its ids
-    visual_embeds: Tensor | None = None,  # [P,M,D] made of pixels or features before
-    partly: bool = False,  # as for `VisionLanguageModel`
+    input_ids: Tensor | None = None,
+    pixel_values: Tensor | Sequence[Tensor] | None = None,
+    image_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    visual_embeds: Tensor | None = None,
+    partly: bool = False,
 ) -> Tensor:
-    "Text embeddings with the visual tokens in their places: [B,T] → [B,T,D]."
+    """Text embeddings with the visual tokens in their places: [B,T] → [B,T,D].
+
+    input_ids: [B,T] with placeholders
+    pixel_values: as for `visual_embeds`
+    image_features: [N,c,F] instead of pixels
+    inputs_embeds: [B,T,D] of the text instead of its ids
+    visual_embeds: [P,M,D] made of pixels or features before
+    partly: as for `VisionLanguageModel`
+    """
     if pixel_values is None and image_features is None or inputs_embeds is not None:
         return VisionLanguageModel.embed(
             self, input_ids, pixel_values, image_features, inputs_embeds, visual_embeds, partly
@@ -280,13 +304,20 @@ def embed(
 @patch
 def official_inputs(
     self: EagleModel,
-    input_ids: Tensor,  # [B,T] with one `placeholder` per image
-    pixel_values: Tensor | Sequence[Tensor],  # as for `visual_embeds`
-    attention_mask: Tensor | None = None,  # [B,T]
-    labels: Tensor | None = None,  # [B,T]
-    **layout: Any,  # as for `lay_out`: max_length, padding_side, placeholder
+    input_ids: Tensor,
+    pixel_values: Tensor | Sequence[Tensor],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    **layout: Any,
 ) -> dict[str, Tensor | None]:
-    "Arguments of `forward` from official rows, with one placeholder per image and cut anywhere."
+    """Arguments of `forward` from official rows, with one placeholder per image and cut anywhere.
+
+    input_ids: [B,T] with one `placeholder` per image
+    pixel_values: as for `visual_embeds`
+    attention_mask: [B,T]
+    labels: [B,T]
+    layout: as for `lay_out`: max_length, padding_side, placeholder
+    """
     visual = self.visual_embeds(pixel_values)
     places = lay_out(
         input_ids, [count * visual.shape[1] for count in pictures(pixel_values)[1]], attention_mask, labels, **layout

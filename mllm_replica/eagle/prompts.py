@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.images import open_image
 from ..data.language import text_ids
 from ..data.samples import IMAGE_MARK, ROLES
-from ..models.processing import SHOWN, TURNS, VisionLanguageProcessor, piece_ids
+from ..models.processing import VisionLanguageProcessor, piece_ids
+from ..models.templates import SHOWN, TURNS
 from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels
 from ..models.vlm import VisionLanguageConfig
 from ..owl2.processor import SYSTEM, Owl2ImageProcessor, image_first, to_square
@@ -77,10 +78,11 @@ _PLAIN = (
 )
 
 
-def official_template(
-    name: str,  # a key of `TEMPLATES`
-) -> str:
-    "The official prompt as Jinja."
+def official_template(name: str) -> str:
+    """The official prompt as Jinja.
+
+    name: a key of `TEMPLATES`
+    """
     if name == 'plain':
         return _PLAIN
     opening, question, answer = TEMPLATES[name]
@@ -94,18 +96,20 @@ def official_template(
 Part = tuple[str, str]  # a pattern of the template, and the turn in it
 
 
-def from_question(
-    turns: Sequence[dict[str, str]],  # {'from', 'value'}
-) -> Sequence[dict[str, str]]:
-    "The turns without a first one of gpt's."
+def from_question(turns: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
+    """The turns without a first one of gpt's.
+
+    turns: {'from', 'value'}
+    """
     return turns[1:] if turns and turns[0]['from'] == ROLES[1] else turns
 
 
-def rounds(
-    template: str,  # a key of `TEMPLATES`
-    turns: Sequence[dict[str, str]],  # {'from', 'value'}: human and gpt in turn
-) -> list[tuple[list[Part], Part | None]]:
-    "Question by question what the model reads and what it answers."
+def rounds(template: str, turns: Sequence[dict[str, str]]) -> list[tuple[list[Part], Part | None]]:
+    """Question by question what the model reads and what it answers.
+
+    template: a key of `TEMPLATES`
+    turns: {'from', 'value'}: human and gpt in turn
+    """
     if template not in TEMPLATES:
         raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}')
     (opening, question, answer), turns, out = TEMPLATES[template], from_question(turns), []
@@ -118,11 +122,11 @@ def rounds(
     return out
 
 
-def prompt_text(
-    template: str,  # as for `rounds`
-    turns: Sequence[dict[str, str]],
-) -> str:
-    "The whole conversation as one text, to be read by people."
+def prompt_text(template: str, turns: Sequence[dict[str, str]]) -> str:
+    """The whole conversation as one text, to be read by people.
+
+    template: as for `rounds`
+    """
     parts = [part for asked, answer in rounds(template, turns) for part in [*asked, answer] if part]
     return ''.join(pattern.replace('{}', text) for pattern, text in parts)
 
@@ -138,11 +142,11 @@ def _mark_id(tokenizer: PreTrainedTokenizerBase, mark: str) -> int:
     return number
 
 
-def part_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[Part],  # patterns and the turns in them
-) -> list[int | None]:
-    "Token ids of consecutive parts, None where an image stands."
+def part_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> list[int | None]:
+    """Token ids of consecutive parts, None where an image stands.
+
+    parts: patterns and the turns in them
+    """
     pieces: list[str | None] = ['']
     for pattern, text in parts:  # text, mark, text, mark, …, text
         first, *rest = [
@@ -161,11 +165,15 @@ def part_ids(
 # %% ../../nbs/papers/04_eagle.ipynb #19fe8793
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase,
-    template: str,  # as for `rounds`
+    template: str,
     turns: Sequence[dict[str, str]],
-    begin: bool = True,  # whether a begin token comes first
+    begin: bool = True,
 ) -> Iterator[tuple[list[int | None], bool]]:
-    "Token ids, None for an image, part by part, and whether the loss is taken on the part."
+    """Token ids, None for an image, part by part, and whether the loss is taken on the part.
+
+    template: as for `rounds`
+    begin: whether a begin token comes first
+    """
     if begin:
         yield [tokenizer.bos_token_id], False
     for asked, answer in rounds(template, turns):
@@ -182,12 +190,13 @@ def conversation_ids(
         yield whole[len(prompt) :], True
 
 # %% ../../nbs/papers/04_eagle.ipynb #095da515
-def with_images(
-    turns: Sequence[dict[str, str]],  # human and gpt in turn
-    images: int,  # how many the sample has
-    name: str,  # of the sample, for errors
-) -> list[dict[str, str]]:
-    "The turns from the first question on, with one `<image>` per image in front of their questions."
+def with_images(turns: Sequence[dict[str, str]], images: int, name: str) -> list[dict[str, str]]:
+    """The turns from the first question on, with one `<image>` per image in front of their questions.
+
+    turns: human and gpt in turn
+    images: how many the sample has
+    name: of the sample, for errors
+    """
     roles, given, turns = [turn['from'] for turn in turns], turns, from_question(turns)
     if not turns or any(turn['from'] != ROLES[i % 2] for i, turn in enumerate(turns)):
         raise ValueError(
@@ -212,16 +221,24 @@ MODES = ('pad', 'crop')
 
 
 class EagleImageProcessor(Owl2ImageProcessor):
-    "Pictures as squares, padded or cut; perhaps with tiles of them."
+    """Pictures as squares, padded or cut; perhaps with tiles of them.
+
+    size: side of the mixture's input, pixels
+    image_mean: per channel
+    image_std: per channel
+    mode: how a picture becomes a square, one of `MODES`
+    tiles: tiles in a row and in a column of an image
+    kwargs: what transformers stores beside them
+    """
 
     def __init__(
         self,
-        size: int | dict[str, int] = 1024,  # side of the mixture's input, pixels
-        image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,  # per channel
-        mode: str = 'pad',  # how a picture becomes a square, one of `MODES`
-        tiles: int = 1,  # tiles in a row and in a column of an image
-        **kwargs: Any,  # what transformers stores beside them
+        size: int | dict[str, int] = 1024,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        mode: str = 'pad',
+        tiles: int = 1,
+        **kwargs: Any,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
@@ -230,11 +247,11 @@ class EagleImageProcessor(Owl2ImageProcessor):
         super().__init__(size, image_mean, image_std, mode, **kwargs)
         self.tiles = tiles
 
-    def pixels(
-        self,
-        images: Sequence[Any],  # PIL images or undecoded sources, of any size
-    ) -> Tensor:
-        "Pixel values: N images → [N,3,S,S], or [N,c,3,S,S] with c = tiles² + 1 crops, the whole picture first."
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values: N images → [N,3,S,S], or [N,c,3,S,S] with c = tiles² + 1 crops, the whole picture first.
+
+        images: PIL images or undecoded sources, of any size
+        """
         if self.tiles == 1:
             return super().pixels(images)
         size, squares = self.side, []
@@ -250,7 +267,14 @@ class EagleImageProcessor(Owl2ImageProcessor):
 
 
 class EagleProcessor(VisionLanguageProcessor):
-    "Samples → token ids, labels and square pictures."
+    """Samples → token ids, labels and square pictures.
+
+    visual_tokens: places per image
+    image_token_id: placeholder; None: the tokenizer's or a new one
+    chat_template: Jinja; None: that of the template
+    template: a key of `TEMPLATES`, or 'words'
+    begin: whether a begin token comes first; None: as the template's tokenizer does
+    """
 
     image_processor_type = EagleImageProcessor
 
@@ -258,11 +282,11 @@ class EagleProcessor(VisionLanguageProcessor):
         self,
         image_processor: EagleImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,  # places per image
-        image_token_id: int | None = None,  # placeholder; None: the tokenizer's or a new one
-        chat_template: str | None = None,  # Jinja; None: that of the template
-        template: str = 'vicuna_v1',  # a key of `TEMPLATES`, or 'words'
-        begin: bool | None = None,  # whether a begin token comes first; None: as the template's tokenizer does
+        visual_tokens: int,
+        image_token_id: int | None = None,
+        chat_template: str | None = None,
+        template: str = 'vicuna_v1',
+        begin: bool | None = None,
     ) -> None:
         if template not in (*TEMPLATES, 'words'):
             raise ValueError(f'template {template!r} is unknown; expected one of {", ".join(TEMPLATES)}, words')
@@ -279,9 +303,12 @@ class EagleProcessor(VisionLanguageProcessor):
         cls,
         config: VisionLanguageConfig,
         tokenizer: PreTrainedTokenizerBase,
-        **kwargs: Any,  # further settings of the processor or of its image processor
+        **kwargs: Any,
     ) -> 'EagleProcessor':
-        "The processor that fits a model's configuration."
+        """The processor that fits a model's configuration.
+
+        kwargs: further settings of the processor or of its image processor
+        """
         return super().from_config(config, tokenizer, **{'tiles': config.tiles, **kwargs})
 
 # %% ../../nbs/papers/04_eagle.ipynb #8e7946ef
@@ -297,11 +324,16 @@ def turns(self: EagleProcessor, sample: dict[str, Any], training: bool, name: st
 @patch
 def parts(
     self: EagleProcessor,
-    sample: dict[str, Any],  # turns or document
-    training: bool,  # False: an answer is to come
-    name: str,  # of the sample, for errors
+    sample: dict[str, Any],
+    training: bool,
+    name: str,
 ) -> Iterator[tuple[list[int | None], bool]]:
-    "Token ids, None for an image, part by part, and whether the loss is taken on the part."
+    """Token ids, None for an image, part by part, and whether the loss is taken on the part.
+
+    sample: turns or document
+    training: False: an answer is to come
+    name: of the sample, for errors
+    """
     if not sample['document'] and self.template != 'words':
         yield from conversation_ids(self.tokenizer, self.template, sample['conversations'], self.begin)
         return

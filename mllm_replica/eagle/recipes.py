@@ -254,11 +254,11 @@ def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
 rows, tables, recipe = runnable('eagle', _reason, _recipe)
 
 # %% ../../nbs/papers/04_eagle.ipynb #0e2e3163
-def mixture_of(
-    made: tuple[str, ...],  # experts
-    scale: str,
-) -> Recipe:
-    "The recipe of a set of experts; the search's first set is a row of the table."
+def mixture_of(made: tuple[str, ...], scale: str) -> Recipe:
+    """The recipe of a set of experts; the search's first set is a row of the table.
+
+    made: experts
+    """
     row = recipe('fig4', 'x2', scale, 0)
     return row if made == search.start else vary(row, {'model.experts': [name for name in _TOWERS if name in made]})
 

@@ -79,16 +79,22 @@ RELEASED = {
 
 
 def paper_config(
-    name: str = 'Eagle-X5-7B',  # a key of `RELEASED`
-    experts: Sequence[str] | None = None,  # published experts in their order; None: those of the released model
-    sizes: Mapping[
-        str, int
-    ] = {},  # of experts, pixels, where they differ from the released ones: {'clip-448': 448} as in the paper
-    image_size: int = 1024,  # pixels
-    tiles: int = 1,  # as in `EagleConfig`
-    **connector: Any,  # fusion, grid, aligned … as in `CONNECTOR`
+    name: str = 'Eagle-X5-7B',
+    experts: Sequence[str] | None = None,
+    sizes: Mapping[ str, int ] = {},
+    image_size: int = 1024,
+    tiles: int = 1,
+    **connector: Any,
 ) -> EagleConfig:
-    "The configuration of a released model, or of one of the paper's variants."
+    """The configuration of a released model, or of one of the paper's variants.
+
+    name: a key of `RELEASED`
+    experts: published experts in their order; None: those of the released model
+    sizes: of experts, pixels, where they differ from the released ones: {'clip-448': 448} as in the paper
+    image_size: pixels
+    tiles: as in `EagleConfig`
+    connector: fusion, grid, aligned … as in `CONNECTOR`
+    """
     if name not in RELEASED:
         raise ValueError(f'released model {name!r} is unknown: {", ".join(RELEASED)}')
     mixture, language = RELEASED[name]
@@ -110,12 +116,18 @@ _AS_RELEASED = dict(
 
 
 def official_config(
-    config: Mapping[str, Any],  # content of a released config.json
-    experts: Mapping[str, dict[str, Any]] = {},  # name -> what differs from the published expert: config, image_size
-    image_size: int = 1024,  # pixels
-    grid: int = 32,  # side of the common grid
+    config: Mapping[str, Any],
+    experts: Mapping[str, dict[str, Any]] = {},
+    image_size: int = 1024,
+    grid: int = 32,
 ) -> EagleConfig:
-    "Our configuration of a released checkpoint."
+    """Our configuration of a released checkpoint.
+
+    config: content of a released config.json
+    experts: name -> what differs from the published expert: config, image_size
+    image_size: pixels
+    grid: side of the common grid
+    """
     text = known_fields(config, LANGUAGE_FIELDS, LANGUAGE_OPTIONS)
     parts = known_fields(config, ('mm_vision_tower', 'mm_projector_type'))
     for name, expected in _AS_RELEASED.items():
@@ -138,18 +150,20 @@ _BEGINNINGS = (
 )
 
 
-def our_name(
-    name: str,  # of a weight in a released checkpoint
-) -> str:
-    "The same weight's name in our model."
+def our_name(name: str) -> str:
+    """The same weight's name in our model.
+
+    name: of a weight in a released checkpoint
+    """
     return next((re.sub(pattern, ours, name) for pattern, ours in _BEGINNINGS if re.match(pattern, name)), name)
 
 
-def convert_official(
-    state: Mapping[str, Tensor],  # official names
-    model: EagleModel,  # that is to have them; on the meta device
-) -> dict[str, Tensor]:
-    "The tensors under our names; an error says everything that does not fit."
+def convert_official(state: Mapping[str, Tensor], model: EagleModel) -> dict[str, Tensor]:
+    """The tensors under our names; an error says everything that does not fit.
+
+    state: official names
+    model: that is to have them; on the meta device
+    """
     check_towers([expert['name'] for expert in model.config.vision_config.experts], state)
     for k, expert in enumerate(model.vision_model.vision_towers):
         prefix = f'model.vision_tower.vision_towers.{k}.'
@@ -160,12 +174,13 @@ def convert_official(
     return ours
 
 
-def load_official(
-    folder: str | Path,  # a released checkpoint: config.json and weights
-    dtype: torch.dtype | None = None,  # None: as stored
-    **settings: Any,  # experts, image_size, grid, as for `official_config`
-) -> EagleModel:
-    "A released checkpoint as our model; nothing is loaded unless every key fits."
+def load_official(folder: str | Path, dtype: torch.dtype | None = None, **settings: Any) -> EagleModel:
+    """A released checkpoint as our model; nothing is loaded unless every key fits.
+
+    folder: a released checkpoint: config.json and weights
+    dtype: None: as stored
+    settings: experts, image_size, grid, as for `official_config`
+    """
     config, state = (
         official_config(json.loads((Path(folder) / 'config.json').read_text()), **settings),
         read_weights(Path(folder)),

@@ -22,27 +22,25 @@ from ..models.vision import camera_noise
 # Shapes: B images, S side of a picture in pixels, K topics, c side of a shelf in cells, g side of the common grid in
 # tokens, V words, T places of a row, D width of the language model.
 class CellNames(nn.Module):
-    "An expert that names topics of every cell."
+    """An expert that names topics of every cell.
 
-    def __init__(
-        self,
-        expert: Expert,
-        cells: int,  # c
-        grid: int,  # g, a multiple of c
-        vocab_size: int,  # V
-        topics: Sequence[int],  # which of the K topics
-    ) -> None:
+    cells: c
+    grid: g, a multiple of c
+    vocab_size: V
+    topics: which of the K topics
+    """
+
+    def __init__(self, expert: Expert, cells: int, grid: int, vocab_size: int, topics: Sequence[int]) -> None:
         super().__init__()
         self.expert, self.part, self.grid, self.topics = expert, grid // cells, grid, list(topics)
         self.names = nn.Linear(self.part**2 * expert.channels, len(self.topics) * vocab_size)
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [B,3,S,S]
-        labels: Tensor,  # [B,T] K·c² words, topic by topic, −100 elsewhere
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of pictures."
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of pictures.
+
+        pixel_values: [B,3,S,S]
+        labels: [B,T] K·c² words, topic by topic, −100 elsewhere
+        """
         seen = resize(self.expert(resize(pixel_values, self.expert.image_size)), self.grid)
         cells = tokens_of(F.pixel_unshuffle(seen, self.part))  # [B,c²,(g/c)²C]
         words = labels[labels != IGNORED].view(len(labels), -1, cells.shape[1])[:, self.topics]  # [B,K',c²]
@@ -61,12 +59,11 @@ class HiddenPatches(nn.Module):
         self.expert, self.side = expert, expert.image_size // expert.grid
         self.pixels = nn.Linear(expert.channels, 3 * self.side**2)
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [B,3,S,S]
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of pictures."
+    def forward(self, pixel_values: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of pictures.
+
+        pixel_values: [B,3,S,S]
+        """
         pixels, grid = resize(pixel_values, self.expert.image_size), self.expert.grid
         hidden = torch.rand(len(pixels), 1, grid, grid, device=pixels.device) < 0.5
         seen = pixels.masked_fill(F.interpolate(hidden.float(), scale_factor=self.side).bool(), 0.0)
@@ -75,25 +72,23 @@ class HiddenPatches(nn.Module):
 
 # %% ../../nbs/papers/04_eagle.ipynb #7b639ff6
 class SymbolReader(nn.Module):
-    "A language model that reads the words of each cell instead of pixels."
+    """A language model that reads the words of each cell instead of pixels.
 
-    def __init__(
-        self,
-        language_model: nn.Module,
-        cells: int,  # c
-        grid: int,  # g, a multiple of c
-    ) -> None:
+    cells: c
+    grid: g, a multiple of c
+    """
+
+    def __init__(self, language_model: nn.Module, cells: int, grid: int) -> None:
         super().__init__()
         self.language_model, self.cells, self.grid = language_model, cells, grid
 
-    def forward(
-        self,
-        input_ids: Tensor,  # [B,T] with placeholders, which are no words
-        labels: Tensor,  # [B,T] answers: the words of all cells, topic by topic, −100 elsewhere
-        attention_mask: Tensor,  # [B,T]
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of questions."
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of questions.
+
+        input_ids: [B,T] with placeholders, which are no words
+        labels: [B,T] answers: the words of all cells, topic by topic, −100 elsewhere
+        attention_mask: [B,T]
+        """
         embeddings = self.language_model.get_input_embeddings()
         places = (input_ids < 0) | (input_ids >= embeddings.num_embeddings)
         symbols = embeddings(labels[labels != IGNORED].view(len(labels), -1, self.cells, self.cells)).sum(
@@ -113,29 +108,27 @@ class ShelfProcessor(EagleProcessor):
 
     noise = 0.0  # of the camera: standard deviation in units of normalised pixels
 
-    def image_tensor(
-        self,
-        images: Sequence[Any],  # PIL images or undecoded sources
-    ) -> Tensor:
-        "Pixel values with noise: N images → [N,3,S,S]."
+    def image_tensor(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values with noise: N images → [N,3,S,S].
+
+        images: PIL images or undecoded sources
+        """
         return camera_noise(super().image_tensor(images), self.noise)
 
-    def parts(
-        self,
-        sample: dict[str, Any],
-        training: bool,  # False: leave out the last answer
-        name: str,  # of the sample, for errors
-    ) -> Iterator[tuple[list[int | None], bool]]:
-        "As Eagle's, without end tokens."
+    def parts(self, sample: dict[str, Any], training: bool, name: str) -> Iterator[tuple[list[int | None], bool]]:
+        """As Eagle's, without end tokens.
+
+        training: False: leave out the last answer
+        name: of the sample, for errors
+        """
         for ids, supervised in super().parts(sample, training, name):
             yield [i for i in ids if i != self.tokenizer.eos_token_id], supervised
 
-    def encode(
-        self,
-        sample: dict[str, Any],
-        training: bool = True,  # False: the prompt alone, to be answered
-    ) -> Encoded:
-        "Token ids, labels and pixels of one sample."
+    def encode(self, sample: dict[str, Any], training: bool = True) -> Encoded:
+        """Token ids, labels and pixels of one sample.
+
+        training: False: the prompt alone, to be answered
+        """
         encoded = super().encode(sample, training)
         if training and encoded.images:
             encoded.images = list(self.image_tensor(encoded.images))

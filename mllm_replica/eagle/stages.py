@@ -22,11 +22,11 @@ JOINT = {
 }  # frozen: the experts
 
 
-def alignment(
-    config: EagleConfig,
-    name: str,  # of an expert in `aligned`
-) -> tuple[str, str]:
-    "What learns while one expert is aligned: itself and its own projector."
+def alignment(config: EagleConfig, name: str) -> tuple[str, str]:
+    """What learns while one expert is aligned: itself and its own projector.
+
+    name: of an expert in `aligned`
+    """
     aligned, experts = config.connector_config['aligned'], [expert['name'] for expert in config.vision_config.experts]
     if name not in aligned:
         raise ValueError(
@@ -35,11 +35,11 @@ def alignment(
     return rf'{EXPERTS}{experts.index(name)}\.', rf'^aligners\.{re.escape(name)}\.'
 
 
-def alignment_stages(
-    config: EagleConfig,
-    names: Sequence[str] | None = None,  # experts, one stage each; None: all that the configuration aligns
-    **settings: Any,  # of each `Stage`: mixture, steps, batch_size, lr …
-) -> tuple[Stage, ...]:
-    "Pre-alignment: a stage for each expert; their order is of no account, no two share a weight that learns."
+def alignment_stages(config: EagleConfig, names: Sequence[str] | None = None, **settings: Any) -> tuple[Stage, ...]:
+    """Pre-alignment: a stage for each expert; their order is of no account, no two share a weight that learns.
+
+    names: experts, one stage each; None: all that the configuration aligns
+    settings: of each `Stage`: mixture, steps, batch_size, lr …
+    """
     chosen = config.connector_config['aligned'] if names is None else names
     return tuple(Stage(name=f'align {name}', trainable=alignment(config, name), **settings) for name in chosen)

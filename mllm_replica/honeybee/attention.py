@@ -14,11 +14,12 @@ from .components import DAbstractor, Projector, Resampler
 from ..models.layers import side_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #cd2d8f42
-def influence_maps(
-    projector: Projector,  # any
-    features: Tensor,  # [B, N, D]
-) -> Tensor:
-    "Norm of each token's gradient (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N]."
+def influence_maps(projector: Projector, features: Tensor) -> Tensor:
+    """Norm of each token's gradient (along a fixed random direction) by each feature, summing to 1 over N: → [B, M, N].
+
+    projector: any
+    features: [B, N, D]
+    """
     features = features.detach().requires_grad_()
     direction = torch.randn(projector.output_hidden_size, generator=torch.Generator().manual_seed(0)).to(features)
     with torch.enable_grad():
@@ -29,11 +30,12 @@ def influence_maps(
 
 
 @torch.no_grad()
-def attention_maps(
-    projector: Projector,  # call `.eval()` first
-    features: Tensor,  # [B, N, D]
-) -> Tensor:
-    "What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; else its `influence_maps`."
+def attention_maps(projector: Projector, features: Tensor) -> Tensor:
+    """What each token looks at, mean over heads and layers, sum 1 over N: → [B, M, N]; else its `influence_maps`.
+
+    projector: call `.eval()` first
+    features: [B, N, D]
+    """
     if not isinstance(projector, (Resampler, DAbstractor)):
         return influence_maps(projector, features)
     trace, (B, N, _), M = {}, features.shape, projector.num_query_tokens
@@ -50,11 +52,12 @@ def attention_maps(
     return maps / maps.sum(-1, keepdim=True)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e0e7f472
-def locality(
-    maps: Tensor,  # [B, M, N], each summing to 1 over N
-    side: int | None = None,  # s; None: the root of N
-) -> dict[str, float]:
-    "Mean spread of attention maps: `mean_distance` in sides of the map, `entropy` as a fraction of the uniform map's."
+def locality(maps: Tensor, side: int | None = None) -> dict[str, float]:
+    """Mean spread of attention maps: `mean_distance` in sides of the map, `entropy` as a fraction of the uniform map's.
+
+    maps: [B, M, N], each summing to 1 over N
+    side: s; None: the root of N
+    """
     side = side or side_of(maps.shape[-1], 'number of features')
     if side * side != maps.shape[-1]:
         raise ValueError(f'maps over {maps.shape[-1]} features are no square of side {side}')

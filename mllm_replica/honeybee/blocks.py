@@ -15,14 +15,14 @@ from ..models.layers import Conv, LayerNorm, Linear, side_of, split_heads
 
 # %% ../../nbs/papers/02_honeybee.ipynb #63929710
 class GatedMLP(nn.Module):
-    "SwiGLU with a normalised inner layer."
+    """SwiGLU with a normalised inner layer.
 
-    def __init__(
-        self,
-        width: int,  # D
-        inner: int,  # width between
-        eps: float,  # of the norm
-    ):
+    width: D
+    inner: width between
+    eps: of the norm
+    """
+
+    def __init__(self, width: int, inner: int, eps: float):
         super().__init__()
         self.w1, self.w2, self.w3 = Linear(width, inner), Linear(inner, width), Linear(width, inner)
         self.ffn_ln = LayerNorm(inner, eps=eps)
@@ -33,16 +33,14 @@ class GatedMLP(nn.Module):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5c923f3d
 class ResamplerLayer(nn.Module):
-    "Queries attend to themselves and to the features; then a gated MLP."
+    """Queries attend to themselves and to the features; then a gated MLP.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,  # D, H
-        intermediate_size: int,  # inner width of the MLP
-        eps: float,
-        dropout: float,  # of the MLP's norm; of attention probabilities in training
-    ):
+    num_heads: D, H
+    intermediate_size: inner width of the MLP
+    dropout: of the MLP's norm; of attention probabilities in training
+    """
+
+    def __init__(self, width: int, num_heads: int, intermediate_size: int, eps: float, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.attention = nn.ModuleDict({name: Linear(width, width) for name in ('query', 'key', 'value')})
@@ -67,16 +65,13 @@ class ResamplerLayer(nn.Module):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #df36ab80
 class ConvNorm(nn.Module):
-    "Convolution, layer norm over the channels, SiLU if `act`; parts named as in timm."
+    """Convolution, layer norm over the channels, SiLU if `act`; parts named as in timm.
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int = 1,
-        groups: int = 1,  # as in `Conv`
-        act: bool = True,  # SiLU at the end
-    ):
+    groups: as in `Conv`
+    act: SiLU at the end
+    """
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int = 1, groups: int = 1, act: bool = True):
         super().__init__()
         self.conv, self.bn, self.act = Conv(in_channels, channels, kernel_size, groups), LayerNorm(channels), act
 
@@ -87,13 +82,13 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    "Scale every channel by a gate computed from the mean over the map."
+    """Scale every channel by a gate computed from the mean over the map.
 
-    def __init__(
-        self,
-        channels: int,  # C
-        inner: int,  # width between
-    ):
+    channels: C
+    inner: width between
+    """
+
+    def __init__(self, channels: int, inner: int):
         super().__init__()
         self.fc1, self.fc2 = Conv(channels, inner, bias=True), Conv(inner, channels, bias=True)
 
@@ -146,11 +141,12 @@ class PlainBlock(ConvNorm):
         return super().forward(x)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #7ffaf159
-def uniform_points(
-    num_tokens: int,  # M
-    side: int,  # s, cells along one side of the map
-) -> Tensor:
-    "Reference points on an even grid from the first to the last cell centre: [1, M, 2], (x, y) in 0…1."
+def uniform_points(num_tokens: int, side: int) -> Tensor:
+    """Reference points on an even grid from the first to the last cell centre: [1, M, 2], (x, y) in 0…1.
+
+    num_tokens: M
+    side: s, cells along one side of the map
+    """
     device = torch.get_default_device()  # linspace does not ask for it once transformers has loaded a model
     count = side_of(num_tokens, 'num_query_tokens')
     steps = torch.linspace(0.5, side - 0.5, count, device=device) / side
@@ -158,11 +154,12 @@ def uniform_points(
     return torch.stack([x.flatten(), y.flatten()], -1)[None]
 
 
-def bilinear(
-    locations: Tensor,  # [..., 2], (x, y) in 0…1 over the map
-    side: int,  # s
-) -> tuple[Tensor, Tensor]:
-    "Four cells around each location and their weights, 0 outside the map: [..., 2] → two of [..., 4]."
+def bilinear(locations: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Four cells around each location and their weights, 0 outside the map: [..., 2] → two of [..., 4].
+
+    locations: [..., 2], (x, y) in 0…1 over the map
+    side: s
+    """
     position = locations * side - 0.5
     low = position.detach().floor()
     fx, fy = (position - low).unbind(-1)
@@ -173,12 +170,13 @@ def bilinear(
     return (y * side + x).where(inside, 0), weight * inside
 
 # %% ../../nbs/papers/02_honeybee.ipynb #899e7f1e
-def sample_values(
-    values: Tensor,  # [B, N, D], already projected
-    locations: Tensor,  # [B, M, H, K, 2]
-    weights: Tensor,  # [B, M, H, K]
-) -> Tensor:
-    "Each head reads its slice of the values: → [B, M, D]."
+def sample_values(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Each head reads its slice of the values: → [B, M, D].
+
+    values: [B, N, D], already projected
+    locations: [B, M, H, K, 2]
+    weights: [B, M, H, K]
+    """
     side, num_heads = math.isqrt(values.shape[1]), weights.shape[2]
     maps = (
         split_heads(values, num_heads).transpose(2, 3).reshape(-1, values.shape[-1] // num_heads, side, side)
@@ -189,13 +187,14 @@ def sample_values(
     return mixed.unflatten(0, (-1, num_heads)).flatten(1, 2).transpose(1, 2)
 
 
-def sample_then_project(
-    features: Tensor,  # [B, N, D]
-    projection: nn.Linear,  # D → D, to the values
-    locations: Tensor,  # [B, M, H, K, 2]
-    weights: Tensor,  # [B, M, H, K]
-) -> Tensor:
-    "Equals `sample_values(projection(features), …)`: heads mix whole features, then these are projected → [B, M, D]."
+def sample_then_project(features: Tensor, projection: nn.Linear, locations: Tensor, weights: Tensor) -> Tensor:
+    """Equals `sample_values(projection(features), …)`: heads mix whole features, then these are projected → [B, M, D].
+
+    features: [B, N, D]
+    projection: D → D, to the values
+    locations: [B, M, H, K, 2]
+    weights: [B, M, H, K]
+    """
     B, N, D = features.shape
     M, H = weights.shape[1:3]
     index, corner = bilinear(locations, math.isqrt(N))
@@ -214,14 +213,13 @@ _READ_COST = 4  # a multiplication of a sampled corner costs as much as so many 
 
 
 class DeformableAttention(nn.Module):
-    "Every query reads K points per head around its reference point."
+    """Every query reads K points per head around its reference point.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,  # D, H
-        num_points: int,  # K
-    ):
+    num_heads: D, H
+    num_points: K
+    """
+
+    def __init__(self, width: int, num_heads: int, num_points: int):
         super().__init__()
         self.num_heads, self.num_points = num_heads, num_points
         self.sampling_offsets, self.attention_weights = (
@@ -246,13 +244,12 @@ class DeformableAttention(nn.Module):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #912a8e99
 class SelfAttention(nn.Module):
-    "Full attention among the queries; values do not see the positions."
+    """Full attention among the queries; values do not see the positions.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,  # D, H
-    ):
+    num_heads: D, H
+    """
+
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width) for _ in range(4))
@@ -268,16 +265,14 @@ class SelfAttention(nn.Module):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #b6f184b7
 class DeformableLayer(nn.Module):
-    "Self-attention, deformable attention, MLP; norms after the residuals."
+    """Self-attention, deformable attention, MLP; norms after the residuals.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        num_points: int,  # D, H, K
-        ffn_dim: int,  # inner width of the MLP
-        dropout: float,  # in training
-    ):
+    num_points: D, H, K
+    ffn_dim: inner width of the MLP
+    dropout: in training
+    """
+
+    def __init__(self, width: int, num_heads: int, num_points: int, ffn_dim: int, dropout: float):
         super().__init__()
         self.dropout = dropout
         self.self_attn, self.encoder_attn = (

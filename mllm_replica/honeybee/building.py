@@ -10,12 +10,11 @@ from ..core.recipe import Recipe, Source
 from ..core.settings import settings
 
 # %% ../../nbs/papers/02_honeybee.ipynb #d9917d5d
-def load_source(
-    source: Source,
-    seed: int,
-    data_root: Any = None,  # folder of local data
-) -> Any:
-    "The samples of a source; stored data sets in the paper's templates."
+def load_source(source: Source, seed: int, data_root: Any = None) -> Any:
+    """The samples of a source; stored data sets in the paper's templates.
+
+    data_root: folder of local data
+    """
     from mllm_replica.data import sources as data
     from mllm_replica.honeybee.data import in_template
 

@@ -28,11 +28,12 @@ from ..models.layers import LayerNorm, Linear, grid_pool, side_of
 # D width, H heads, K sampling points per head.
 
 
-def initialise(
-    module: nn.Module,  # any projector of this file
-    style: str = 'official',  # 'official', or 'scaled' for small modules trained from scratch
-) -> nn.Module:
-    "Draw the initial weights in place; reference points and layer scales are left as they are."
+def initialise(module: nn.Module, style: str = 'official') -> nn.Module:
+    """Draw the initial weights in place; reference points and layer scales are left as they are.
+
+    module: any projector of this file
+    style: 'official', or 'scaled' for small modules trained from scratch
+    """
     if style not in ('official', 'scaled'):
         raise ValueError(f"style {style!r} is unknown: 'official' or 'scaled'")
     for part in module.modules():
@@ -63,15 +64,22 @@ def _append(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 class Projector(nn.Module):
-    "Sizes of a projector, and the check of what comes in."
+    """Sizes of a projector, and the check of what comes in.
+
+    encoder_hidden_size: width of the vision features
+    output_hidden_size: width of the language model
+    num_input_tokens: N, without the class token
+    num_query_tokens: M
+    num_eos_tokens: E
+    """
 
     def __init__(
         self,
-        encoder_hidden_size: int,  # width of the vision features
-        output_hidden_size: int,  # width of the language model
-        num_input_tokens: int,  # N, without the class token
-        num_query_tokens: int,  # M
-        num_eos_tokens: int,  # E
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,
+        num_query_tokens: int,
+        num_eos_tokens: int,
     ):
         super().__init__()
         self.encoder_hidden_size, self.output_hidden_size = encoder_hidden_size, output_hidden_size
@@ -89,12 +97,13 @@ class Projector(nn.Module):
             )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #e3a74de4
-def mlp(
-    width_in: int,  # width of the input
-    width_out: int,  # width of every later layer
-    depth: int,  # number of linear layers, at least 1
-) -> nn.Sequential:
-    "Linear layers with SiLU between: [..., width_in] → [..., width_out]."
+def mlp(width_in: int, width_out: int, depth: int) -> nn.Sequential:
+    """Linear layers with SiLU between: [..., width_in] → [..., width_out].
+
+    width_in: width of the input
+    width_out: width of every later layer
+    depth: number of linear layers, at least 1
+    """
     if depth < 1:
         raise ValueError(f'an MLP needs a depth of at least 1, not {depth}')
     more = [part for _ in range(depth - 1) for part in (nn.SiLU(), Linear(width_out, width_out))]
@@ -102,17 +111,24 @@ def mlp(
 
 
 class FeatureProjector(Projector):
-    "Normalise, add positions, `project`, append end tokens."
+    """Normalise, add positions, `project`, append end tokens.
+
+    num_input_tokens: as in `Projector`
+    num_query_tokens: M
+    num_eos_tokens: E
+    pos_emb: add a learnt position table
+    prenorm: normalise the features first
+    """
 
     def __init__(
         self,
         encoder_hidden_size: int,
         output_hidden_size: int,
-        num_input_tokens: int,  # as in `Projector`
-        num_query_tokens: int,  # M
-        num_eos_tokens: int,  # E
-        pos_emb: bool,  # add a learnt position table
-        prenorm: bool,  # normalise the features first
+        num_input_tokens: int,
+        num_query_tokens: int,
+        num_eos_tokens: int,
+        pos_emb: bool,
+        prenorm: bool,
     ):
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, num_eos_tokens)
         self.prenorm = LayerNorm(encoder_hidden_size, eps=1e-6) if prenorm else nn.Identity()
@@ -129,18 +145,26 @@ class FeatureProjector(Projector):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fa7f4a5f
 class MLPProjector(FeatureProjector):
-    "Every feature by itself through `depth` linear layers; depth 1 is the linear projector."
+    """Every feature by itself through `depth` linear layers; depth 1 is the linear projector.
+
+    num_input_tokens: as in `Projector`
+    num_query_tokens: must be N
+    num_eos_tokens: E
+    depth: number of linear layers
+    pos_emb: add a learnt position table
+    prenorm: normalise the features first
+    """
 
     def __init__(
         self,
         encoder_hidden_size: int,
         output_hidden_size: int,
-        num_input_tokens: int,  # as in `Projector`
-        num_query_tokens: int | None = None,  # must be N
-        num_eos_tokens: int = 0,  # E
-        depth: int = 2,  # number of linear layers
-        pos_emb: bool = False,  # add a learnt position table
-        prenorm: bool = False,  # normalise the features first
+        num_input_tokens: int,
+        num_query_tokens: int | None = None,
+        num_eos_tokens: int = 0,
+        depth: int = 2,
+        pos_emb: bool = False,
+        prenorm: bool = False,
     ):
         if num_query_tokens not in (None, num_input_tokens):
             raise ValueError(
@@ -158,22 +182,33 @@ class MLPProjector(FeatureProjector):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #0f280e6a
 class Resampler(Projector):
-    "Learnt queries read the whole map by cross-attention."
+    """Learnt queries read the whole map by cross-attention.
+
+    num_input_tokens: as in `Projector`
+    num_query_tokens: M, any number
+    num_eos_tokens: E
+    hidden_size: D
+    num_attention_heads: H
+    intermediate_size: inner width of the MLPs
+    attention_probs_dropout_prob: in training
+    layer_norm_eps: of the norm inside the MLPs
+    pos_emb: add a learnt position table to the features
+    """
 
     def __init__(
         self,
         encoder_hidden_size: int,
         output_hidden_size: int,
-        num_input_tokens: int,  # as in `Projector`
-        num_query_tokens: int = 64,  # M, any number
-        num_eos_tokens: int = 0,  # E
-        hidden_size: int = 1024,  # D
+        num_input_tokens: int,
+        num_query_tokens: int = 64,
+        num_eos_tokens: int = 0,
+        hidden_size: int = 1024,
         num_hidden_layers: int = 6,
-        num_attention_heads: int = 16,  # H
-        intermediate_size: int = 4096,  # inner width of the MLPs
-        attention_probs_dropout_prob: float = 0.1,  # in training
-        layer_norm_eps: float = 1e-6,  # of the norm inside the MLPs
-        pos_emb: bool = False,  # add a learnt position table to the features
+        num_attention_heads: int = 16,
+        intermediate_size: int = 4096,
+        attention_probs_dropout_prob: float = 0.1,
+        layer_norm_eps: float = 1e-6,
+        pos_emb: bool = False,
     ):
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, num_eos_tokens)
         options = hidden_size, num_attention_heads, intermediate_size, layer_norm_eps, attention_probs_dropout_prob
@@ -216,21 +251,32 @@ def _stage(x: Tensor, side: int, blocks: nn.ModuleDict, trace: dict[str, Tensor]
 
 # %% ../../nbs/papers/02_honeybee.ipynb #82693345
 class CAbstractor(FeatureProjector):
-    "Convolution blocks, pooling to √M × √M, convolution blocks, MLP."
+    """Convolution blocks, pooling to √M × √M, convolution blocks, MLP.
+
+    num_input_tokens: as in `Projector`, N a square
+    num_query_tokens: M, a square; may exceed N
+    num_eos_tokens: E
+    depth: blocks before and after pooling; 0 for none
+    mlp_depth: linear layers at the end
+    hidden_size: width of the blocks
+    pos_emb: add a learnt position table
+    prenorm: normalise the features first
+    block: a key of `BLOCKS`
+    """
 
     def __init__(
         self,
         encoder_hidden_size: int,
         output_hidden_size: int,
-        num_input_tokens: int,  # as in `Projector`, N a square
-        num_query_tokens: int = 144,  # M, a square; may exceed N
-        num_eos_tokens: int = 0,  # E
-        depth: int = 3,  # blocks before and after pooling; 0 for none
-        mlp_depth: int = 2,  # linear layers at the end
-        hidden_size: int = 1024,  # width of the blocks
-        pos_emb: bool = True,  # add a learnt position table
-        prenorm: bool = False,  # normalise the features first
-        block: str = 'resnet',  # a key of `BLOCKS`
+        num_input_tokens: int,
+        num_query_tokens: int = 144,
+        num_eos_tokens: int = 0,
+        depth: int = 3,
+        mlp_depth: int = 2,
+        hidden_size: int = 1024,
+        pos_emb: bool = True,
+        prenorm: bool = False,
+        block: str = 'resnet',
     ):
         if block not in BLOCKS:
             raise ValueError(f'block {block!r} is unknown: {", ".join(BLOCKS)}')
@@ -261,24 +307,37 @@ class CAbstractor(FeatureProjector):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #fe6f6433
 class DAbstractor(Projector):
-    "Queries with reference points read the map by deformable attention."
+    """Queries with reference points read the map by deformable attention.
+
+    num_input_tokens: as in `Projector`, N a square
+    num_query_tokens: M, a square
+    num_eos_tokens: E, join before the last projection
+    d_model: D
+    decoder_attention_heads: H
+    decoder_ffn_dim: inner width of the MLPs
+    decoder_n_points: K
+    dropout: in training
+    pos_emb: add a learnt position table to the features
+    pooled_v_target: 'query', 'tgt' or 'none'
+    reference_points: where the learnt points start: 'uniform', or 'centre' for the ablation
+    """
 
     def __init__(
         self,
         encoder_hidden_size: int,
         output_hidden_size: int,
-        num_input_tokens: int,  # as in `Projector`, N a square
-        num_query_tokens: int = 144,  # M, a square
-        num_eos_tokens: int = 0,  # E, join before the last projection
-        d_model: int = 1024,  # D
+        num_input_tokens: int,
+        num_query_tokens: int = 144,
+        num_eos_tokens: int = 0,
+        d_model: int = 1024,
         decoder_layers: int = 6,
-        decoder_attention_heads: int = 8,  # H
-        decoder_ffn_dim: int = 1024,  # inner width of the MLPs
-        decoder_n_points: int = 4,  # K
-        dropout: float = 0.1,  # in training
-        pos_emb: bool = True,  # add a learnt position table to the features
-        pooled_v_target: str = 'query',  # 'query', 'tgt' or 'none'
-        reference_points: str = 'uniform',  # where the learnt points start: 'uniform', or 'centre' for the ablation
+        decoder_attention_heads: int = 8,
+        decoder_ffn_dim: int = 1024,
+        decoder_n_points: int = 4,
+        dropout: float = 0.1,
+        pos_emb: bool = True,
+        pooled_v_target: str = 'query',
+        reference_points: str = 'uniform',
     ):
         if pooled_v_target not in ('query', 'tgt', 'none'):
             raise ValueError(f"pooled_v_target {pooled_v_target!r} is unknown: 'query', 'tgt' or 'none'")
@@ -307,12 +366,12 @@ class DAbstractor(Projector):
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a8d025ce
 @patch
-def forward(
-    self: DAbstractor,
-    features: Tensor,  # [B, N, D]
-    trace: dict[str, Tensor] | None = None,  # filled with intermediate results
-) -> Tensor:
-    "[B, N, D] → [B, M+E, output_hidden_size]."
+def forward(self: DAbstractor, features: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
+    """[B, N, D] → [B, M+E, output_hidden_size].
+
+    features: [B, N, D]
+    trace: filled with intermediate results
+    """
     self.check(features)
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast('cuda' if features.is_cuda else 'cpu', enabled=False):
@@ -352,22 +411,29 @@ _ONE_VALUE = {
 }
 
 
-def projector_fields(
-    projector_type: str,  # a key of `PROJECTORS`
-) -> list[str]:
-    "Fields of a configuration that shape this projector."
+def projector_fields(projector_type: str) -> list[str]:
+    """Fields of a configuration that shape this projector.
+
+    projector_type: a key of `PROJECTORS`
+    """
     if projector_type not in PROJECTORS:
         raise ValueError(f'projector_type {projector_type!r} is unknown: {", ".join(PROJECTORS)}')
     return [name for name in inspect.signature(PROJECTORS[projector_type]).parameters if name not in _SIZES]
 
 
 def build_projector(
-    config: dict,  # official field names; missing fields have the official defaults
-    encoder_hidden_size: int,  # width of the vision features
-    output_hidden_size: int,  # width of the language model
-    num_input_tokens: int,  # N, without the class token
+    config: dict,
+    encoder_hidden_size: int,
+    output_hidden_size: int,
+    num_input_tokens: int,
 ) -> Projector:
-    "The projector that a configuration describes, freshly initialised."
+    """The projector that a configuration describes, freshly initialised.
+
+    config: official field names; missing fields have the official defaults
+    encoder_hidden_size: width of the vision features
+    output_hidden_size: width of the language model
+    num_input_tokens: N, without the class token
+    """
     if 'projector_type' not in config:
         raise ValueError(f'projector_config has no projector_type: give one of {", ".join(PROJECTORS)}')
     if 'num_queries' in config:

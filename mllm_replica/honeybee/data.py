@@ -20,12 +20,13 @@ _LISTED = dict(  # how MMBench and SEED put their question
 )
 
 
-def examples_of(
-    sample: dict[str, Any],  # as stored
-    template: str,  # key of `TEMPLATES`
-    rng: random.Random | None = None,  # shuffles the options (training); None: as they come
-) -> list[dict[str, Any]]:
-    "The template's fields, for every question of a sample."
+def examples_of(sample: dict[str, Any], template: str, rng: random.Random | None = None) -> list[dict[str, Any]]:
+    """The template's fields, for every question of a sample.
+
+    sample: as stored
+    template: key of `TEMPLATES`
+    rng: shuffles the options (training); None: as they come
+    """
     given, turns, found = json.loads(sample['meta'] or '{}'), sample['conversations'], []
     for i, (asked, said) in enumerate(zip(turns[::2], turns[1::2])):
         question, answer = asked['value'].replace(IMAGE_MARK, '').strip(), said['value']
@@ -49,14 +50,21 @@ def examples_of(
 
 
 def in_template(
-    dataset: 'datasets.Dataset',  # from `mllm_replica.data.sources.load_source`
-    template: str,  # key of `TEMPLATES`
+    dataset: 'datasets.Dataset',
+    template: str,
     seed: int,
-    turns: int = 1,  # questions per sample; -1: all of an image
-    dedup: bool = False,  # no answer twice in a sample; needs turns > 1
-    training: bool = True,  # False: options and directions as they come
+    turns: int = 1,
+    dedup: bool = False,
+    training: bool = True,
 ) -> 'datasets.Dataset':
-    "The data set with a `prompt` per sample; `answer` is what its last turn should say."
+    """The data set with a `prompt` per sample; `answer` is what its last turn should say.
+
+    dataset: from `mllm_replica.data.sources.load_source`
+    template: key of `TEMPLATES`
+    turns: questions per sample; -1: all of an image
+    dedup: no answer twice in a sample; needs turns > 1
+    training: False: options and directions as they come
+    """
     if template not in TEMPLATES:
         raise ValueError(f'no template {template!r}; known: {", ".join(TEMPLATES)}')
     pairs, found = [], {'row': [], 'id': [], 'prompt': [], 'answer': []}

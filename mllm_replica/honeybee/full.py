@@ -20,11 +20,12 @@ _TINY_SIZES = {  # widths and depths of the small projectors
 }
 
 
-def projector_of(
-    params: dict[str, Any],  # of a published row
-    tiny: bool,  # small widths and token counts
-) -> dict[str, Any]:
-    "The official `projector_config` of a row."
+def projector_of(params: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """The official `projector_config` of a row.
+
+    params: of a published row
+    tiny: small widths and token counts
+    """
     name = params.get('projector', 'c-abs')
     tokens = params.get('num_visual_tokens', 144)
     kind = 'mlp' if name == 'linear' else name

@@ -80,11 +80,11 @@ def preprocess_case(
     }
 
 # %% ../../nbs/papers/02_honeybee.ipynb #322d178e
-def build_official(
-    config: dict[str, Any],
-    state: dict[str, Tensor],  # official names
-) -> tuple[HoneybeeModel, dict[str, nn.Parameter]]:
-    "The model with these weights, and its parameters under the official names."
+def build_official(config: dict[str, Any], state: dict[str, Tensor]) -> tuple[HoneybeeModel, dict[str, nn.Parameter]]:
+    """The model with these weights, and its parameters under the official names.
+
+    state: official names
+    """
     ours = official_config(config | {'text_config': config['lm_config']})
     ours.image_token_id = config.get('image_token_id', -1)
     model = HoneybeeModel(ours).eval()
@@ -98,12 +98,12 @@ def build_official(
     }
 
 
-def merged_mask(
-    input_ids: Tensor,  # [B,T]
-    attention_mask: Tensor | None,  # [B,T]; None: no padding
-    image_token_id: int,
-) -> Tensor:
-    "The mask of generation, 1 at every image position: [B,T] → [B,T]."
+def merged_mask(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Tensor:
+    """The mask of generation, 1 at every image position: [B,T] → [B,T].
+
+    input_ids: [B,T]
+    attention_mask: [B,T]; None: no padding
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return mask.masked_fill(input_ids == image_token_id, 1)
 

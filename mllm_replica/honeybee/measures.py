@@ -35,13 +35,11 @@ def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
     return total / sum(stage.mixture.values()) * stage.batch_size / 1e9
 
 
-def measure(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    scores: dict[str, float],  # benchmark -> score
-) -> dict[str, float]:
-    "Further numbers of a unit."
+def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]) -> dict[str, float]:
+    """Further numbers of a unit.
+
+    scores: benchmark -> score
+    """
     from mllm_replica.core.settings import work_folder
     from mllm_replica.honeybee.attention import attention_maps, locality
 

@@ -56,10 +56,11 @@ ASKED = dict(
 )  # benchmark -> template, metric, new tokens
 
 
-def instruction_mixture(
-    params: dict[str, Any],  # of a published row
-) -> dict[str, float]:
-    "Data set -> weight in the second stage."
+def instruction_mixture(params: dict[str, Any]) -> dict[str, float]:
+    """Data set -> weight in the second stage.
+
+    params: of a published row
+    """
     groups = {g: sets for g, sets in GROUPS.items() if params.get(g, 1)}
     if params.get('single_dataset_per_task'):
         groups = {g: {n: w for n, w in sets.items() if n in _ONE_EACH} for g, sets in groups.items()}
@@ -76,11 +77,12 @@ def instruction_mixture(
     raise ValueError(f'mixture {rule!r} is unknown')
 
 
-def options_of(
-    name: str,  # data set
-    params: dict[str, Any],  # of a published row
-) -> dict[str, Any]:
-    "A data set's template and grouping: up to ten questions an image, no answer twice, unless the row says otherwise."
+def options_of(name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A data set's template and grouping: up to ten questions an image, no answer twice, unless the row says otherwise.
+
+    name: data set
+    params: of a published row
+    """
     template = {'template': TEMPLATE_OF[name]} if name in TEMPLATE_OF else {}
     grouped = (
         {'turns': 10 if params.get('multi_turn', True) else 1, 'dedup': params.get('dedup', True)}

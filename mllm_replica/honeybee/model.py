@@ -18,7 +18,8 @@ from .components import build_projector, projector_fields
 from .prompts import CHAT, SYSTEM_DETAIL, conversation_pieces, prompt_pieces
 from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, known_fields, model_of, read_weights
 from ..models.image_processing import VisionLanguageImageProcessor
-from ..models.processing import TURNS, VisionLanguageProcessor, piece_ids, with_system, without_ends
+from ..models.processing import VisionLanguageProcessor, piece_ids
+from ..models.templates import TURNS, with_system, without_ends
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a16cde91
@@ -85,12 +86,13 @@ SIZES = {  # CLIP and Llama settings of the two sizes
 }
 
 
-def paper_config(
-    size: str,  # '7B' or '13B'
-    connector_config: dict[str, Any],  # official field names
-    feature_layer: int = -2,  # the paper's choice
-) -> HoneybeeConfig:
-    "The configuration of a model of the paper."
+def paper_config(size: str, connector_config: dict[str, Any], feature_layer: int = -2) -> HoneybeeConfig:
+    """The configuration of a model of the paper.
+
+    size: '7B' or '13B'
+    connector_config: official field names
+    feature_layer: the paper's choice
+    """
     if size not in SIZES:
         raise KeyError(f'size {size!r} is not in the paper; expected one of {list(SIZES)}')
     vision, text = SIZES[size]
@@ -100,17 +102,24 @@ def paper_config(
 
 # %% ../../nbs/papers/02_honeybee.ipynb #9644d3ac
 class HoneybeeProcessor(VisionLanguageProcessor):
-    "Prompts of Honeybee → token ids and labels."
+    """Prompts of Honeybee → token ids and labels.
+
+    visual_tokens: positions per image
+    image_token_id: placeholder; None: the tokenizer's or a new one
+    chat_template: Jinja; None: that of the style
+    style: or 'plain': no role words, no end tokens
+    system: system sentence; None: that of the style
+    """
 
     def __init__(
         self,
         image_processor: VisionLanguageImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,  # positions per image
-        image_token_id: int | None = None,  # placeholder; None: the tokenizer's or a new one
-        chat_template: str | None = None,  # Jinja; None: that of the style
-        style: str = 'conversation',  # or 'plain': no role words, no end tokens
-        system: str | None = None,  # system sentence; None: that of the style
+        visual_tokens: int,
+        image_token_id: int | None = None,
+        chat_template: str | None = None,
+        style: str = 'conversation',
+        system: str | None = None,
     ) -> None:
         if style not in ('conversation', 'plain'):
             raise ValueError(f"style {style!r} is unknown; expected 'conversation' or 'plain'")
@@ -135,12 +144,12 @@ class HoneybeeProcessor(VisionLanguageProcessor):
             yield [self.tokenizer.bos_token_id]
         yield from (ids for ids, _ in piece_ids(prompt_pieces(text.removeprefix(start)), self.tokenizer))
 
-    def pieces(
-        self,
-        sample: dict[str, Any],  # with `prompt`, `conversations` or `document`
-        training: bool,  # False: an answer is to come
-    ) -> list[Piece]:
-        "The prompt of a sample."
+    def pieces(self, sample: dict[str, Any], training: bool) -> list[Piece]:
+        """The prompt of a sample.
+
+        sample: with `prompt`, `conversations` or `document`
+        training: False: an answer is to come
+        """
         if sample.get('prompt'):
             pieces = prompt_pieces(sample['prompt'])
             return pieces[:-1] if not training and pieces[-1].supervised else pieces
@@ -168,10 +177,11 @@ _VISION_FIELDS = (
 _VISION_OPTIONS = ('hidden_act', 'layer_norm_eps', 'projection_dim', 'image_mean', 'image_std')
 
 
-def official_config(
-    config: Mapping[str, Any],  # content of an official config.json, new or old form
-) -> HoneybeeConfig:
-    "Our configuration of an official checkpoint."
+def official_config(config: Mapping[str, Any]) -> HoneybeeConfig:
+    """Our configuration of an official checkpoint.
+
+    config: content of an official config.json, new or old form
+    """
     config = dict(config)
     if 'visual_projector_config' in config:  # first release
         old = dict(config.pop('visual_projector_config'))
@@ -200,11 +210,11 @@ IGNORED_KEYS = (
 )  # buffers that we compute
 
 
-def convert_official(
-    state: Mapping[str, Tensor],  # official names
-    config: HoneybeeConfig,
-) -> dict[str, Tensor]:
-    "The same tensors under our names."
+def convert_official(state: Mapping[str, Tensor], config: HoneybeeConfig) -> dict[str, Tensor]:
+    """The same tensors under our names.
+
+    state: official names
+    """
     ours = {}
     for name, tensor in state.items():
         if any(re.search(pattern, name) for pattern in IGNORED_KEYS):
@@ -217,11 +227,12 @@ def convert_official(
     return ours
 
 # %% ../../nbs/papers/02_honeybee.ipynb #407de0d5
-def load_official(
-    folder: str | Path,  # an official checkpoint: config.json and weights
-    dtype: torch.dtype | None = None,  # None: as stored; a D-Abstractor is always fp32
-) -> HoneybeeModel:
-    "An official checkpoint as our model; nothing is loaded unless every key fits."
+def load_official(folder: str | Path, dtype: torch.dtype | None = None) -> HoneybeeModel:
+    """An official checkpoint as our model; nothing is loaded unless every key fits.
+
+    folder: an official checkpoint: config.json and weights
+    dtype: None: as stored; a D-Abstractor is always fp32
+    """
     folder = Path(folder)
     config = official_config(json.loads((folder / 'config.json').read_text()))
     state = convert_official(read_weights(folder), config)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encoded import IGNORED
 from ..data.language import IMAGE_PIECE, Piece, tokenize
-from ..models.processing import SHOWN
+from ..models.templates import SHOWN
 
 # %% ../../nbs/papers/02_honeybee.ipynb #8dbfe9cf
 SYSTEM = 'The following is a conversation between a curious human and AI assistant.'
@@ -75,13 +75,19 @@ TEMPLATES: dict[
 
 # %% ../../nbs/papers/02_honeybee.ipynb #df09bec5
 def templatize(
-    dataset: str,  # a key of `TEMPLATES`
-    examples: Sequence[dict[str, str]],  # turns of one image
-    image: bool = True,  # False: text only
-    pattern: int = 0,  # which of the data set's patterns
+    dataset: str,
+    examples: Sequence[dict[str, str]],
+    image: bool = True,
+    pattern: int = 0,
     system: str = SYSTEM,
 ) -> str:
-    "The prompt text of some examples of a data set."
+    """The prompt text of some examples of a data set.
+
+    dataset: a key of `TEMPLATES`
+    examples: turns of one image
+    image: False: text only
+    pattern: which of the data set's patterns
+    """
     if dataset not in TEMPLATES:
         raise KeyError(f'no template for data set {dataset!r}; known: {", ".join(TEMPLATES)}')
     question, answer = TEMPLATES[dataset][pattern]
@@ -102,10 +108,11 @@ def templatize(
 _PARTS = re.compile(r'(<image>|\nAI: |\nHuman: )')
 
 
-def prompt_pieces(
-    prompt: str,  # as made by `templatize`
-) -> list[Piece]:
-    "The pieces of a prompt text, answers supervised."
+def prompt_pieces(prompt: str) -> list[Piece]:
+    """The pieces of a prompt text, answers supervised.
+
+    prompt: as made by `templatize`
+    """
     if prompt.startswith(NO_PROMPT):
         return [IMAGE_PIECE, Piece(prompt.removeprefix(NO_PROMPT), supervised=True, end=True)]
     parts = [part for part in _PARTS.split(prompt) if part]
@@ -119,12 +126,17 @@ def prompt_pieces(
 def encode_prompt(
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
-    visual_tokens: int,  # positions per image
+    visual_tokens: int,
     image_token_id: int = -1,
-    max_length: int | None = None,  # tokens without the begin token
-    no_eos: bool = False,  # drop an end token at the very end
+    max_length: int | None = None,
+    no_eos: bool = False,
 ) -> tuple[list[int], list[int]]:
-    "Input ids and labels of a prompt text. Officially a caption is cut when all is written, perhaps inside its image."
+    """Input ids and labels of a prompt text. Officially a caption is cut when all is written, perhaps inside its image.
+
+    visual_tokens: positions per image
+    max_length: tokens without the begin token
+    no_eos: drop an end token at the very end
+    """
     caption, stop = prompt.startswith(NO_PROMPT), None if max_length is None else max_length + 1
     ids, labels = tokenize(
         prompt_pieces(prompt), tokenizer, image_token_id, visual_tokens, None if caption else max_length
@@ -135,11 +147,15 @@ def encode_prompt(
 
 # %% ../../nbs/papers/02_honeybee.ipynb #6b3d2b1e
 def conversation_pieces(
-    turns: Sequence[dict[str, str]],  # {'from': 'human' | 'gpt', 'value'}
+    turns: Sequence[dict[str, str]],
     system: str = SYSTEM_DETAIL,
-    training: bool = True,  # False: leave the last answer open
+    training: bool = True,
 ) -> list[Piece]:
-    "The pieces of a conversation, answers supervised."
+    """The pieces of a conversation, answers supervised.
+
+    turns: {'from': 'human' | 'gpt', 'value'}
+    training: False: leave the last answer open
+    """
     pieces = [Piece(system)]
     for turn in turns if training or turns[-1]['from'] != 'gpt' else turns[:-1]:
         if turn['from'] == 'gpt':
@@ -173,14 +189,21 @@ CHAT = (
 def encode_batch(
     prompts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    visual_tokens: int,  # positions per image
+    visual_tokens: int,
     image_token_id: int = -1,
-    max_length: int | None = None,  # tokens without the begin token
-    no_eos: bool = False,  # drop an end token at the very end
-    pad_to_max: bool = False,  # pad to max_length + 1 instead of the longest
-    padding_side: str = 'right',  # 'left' for generation
+    max_length: int | None = None,
+    no_eos: bool = False,
+    pad_to_max: bool = False,
+    padding_side: str = 'right',
 ) -> dict[str, Tensor]:
-    "input_ids, labels, attention_mask [B,T] and seq_length [B] of several prompts."
+    """input_ids, labels, attention_mask [B,T] and seq_length [B] of several prompts.
+
+    visual_tokens: positions per image
+    max_length: tokens without the begin token
+    no_eos: drop an end token at the very end
+    pad_to_max: pad to max_length + 1 instead of the longest
+    padding_side: 'left' for generation
+    """
     encoded = [encode_prompt(p, tokenizer, visual_tokens, image_token_id, max_length, no_eos) for p in prompts]
     lengths = [len(ids) for ids, _ in encoded]
     if pad_to_max and max_length is None:
@@ -201,13 +224,20 @@ def encode_batch(
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ca98b6cb
 def group_turns(
-    pairs: Sequence[tuple[str | None, dict[str, Any]]],  # (image, example), image None for text only
-    turns: int = 1,  # examples per sample; −1: all of an image
-    dedup_key: str | None = None,  # field that must differ within a sample; None: keep all. Needs turns > 1
-    keep: Sequence[Any] = (),  # values that may repeat
-    online: bool = True,  # keep duplicates as a list to draw from, else the first
+    pairs: Sequence[tuple[str | None, dict[str, Any]]],
+    turns: int = 1,
+    dedup_key: str | None = None,
+    keep: Sequence[Any] = (),
+    online: bool = True,
 ) -> list[dict[str, Any]]:
-    "Samples of `examples` on one `image`; a nested list is a group of duplicates."
+    """Samples of `examples` on one `image`; a nested list is a group of duplicates.
+
+    pairs: (image, example), image None for text only
+    turns: examples per sample; −1: all of an image
+    dedup_key: field that must differ within a sample; None: keep all. Needs turns > 1
+    keep: values that may repeat
+    online: keep duplicates as a list to draw from, else the first
+    """
     clusters: dict[str | None, list] = {}
     for image, example in pairs:
         clusters.setdefault(image, []).append(example)
@@ -231,22 +261,27 @@ def group_turns(
     return samples
 
 
-def drawn(
-    examples: Sequence[dict | list[dict]],  # of a sample of `group_turns`
-    rng: random.Random,
-) -> list[dict]:
-    "One example of every group of duplicates."
+def drawn(examples: Sequence[dict | list[dict]], rng: random.Random) -> list[dict]:
+    """One example of every group of duplicates.
+
+    examples: of a sample of `group_turns`
+    """
     return [rng.choice(example) if isinstance(example, list) else example for example in examples]
 
 # %% ../../nbs/papers/02_honeybee.ipynb #090baf63
 def optionize(
     options: Sequence[str],
-    answer: int,  # index of the right one
-    rng: random.Random | None = None,  # shuffles the options (training); None: as they come
-    include_answer: bool = False,  # 'B. text' instead of 'B'
+    answer: int,
+    rng: random.Random | None = None,
+    include_answer: bool = False,
     separator: str = '\n',
 ) -> tuple[str, str]:
-    "Lettered option lines and the target."
+    """Lettered option lines and the target.
+
+    answer: index of the right one
+    rng: shuffles the options (training); None: as they come
+    include_answer: 'B. text' instead of 'B'
+    """
     order = list(range(len(options)))
     if rng is not None:
         rng.shuffle(order)
@@ -255,22 +290,23 @@ def optionize(
     return lines, f'{letter}. {options[answer]}' if include_answer else letter
 
 
-def bbox_text(
-    box: Sequence[float],  # x, y, width, height in pixels
-    width: float,  # of the image
-    height: float,  # of the image
-    decimals: int = 3,
-) -> str:
-    "'[x1,y1,x2,y2]' as fractions of the image."
+def bbox_text(box: Sequence[float], width: float, height: float, decimals: int = 3) -> str:
+    """'[x1,y1,x2,y2]' as fractions of the image.
+
+    box: x, y, width, height in pixels
+    width: of the image
+    height: of the image
+    """
     x, y, w, h = box
     return '[' + ','.join(f'{v:.{decimals}f}' for v in (x / width, y / height, (x + w) / width, (y + h) / height)) + ']'
 
 
-def vsr_question(
-    caption: str,  # 'The cat is on the mat.'
-    repaired: bool = False,  # move only the word "is" or "are"
-) -> str:
-    "A statement as a yes/no question."
+def vsr_question(caption: str, repaired: bool = False) -> str:
+    """A statement as a yes/no question.
+
+    caption: 'The cat is on the mat.'
+    repaired: move only the word "is" or "are"
+    """
     if repaired:
         found = re.search(r'\b(is|are)\b', caption)
         if not found:
@@ -280,10 +316,11 @@ def vsr_question(
     return 'Is ' + ' '.join(part.lower().replace('.', '?').strip() for part in caption.split('is'))
 
 # %% ../../nbs/papers/02_honeybee.ipynb #0c74ad73
-def sqa_question(
-    text: str,  # 'question\nContext: …\nOptions: (A) … (B) …'
-) -> dict[str, Any]:
-    "question, context and options of a ScienceQA entry."
+def sqa_question(text: str) -> dict[str, Any]:
+    """question, context and options of a ScienceQA entry.
+
+    text: 'question\\nContext: …\\nOptions: (A) … (B) …'
+    """
     found = re.search(r'(.+?)\nContext: (.*?)\nOptions: (.+)', text, re.DOTALL)
     if not found:
         raise ValueError(f'ScienceQA question {text[:60]!r} is not of the form question, Context:, Options:')
@@ -291,10 +328,11 @@ def sqa_question(
     return dict(question=found[1], context=found[2], options=[o.strip() for o in options if o.strip()])
 
 
-def sqa_answer(
-    text: str,  # 'LECTURE: …\nSOLUTION: …\n###\nANSWER: B.'
-) -> dict[str, Any]:
-    "lecture, solution, answer and answer_index of a ScienceQA entry; parts that are absent are None."
+def sqa_answer(text: str) -> dict[str, Any]:
+    """lecture, solution, answer and answer_index of a ScienceQA entry; parts that are absent are None.
+
+    text: 'LECTURE: …\\nSOLUTION: …\\n###\\nANSWER: B.'
+    """
     parts = re.split(r'(LECTURE:|SOLUTION:|###\nANSWER:)', text)
     names = {'LECTURE:': 'lecture', 'SOLUTION:': 'solution', '###\nANSWER:': 'answer'}
     fields = dict.fromkeys(names.values()) | {

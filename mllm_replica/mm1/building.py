@@ -47,12 +47,13 @@ def _language_weights(recipe: Recipe, config: Any, processor: Any) -> dict[str, 
     return pretrained(recipe, language, [stage], processor).state_dict()
 
 
-def arrange(
-    stages: Any,  # packed or not
-    encoded: Any,  # source -> its examples
-    **how: Any,  # further arguments of the collation
-) -> dict[str, Any]:
-    "What `train` is given: sequences of one source each, in a frozen order, if the stages are packed."
+def arrange(stages: Any, encoded: Any, **how: Any) -> dict[str, Any]:
+    """What `train` is given: sequences of one source each, in a frozen order, if the stages are packed.
+
+    stages: packed or not
+    encoded: source -> its examples
+    how: further arguments of the collation
+    """
     from functools import partial
     from mllm_replica.data import packing
     from mllm_replica.mm1.data import Frozen, collate_sequences, source_sequences

@@ -21,14 +21,20 @@ from ..models.vision import CLIP_MEAN, resize_positions
 # Shapes: B images, N patch features of an image (a square of side s), M visual tokens (the text's k),
 # D encoder width, H heads, d head width.
 class AveragePooling(Projector):
-    "Means over the cells of a grid, then one linear map."
+    """Means over the cells of a grid, then one linear map.
+
+    encoder_hidden_size: D
+    output_hidden_size: width of the language model
+    num_input_tokens: N, a square
+    num_query_tokens: M, a square
+    """
 
     def __init__(
         self,
-        encoder_hidden_size: int,  # D
-        output_hidden_size: int,  # width of the language model
-        num_input_tokens: int,  # N, a square
-        num_query_tokens: int = 144,  # M, a square
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,
+        num_query_tokens: int = 144,
     ) -> None:
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, 0)
         side_of(num_input_tokens, 'num_input_tokens'), side_of(num_query_tokens, 'num_query_tokens')
@@ -44,13 +50,14 @@ class AveragePooling(Projector):
         return self.proj(pooled)
 
 # %% ../../nbs/papers/03_mm1.ipynb #9fd555a5
-def position_waves(
-    points: Tensor,  # [n,2] row and column, in patches
-    side: int,  # s
-    token_side: int,  # √M
-    width: int,  # d, a multiple of 4
-) -> Tensor:
-    "Sines and cosines of points, from half a wave over the map to half a wave over a cell: → [n,d]."
+def position_waves(points: Tensor, side: int, token_side: int, width: int) -> Tensor:
+    """Sines and cosines of points, from half a wave over the map to half a wave over a cell: → [n,d].
+
+    points: [n,2] row and column, in patches
+    side: s
+    token_side: √M
+    width: d, a multiple of 4
+    """
     if width % 4:
         raise ValueError(
             f'a local start needs a head width that is a multiple of 4, not {width}: change num_attention_heads'
@@ -61,16 +68,24 @@ def position_waves(
 
 
 class AttentionPooling(Projector):
-    "Learnt queries read the map in one layer of cross-attention."
+    """Learnt queries read the map in one layer of cross-attention.
+
+    encoder_hidden_size: D
+    output_hidden_size: width of the language model
+    num_input_tokens: N, a square
+    num_query_tokens: M, a square
+    num_attention_heads: H
+    start: 'local': every query begins as a soft window on its own cell
+    """
 
     def __init__(
         self,
-        encoder_hidden_size: int,  # D
-        output_hidden_size: int,  # width of the language model
-        num_input_tokens: int,  # N, a square
-        num_query_tokens: int = 144,  # M, a square
-        num_attention_heads: int = 16,  # H
-        start: str = 'random',  # 'local': every query begins as a soft window on its own cell
+        encoder_hidden_size: int,
+        output_hidden_size: int,
+        num_input_tokens: int,
+        num_query_tokens: int = 144,
+        num_attention_heads: int = 16,
+        start: str = 'random',
     ) -> None:
         super().__init__(encoder_hidden_size, output_hidden_size, num_input_tokens, num_query_tokens, 0)
         self.side, self.token_side = (
@@ -135,12 +150,18 @@ CONNECTORS = {
 
 
 def build_connector(
-    config: dict,  # connector_type, num_query_tokens, and the type's own fields
-    encoder_hidden_size: int,  # width of the vision features
-    output_hidden_size: int,  # width of the language model
-    num_input_tokens: int,  # N, without the class token
+    config: dict,
+    encoder_hidden_size: int,
+    output_hidden_size: int,
+    num_input_tokens: int,
 ) -> Projector:
-    "The connector that a configuration describes, freshly initialised."
+    """The connector that a configuration describes, freshly initialised.
+
+    config: connector_type, num_query_tokens, and the type's own fields
+    encoder_hidden_size: width of the vision features
+    output_hidden_size: width of the language model
+    num_input_tokens: N, without the class token
+    """
     fields = dict(config)
     kind = fields.pop('connector_type', None)
     if kind not in CONNECTORS:
@@ -154,22 +175,24 @@ def build_connector(
     return CONNECTORS[kind](*sizes, **fields)
 
 # %% ../../nbs/papers/03_mm1.ipynb #33d2b048
-def letterbox(
-    size: tuple[int, int],  # width and height
-    target: int,  # side of the square, in pixels
-) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    "Size after scaling, and padding left, top, right, bottom (left and top get the smaller half)."
+def letterbox(size: tuple[int, int], target: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Size after scaling, and padding left, top, right, bottom (left and top get the smaller half).
+
+    size: width and height
+    target: side of the square, in pixels
+    """
     scale = target / max(size)
     width, height = (max(1, round(length * scale)) for length in size)
     left, top = (target - width) // 2, (target - height) // 2
     return (width, height), (left, top, target - width - left, target - height - top)
 
 
-def letterboxed(
-    image: Image.Image,  # RGB
-    target: int,  # side of the square, in pixels
-) -> Image.Image:
-    "The image in a square of CLIP's mean colour, its shape kept."
+def letterboxed(image: Image.Image, target: int) -> Image.Image:
+    """The image in a square of CLIP's mean colour, its shape kept.
+
+    image: RGB
+    target: side of the square, in pixels
+    """
     size, (left, top, _, _) = letterbox(image.size, target)
     square = Image.new('RGB', (target, target), tuple(int(255 * mean) for mean in CLIP_MEAN))
     square.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
@@ -178,7 +201,13 @@ def letterboxed(
 # %% ../../nbs/papers/03_mm1.ipynb #a497ec21
 @dataclass(frozen=True)
 class SubImages:
-    "How an image becomes several: an overview, then crops row by row; only the image itself where one tile suffices."
+    """How an image becomes several: an overview, then crops row by row; only the image itself where one tile suffices.
+
+    resolution: side of the whole square, in pixels
+    tile: side of what the encoder reads, in pixels
+    patch: side of a patch, in pixels
+    tokens_per_image: M
+    """
 
     resolution: int  # side of the whole square, in pixels
     tile: int  # side of what the encoder reads, in pixels

@@ -25,12 +25,12 @@ KINDS = {'caption': (1, 1), 'interleaved': (1, MAX_IMAGES), 'text': (0, 0)}  # i
 WEIGHTS = {'interleaved': 0.45, 'caption': 0.45, 'text': 0.1}  # of sequences, in the paper's final mixture
 
 
-def check_count(
-    name: str,  # of the document
-    images: int,
-    kind: str,  # key of `KINDS`
-) -> None:
-    "Raise a ValueError if an example of its kind has not as many images."
+def check_count(name: str, images: int, kind: str) -> None:
+    """Raise a ValueError if an example of its kind has not as many images.
+
+    name: of the document
+    kind: key of `KINDS`
+    """
     fewest, most = KINDS[kind]
     wanted = fewest if fewest == most else f'{fewest} to {most}'
     if not fewest <= images <= most:
@@ -40,11 +40,12 @@ def check_count(
         )
 
 
-def check_example(
-    sample: dict[str, Any],  # with a `document`
-    kind: str,  # key of `KINDS`
-) -> None:
-    "Raise a ValueError naming the document if it is no example of its kind."
+def check_example(sample: dict[str, Any], kind: str) -> None:
+    """Raise a ValueError naming the document if it is no example of its kind.
+
+    sample: with a `document`
+    kind: key of `KINDS`
+    """
     if kind not in KINDS:
         raise ValueError(f'unknown kind of data {kind!r}; known: {sorted(KINDS)}')
     name = f'document {sample["id"]!r}'
@@ -56,12 +57,18 @@ def check_example(
 
 
 def encode_source(
-    samples: Iterable[dict[str, Any]],  # with a `document`
-    kind: str,  # key of `KINDS`
-    encode: Callable[[dict[str, Any]], Encoded],  # a processor's
-    length: int,  # positions of a sequence
+    samples: Iterable[dict[str, Any]],
+    kind: str,
+    encode: Callable[[dict[str, Any]], Encoded],
+    length: int,
 ) -> list[Encoded]:
-    "The examples of one source; too long ones are cut, never inside an image."
+    """The examples of one source; too long ones are cut, never inside an image.
+
+    samples: with a `document`
+    kind: key of `KINDS`
+    encode: a processor's
+    length: positions of a sequence
+    """
     examples = []
     for sample in samples:
         check_example(sample, kind)
@@ -77,7 +84,10 @@ def encode_source(
 # %% ../../nbs/papers/03_mm1.ipynb #b28b5e5c
 @dataclass
 class TrainingSequence(Encoded):
-    "Examples of one source end to end; none of them sees another."
+    """Examples of one source end to end; none of them sees another.
+
+    lengths: positions of each example
+    """
 
     lengths: list[int] = field(default_factory=list)  # positions of each example
 
@@ -117,12 +127,12 @@ def _check_room(examples: Sequence[Encoded], length: int, max_images: int) -> No
             )
 
 
-def next_fit(
-    examples: Sequence[Encoded],
-    length: int,  # positions of a sequence
-    max_images: int = MAX_IMAGES,  # of a sequence
-) -> list[list[Encoded]]:
-    "Examples by sequence, in the given order."
+def next_fit(examples: Sequence[Encoded], length: int, max_images: int = MAX_IMAGES) -> list[list[Encoded]]:
+    """Examples by sequence, in the given order.
+
+    length: positions of a sequence
+    max_images: of a sequence
+    """
     _check_room(examples, length, max_images)
     rows, positions, images = [], length, 0  # free in the last sequence
     for example in examples:
@@ -134,12 +144,12 @@ def next_fit(
     return rows
 
 # %% ../../nbs/papers/03_mm1.ipynb #b99dfb9b
-def best_fit(
-    examples: Sequence[Encoded],
-    length: int,  # positions of a sequence
-    max_images: int = MAX_IMAGES,  # of a sequence
-) -> list[list[Encoded]]:
-    "Examples by sequence, longest first, each into the fullest sequence with room for it and its images."
+def best_fit(examples: Sequence[Encoded], length: int, max_images: int = MAX_IMAGES) -> list[list[Encoded]]:
+    """Examples by sequence, longest first, each into the fullest sequence with room for it and its images.
+
+    length: positions of a sequence
+    max_images: of a sequence
+    """
     _check_room(examples, length, max_images)
     rows, rooms = (
         [],
@@ -163,41 +173,55 @@ def best_fit(
 
 
 def make_sequences(
-    examples: Sequence[Encoded],  # of one source
-    length: int,  # positions of a sequence
-    max_images: int = MAX_IMAGES,  # of a sequence
-    fit: Callable[..., list[list[Encoded]]] = best_fit,  # or `next_fit`
+    examples: Sequence[Encoded],
+    length: int,
+    max_images: int = MAX_IMAGES,
+    fit: Callable[..., list[list[Encoded]]] = best_fit,
 ) -> list[TrainingSequence]:
-    "The sequences of one source."
+    """The sequences of one source.
+
+    examples: of one source
+    length: positions of a sequence
+    max_images: of a sequence
+    fit: or `next_fit`
+    """
     return [join(row) for row in fit(examples, length, max_images)]
 
 
 def source_sequences(
-    encoded: Mapping[str, Sequence[Encoded]],  # source -> examples; the sources of `KINDS` are checked
-    lengths: Mapping[str, int],  # source -> positions of a sequence
+    encoded: Mapping[str, Sequence[Encoded]],
+    lengths: Mapping[str, int],
 ) -> dict[str, list[TrainingSequence]]:
-    "The sequences of every source."
+    """The sequences of every source.
+
+    encoded: source -> examples; the sources of `KINDS` are checked
+    lengths: source -> positions of a sequence
+    """
     for kind in encoded.keys() & KINDS.keys():
         for example in encoded[kind]:
             check_count(example.id, len(example.image_blocks), kind)
     return {name: make_sequences(examples, lengths[name]) for name, examples in encoded.items()}
 
 
-def fill(
-    sequences: Sequence[Encoded],
-    length: int,  # positions of a sequence
-) -> float:
-    "Share of positions that are not padding."
+def fill(sequences: Sequence[Encoded], length: int) -> float:
+    """Share of positions that are not padding.
+
+    length: positions of a sequence
+    """
     return sum(map(len, sequences)) / (length * len(sequences))
 
 # %% ../../nbs/papers/03_mm1.ipynb #5168cfa2
 def collate_sequences(
     batch: list[TrainingSequence],
     pad_token_id: int,
-    features: Any = None,  # a feature cache: features[image_ids] -> [N, S, Dv]
-    image_tensor: Callable[[list], torch.Tensor] | None = None,  # undecoded images -> [N, C, P, P]
+    features: Any = None,
+    image_tensor: Callable[[list], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    "What `collate` makes, position_ids [B, T] per example, and the borders of examples for flash attention."
+    """What `collate` makes, position_ids [B, T] per example, and the borders of examples for flash attention.
+
+    features: a feature cache: features[image_ids] -> [N, S, Dv]
+    image_tensor: undecoded images -> [N, C, P, P]
+    """
     out = collate(batch, pad_token_id, features=features, image_tensor=image_tensor)
     position_ids = torch.zeros_like(out['input_ids'])
     for row, sequence in zip(position_ids, batch):

@@ -20,7 +20,15 @@ from ..models.layers import affine
 # %% ../../nbs/papers/03_mm1.ipynb #cef42c16
 # Shapes: B rows, T tokens of a row, n tokens of a batch, E experts, D width, I inner width of an expert.
 class Routing(NamedTuple):
-    "Where the tokens of a batch go."
+    """Where the tokens of a batch go.
+
+    logits: [n,E]
+    experts: [n,2] first and second choice
+    gates: [n,2] weight of each
+    kept: [n,2] False where there was no room
+    balance: []
+    z: []
+    """
 
     logits: Tensor  # [n,E]
     experts: Tensor  # [n,2] first and second choice
@@ -35,11 +43,12 @@ class Routing(NamedTuple):
         return F.one_hot(self.experts[:, 0], self.logits.shape[-1]).float().mean(0)
 
 
-def route(
-    logits: Tensor,  # [n,E]
-    capacity: int | None = None,  # tokens that an expert takes; None: all
-) -> Routing:
-    "Top-2 routing; ties go to the lower number."
+def route(logits: Tensor, capacity: int | None = None) -> Routing:
+    """Top-2 routing; ties go to the lower number.
+
+    logits: [n,E]
+    capacity: tokens that an expert takes; None: all
+    """
     if capacity is not None and capacity < 1:
         raise ValueError(f'capacity is {capacity}; expected at least 1, or None for no limit')
     probabilities = logits.softmax(-1)
@@ -60,12 +69,13 @@ def route(
     return Routing(logits, experts, gates, kept.bool(), balance, logits.logsumexp(-1).square().mean())
 
 # %% ../../nbs/papers/03_mm1.ipynb #e20df2ae
-def queue_positions(
-    experts: Tensor,  # [n,2]
-    num_experts: int,  # E
-    capacity: int,  # tokens per expert
-) -> Tensor:
-    "How many stand before each choice in its expert's queue: [n,2] → [n,2]."
+def queue_positions(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """How many stand before each choice in its expert's queue: [n,2] → [n,2].
+
+    experts: [n,2]
+    num_experts: E
+    capacity: tokens per expert
+    """
     first, second = F.one_hot(experts, num_experts).unbind(1)
     before_first = first.cumsum(0) - first
     kept = (first * (before_first < capacity)).sum(0)
@@ -73,37 +83,47 @@ def queue_positions(
     return torch.stack([(first * before_first).sum(-1), (second * before_second).sum(-1)], 1)
 
 
-def expert_capacity(
-    num_tokens: int,  # n
-    num_experts: int,  # E
-    factor: float,  # 2.0 in `axlearn`
-) -> int:
-    "Tokens per expert: an even share times the factor, rounded down, then up to a multiple of four; at least 1."
+def expert_capacity(num_tokens: int, num_experts: int, factor: float) -> int:
+    """Tokens per expert: an even share times the factor, rounded down, then up to a multiple of four; at least 1.
+
+    num_tokens: n
+    num_experts: E
+    factor: 2.0 in `axlearn`
+    """
     share = int(num_tokens * factor / num_experts)
     return -(-share // 4) * 4 if share > 1 else 1
 
 # %% ../../nbs/papers/03_mm1.ipynb #8f674f3e
-def spans(
-    chosen: Tensor,  # [k] sorted numbers of experts
-    num_experts: int,  # E
-) -> list[int]:
-    "How many choices each expert has; an even share for tensors without data."
+def spans(chosen: Tensor, num_experts: int) -> list[int]:
+    """How many choices each expert has; an even share for tensors without data.
+
+    chosen: [k] sorted numbers of experts
+    num_experts: E
+    """
     if chosen.is_meta or isinstance(chosen, FakeTensor):
         return [(len(chosen) + e) // num_experts for e in range(num_experts)]
     return chosen.bincount(minlength=num_experts).tolist()
 
 
 class Experts(nn.Module):
-    "Feed-forward layers side by side; with `gated`, SwiGLU."
+    """Feed-forward layers side by side; with `gated`, SwiGLU.
+
+    num_experts: E
+    hidden_size: D
+    intermediate_size: I
+    activation: a name of transformers
+    gated: multiply the activation with a second map
+    std: of the initial weights
+    """
 
     def __init__(
         self,
-        num_experts: int,  # E
-        hidden_size: int,  # D
-        intermediate_size: int,  # I
-        activation: str = 'silu',  # a name of transformers
-        gated: bool = True,  # multiply the activation with a second map
-        std: float = 0.02,  # of the initial weights
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = 'silu',
+        gated: bool = True,
+        std: float = 0.02,
     ) -> None:
         super().__init__()
         self.num_experts, self.gated, self.activation = num_experts, gated, ACT2FN[activation]
@@ -112,12 +132,12 @@ class Experts(nn.Module):
         )  # the gate first
         self.down_proj = nn.Parameter(std * torch.randn(num_experts, hidden_size, intermediate_size))
 
-    def forward(
-        self,
-        x: Tensor,  # [k,D] sorted by expert
-        sizes: list[int],  # how many rows each expert has
-    ) -> Tensor:
-        "[k,D] → [k,D]."
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """[k,D] → [k,D].
+
+        x: [k,D] sorted by expert
+        sizes: how many rows each expert has
+        """
         inner = grouped_linear(x, self.up_proj, sizes)
         if not self.gated:
             return grouped_linear(self.activation(inner), self.down_proj, sizes)
@@ -125,24 +145,31 @@ class Experts(nn.Module):
         return grouped_linear(self.activation(gate) * up, self.down_proj, sizes)
 
 
-def grouped_linear(
-    x: Tensor,  # [k,in]
-    weight: Tensor,  # [E,out,in]
-    sizes: list[int],  # consecutive rows for each weight, k together
-) -> Tensor:
-    "Each span of rows times its own matrix: [k,in] → [k,out]."
+def grouped_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """Each span of rows times its own matrix: [k,in] → [k,out].
+
+    x: [k,in]
+    weight: [E,out,in]
+    sizes: consecutive rows for each weight, k together
+    """
     return torch.cat([affine(part, own, None) for part, own in zip(x.split(sizes), weight.unbind())])
 
 # %% ../../nbs/papers/03_mm1.ipynb #4442a564
 class Router(nn.Linear):
-    "One matrix, in single precision."
+    """One matrix, in single precision.
+
+    hidden_size: D
+    num_experts: E
+    capacity_factor: None: no token is dropped
+    std: of the initial weights
+    """
 
     def __init__(
         self,
-        hidden_size: int,  # D
-        num_experts: int,  # E
-        capacity_factor: float | None = None,  # None: no token is dropped
-        std: float = 0.02,  # of the initial weights
+        hidden_size: int,
+        num_experts: int,
+        capacity_factor: float | None = None,
+        std: float = 0.02,
     ) -> None:
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f'capacity_factor is {capacity_factor}; expected more than 0, or None for no limit')
@@ -197,13 +224,20 @@ def up_cycle(
 
 
 def insert_experts(
-    language_model: nn.Module,  # a `LlamaForCausalLM`
-    every: int,  # n: layers n−1, 2n−1, … become sparse
-    num_experts: int,  # E
-    intermediate_size: int | None = None,  # inner width of new, random experts; None: copies of the dense layer
-    capacity_factor: float | None = None,  # None: no token is dropped
+    language_model: nn.Module,
+    every: int,
+    num_experts: int,
+    intermediate_size: int | None = None,
+    capacity_factor: float | None = None,
 ) -> None:
-    "Replace feed-forward layers of a language model by mixtures of experts, in place."
+    """Replace feed-forward layers of a language model by mixtures of experts, in place.
+
+    language_model: a `LlamaForCausalLM`
+    every: n: layers n−1, 2n−1, … become sparse
+    num_experts: E
+    intermediate_size: inner width of new, random experts; None: copies of the dense layer
+    capacity_factor: None: no token is dropped
+    """
     layers, config = language_model.model.layers, language_model.config
     if not 1 <= every <= len(layers):
         raise ValueError(f'experts in every {every}th of {len(layers)} layers; expected 1 to {len(layers)}')
@@ -225,10 +259,11 @@ def insert_experts(
 
 # %% ../../nbs/papers/03_mm1.ipynb #06b17021
 @contextmanager
-def record_routing(
-    model: nn.Module,  # with sparse layers somewhere inside
-) -> Iterator[list[Routing]]:
-    "The decisions of all routers in the forward passes inside the block, in order."
+def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """The decisions of all routers in the forward passes inside the block, in order.
+
+    model: with sparse layers somewhere inside
+    """
     heard, grad = [], torch.is_grad_enabled()
 
     def listen(router: Router, _, routing: Routing) -> None:
@@ -248,12 +283,13 @@ def record_routing(
             hook.remove()
 
 
-def auxiliary_loss(
-    routings: Sequence[Routing],  # of `record_routing`
-    balance: float = 0.01,  # weight of the load-balance loss
-    z: float = 0.001,  # weight of the router z-loss
-) -> Tensor:
-    "Weighted balance and z losses, summed over layers: → []."
+def auxiliary_loss(routings: Sequence[Routing], balance: float = 0.01, z: float = 0.001) -> Tensor:
+    """Weighted balance and z losses, summed over layers: → [].
+
+    routings: of `record_routing`
+    balance: weight of the load-balance loss
+    z: weight of the router z-loss
+    """
     if not routings:
         raise ValueError('no router was heard: run the model inside record_routing, after insert_experts')
     return torch.stack([balance * routing.balance + z * routing.z for routing in routings]).sum()

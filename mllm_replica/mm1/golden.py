@@ -18,12 +18,11 @@ ORIGIN = 'MM1 has no official code'  # said in the file
 _DEFAULTS = dict(activation='gelu_tanh', capacity=None, top_k=2, lb_coef=0.01, z_coef=0.001)
 
 
-def pooling_results(
-    config: dict[str, Any],
-    tensors: Given,
-    part: str,  # 'avg' or 'att'
-) -> dict[str, Tensor]:
-    "A connector and what it shows on the way."
+def pooling_results(config: dict[str, Any], tensors: Given, part: str) -> dict[str, Tensor]:
+    """A connector and what it shows on the way.
+
+    part: 'avg' or 'att'
+    """
     sizes = config['d_vision'], config['d_llm'], config['grid'] ** 2, config['token_side'] ** 2
     connector = (
         AveragePooling(*sizes) if part == 'avg' else AttentionPooling(*sizes, num_attention_heads=config['heads'])
@@ -107,17 +106,19 @@ def parts_case(
     return found
 
 
-def kind_of(
-    names: set[str],  # tensors of a file
-) -> str:
-    "Which case a file holds: there is one."
+def kind_of(names: set[str]) -> str:
+    """Which case a file holds: there is one.
+
+    names: tensors of a file
+    """
     return 'parts'
 
 
-def recognises(
-    names: set[str],  # tensors of a file that names neither its origin nor its kind
-) -> bool:
-    "Whether it is one of these."
+def recognises(names: set[str]) -> bool:
+    """Whether it is one of these.
+
+    names: tensors of a file that names neither its origin nor its kind
+    """
     return _parts_of(names) <= PARTS
 
 

@@ -18,11 +18,11 @@ class Law(NamedTuple):
     slope: float
     intercept: float
 
-    def rate(
-        self,
-        parameters: float,  # N
-    ) -> float:
-        "Peak learning rate of a model of this size."
+    def rate(self, parameters: float) -> float:
+        """Peak learning rate of a model of this size.
+
+        parameters: N
+        """
         if not parameters > 0:
             raise ValueError(f'a model of {parameters} parameters; expected more than 0')
         return math.exp(self.slope * math.log(parameters) + self.intercept)
@@ -31,18 +31,20 @@ class Law(NamedTuple):
 PUBLISHED = Law(-0.4214, -0.5535)
 
 
-def weight_decay(
-    lr: float,  # peak learning rate
-) -> float:
-    "A tenth of the peak rate."
+def weight_decay(lr: float) -> float:
+    """A tenth of the peak rate.
+
+    lr: peak learning rate
+    """
     return 0.1 * lr
 
 # %% ../../nbs/papers/03_mm1.ipynb #d1902fa2
-def optimal_rate(
-    rates: Sequence[float],  # rising
-    losses: Sequence[float],  # one per rate; lower is better
-) -> float:
-    "The learning rate of least loss, between the grid's points."
+def optimal_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The learning rate of least loss, between the grid's points.
+
+    rates: rising
+    losses: one per rate; lower is better
+    """
     x, y = np.log(rates), np.asarray(losses, float)
     i = int(y.argmin())
     if not 0 < i < len(y) - 1:
@@ -54,7 +56,11 @@ def optimal_rate(
 
 
 class Fit(NamedTuple):
-    "A fitted law and what it was fitted to."
+    """A fitted law and what it was fitted to.
+
+    spread: standard deviation of ln lr around the line
+    sizes: ln N
+    """
 
     law: Law
     spread: float  # standard deviation of ln lr around the line
@@ -74,21 +80,22 @@ class Fit(NamedTuple):
         half = self._quantile * self.spread / math.sqrt(self._squares)
         return self.law.slope - half, self.law.slope + half
 
-    def predict(
-        self,
-        parameters: float,  # N
-    ) -> tuple[float, float, float]:
-        "The rate for a model of this size, and the 95 % interval in which its own optimum should lie."
+    def predict(self, parameters: float) -> tuple[float, float, float]:
+        """The rate for a model of this size, and the 95 % interval in which its own optimum should lie.
+
+        parameters: N
+        """
         away = (math.log(parameters) - self.sizes.mean()) ** 2 / self._squares
         rate, half = self.law.rate(parameters), self._quantile * self.spread * math.sqrt(1 + 1 / len(self.sizes) + away)
         return rate, rate * math.exp(-half), rate * math.exp(half)
 
 # %% ../../nbs/papers/03_mm1.ipynb #2ab4c84e
-def fit_law(
-    parameters: Sequence[float],  # N of each model
-    rates: Sequence[float],  # its best peak learning rate
-) -> Fit:
-    "Least squares in logarithms."
+def fit_law(parameters: Sequence[float], rates: Sequence[float]) -> Fit:
+    """Least squares in logarithms.
+
+    parameters: N of each model
+    rates: its best peak learning rate
+    """
     if len(parameters) != len(rates) or not all(0 < number < math.inf for number in (*parameters, *rates)):
         raise ValueError(
             f'sizes {list(parameters)} and rates {list(rates)}: expected one positive rate for each positive size'

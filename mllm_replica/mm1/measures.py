@@ -178,13 +178,11 @@ def _parameters(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     return found | {'evenness': float(torch.special.entr(load).sum(1).mean()) / math.log(number)}
 
 
-def measure(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    scores: dict[str, float],  # benchmark -> score
-) -> dict[str, float]:
-    "Further numbers of a unit: means of its tests, accuracy after demonstrations, parameters, the law."
+def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]) -> dict[str, float]:
+    """Further numbers of a unit: means of its tests, accuracy after demonstrations, parameters, the law.
+
+    scores: benchmark -> score
+    """
     model.eval()
 
     def mean(names) -> 'float':

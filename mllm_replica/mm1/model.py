@@ -23,7 +23,8 @@ from .components import SubImages, build_connector, letterboxed
 from .experts import auxiliary_loss, insert_experts, record_routing
 from .shots import Template
 from ..models.image_processing import VisionLanguageImageProcessor
-from ..models.processing import SHOWN, VisionLanguageProcessor, without_ends
+from ..models.processing import VisionLanguageProcessor
+from ..models.templates import SHOWN, without_ends
 from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features, resize_positions
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageOutput, register
 from ..owl2.encoder import WholeCheckpoint
@@ -46,7 +47,10 @@ def _expert_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class MM1Config(VisionLanguageConfig):
-    "Settings of MM1; `connector_config` is that of `build_connector`."
+    """Settings of MM1; `connector_config` is that of `build_connector`.
+
+    feature_layer: −1: the last block's output after the final norm; other layers have none
+    """
 
     model_type = 'mm1'
 
@@ -103,11 +107,11 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
             config.num_patches,
         )
 
-    def visual_features(
-        self,
-        pixel_values: Tensor,  # [N,3,height,width]
-    ) -> Tensor:
-        "Patch features, those of the last block after the final norm: [N,3,h,w] → [N,S,Dv]."
+    def visual_features(self, pixel_values: Tensor) -> Tensor:
+        """Patch features, those of the last block after the final norm: [N,3,h,w] → [N,S,Dv].
+
+        pixel_values: [N,3,height,width]
+        """
         layer, states = (
             self.config.feature_layer,
             patch_features(self.vision_model, pixel_values, self.config.feature_layer),
@@ -124,11 +128,11 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
             **{name: value for name, value in self.config.experts.items() if name not in ('balance', 'z')},
         )
 
-    def up_cycle(
-        self,
-        experts: dict[str, Any],  # as in the configuration
-    ) -> None:
-        "Give a dense model experts: copies of its own layers, unless they have an inner width of their own."
+    def up_cycle(self, experts: dict[str, Any]) -> None:
+        """Give a dense model experts: copies of its own layers, unless they have an inner width of their own.
+
+        experts: as in the configuration
+        """
         if self.config.experts:
             raise ValueError(f'the model has experts already ({self.config.experts}); up-cycle a dense one')
         self.config.experts = _expert_settings(experts)
@@ -139,20 +143,31 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
 @can_return_tuple
 def forward(
     self: MM1Model,
-    input_ids: Tensor | None = None,  # [B,T] with placeholders
-    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; or a finished [B,1,T,T'] mask
-    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixel_values
-    labels: Tensor | None = None,  # [B,T] as input_ids, −100 without loss
-    position_ids: Tensor | None = None,  # [B,T]; starts again at 0 for every packed sample
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
     past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
+    inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
-    num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
+    num_items_in_batch: int | Tensor | None = None,
     mm_encoder_outputs: dict[str, Any] | None = None,
-    **kwargs: Any,  # as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
+    **kwargs: Any,
 ) -> VisionLanguageOutput:
-    "Logits, with labels the loss, too: [B,T] → [B,T,V], []. In training experts add their balance and z losses."
+    """Logits, with labels the loss, too: [B,T] → [B,T,V], []. In training experts add their balance and z losses.
+
+    input_ids: [B,T] with placeholders
+    attention_mask: [B,T] 1 at real tokens; or a finished [B,1,T,T'] mask
+    pixel_values: [N,3,height,width] in reading order
+    image_features: [N,S,Dv] instead of pixel_values
+    labels: [B,T] as input_ids, −100 without loss
+    position_ids: [B,T]; starts again at 0 for every packed sample
+    inputs_embeds: [B,T,D] instead of input_ids
+    num_items_in_batch: divides the summed loss
+    kwargs: as for `VisionLanguageModel`; borders of packed samples go to the attention kernel
+    """
     given = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -176,12 +191,12 @@ def forward(
     return out
 
 # %% ../../nbs/papers/03_mm1.ipynb #cd2e7b9b
-def at_resolution(
-    model: MM1Model,
-    image_size: int,  # side of the encoder's input, pixels
-    sub_images: int | None = None,  # as in the configuration
-) -> MM1Model:
-    "The same model for pictures of another size, its position tables interpolated."
+def at_resolution(model: MM1Model, image_size: int, sub_images: int | None = None) -> MM1Model:
+    """The same model for pictures of another size, its position tables interpolated.
+
+    image_size: side of the encoder's input, pixels
+    sub_images: as in the configuration
+    """
     config, patches = model.config.to_dict(), model.config.num_patches
     config = MM1Config.from_dict(
         config | dict(vision_config=config['vision_config'] | {'image_size': image_size}, sub_images=sub_images)
@@ -202,24 +217,31 @@ def at_resolution(
 
 # %% ../../nbs/papers/03_mm1.ipynb #b7d795dc
 class MM1ImageProcessor(VisionLanguageImageProcessor):
-    "Pictures squashed to a square or padded to one."
+    """Pictures squashed to a square or padded to one.
+
+    size: side of the encoder's input, pixels
+    image_mean: per channel
+    image_std: per channel
+    letterbox: pad, to keep the shape
+    kwargs: what transformers stores beside them
+    """
 
     def __init__(
         self,
-        size: int | dict[str, int] = 336,  # side of the encoder's input, pixels
-        image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,  # per channel
-        letterbox: bool = False,  # pad, to keep the shape
-        **kwargs: Any,  # what transformers stores beside them
+        size: int | dict[str, int] = 336,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        letterbox: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(size, image_mean, image_std, **kwargs)
         self.letterbox = letterbox
 
-    def pixels(
-        self,
-        images: Sequence[Any],  # as for `open_image`
-    ) -> Tensor:
-        "Pixel values: N images → [N,3,S,S]."
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values: N images → [N,3,S,S].
+
+        images: as for `open_image`
+        """
         if self.letterbox:
             images = [letterboxed(open_image(image), self.side) for image in images]
         return super().pixels(images)
@@ -236,7 +258,15 @@ _SHOTS = (
 
 
 class MM1Processor(VisionLanguageProcessor):
-    "Documents, conversations and few-shot prompts → token ids, labels and pixels."
+    """Documents, conversations and few-shot prompts → token ids, labels and pixels.
+
+    visual_tokens: positions of one picture that the encoder reads
+    image_token_id: placeholder; None: the tokenizer's or a new one
+    chat_template: Jinja; None: like shots
+    sub_images: as in the configuration
+    ends: whether an end token follows answers and documents
+    separator: before a further question, as between shots
+    """
 
     image_processor_type = MM1ImageProcessor
 
@@ -244,12 +274,12 @@ class MM1Processor(VisionLanguageProcessor):
         self,
         image_processor: MM1ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,  # positions of one picture that the encoder reads
-        image_token_id: int | None = None,  # placeholder; None: the tokenizer's or a new one
-        chat_template: str | None = None,  # Jinja; None: like shots
-        sub_images: int | None = None,  # as in the configuration
-        ends: bool = True,  # whether an end token follows answers and documents
-        separator: str = '\n',  # before a further question, as between shots
+        visual_tokens: int,
+        image_token_id: int | None = None,
+        chat_template: str | None = None,
+        sub_images: int | None = None,
+        ends: bool = True,
+        separator: str = '\n',
     ) -> None:
         if chat_template is None:
             chat_template = f'{{%- set separator = {separator!r} -%}}' + (_SHOTS if ends else without_ends(_SHOTS))
@@ -267,36 +297,36 @@ class MM1Processor(VisionLanguageProcessor):
         side = self.image_processor.side
         return SubImages(self.sub_images, side, side, self.visual_tokens)
 
-    def views(
-        self,
-        image: Any,  # PIL image or anything as for `open_image`
-    ) -> list[Any]:
-        "What the encoder reads of an image: itself, or an overview and crops."
+    def views(self, image: Any) -> list[Any]:
+        """What the encoder reads of an image: itself, or an overview and crops.
+
+        image: PIL image or anything as for `open_image`
+        """
         return [image] if self.sub_images is None else self._tiles.cut(open_image(image))
 
     def _are_cut(self, sample: dict[str, Any]) -> bool:
         "Whether its images become several views here; those of few-shot prompts were cut where they were made."
         return self.sub_images is not None and 'shots' not in json.loads(sample.get('meta') or '{}')
 
-    def with_pictures(
-        self,
-        texts: Sequence[str],  # with placeholders
-        sample: dict[str, Any],  # its images
-        name: str,  # of the sample, for errors
-    ) -> tuple[list[str], list[Any]]:
-        "The texts with one `<image>` per view, and the views in reading order."
+    def with_pictures(self, texts: Sequence[str], sample: dict[str, Any], name: str) -> tuple[list[str], list[Any]]:
+        """The texts with one `<image>` per view, and the views in reading order.
+
+        texts: with placeholders
+        sample: its images
+        name: of the sample, for errors
+        """
         texts, images = super().with_pictures(texts, sample, name)
         if not self._are_cut(sample):
             return texts, images
         mark = IMAGE_MARK * self._tiles.num_images
         return [text.replace(IMAGE_MARK, mark) for text in texts], [v for image in images for v in self.views(image)]
 
-    def pieces(
-        self,
-        sample: dict[str, Any],  # conversation or interleaved document
-        training: bool,  # False: an answer is to come
-    ) -> list[Piece]:
-        "The text as it stands, images in place; of a document all text is supervised, of a conversation the answers."
+    def pieces(self, sample: dict[str, Any], training: bool) -> list[Piece]:
+        """The text as it stands, images in place; of a document all text is supervised, of a conversation the answers.
+
+        sample: conversation or interleaved document
+        training: False: an answer is to come
+        """
         if sample.get('document'):
             return [*_around(sample['document'], True), Piece('', True, self.ends)]
         pieces = []
@@ -307,21 +337,21 @@ class MM1Processor(VisionLanguageProcessor):
                 pieces += _around(self.separator * (i > 0) + turn['value'], False)
         return pieces
 
-    def encode(
-        self,
-        sample: dict[str, Any],  # id, images, conversations or document
-        training: bool = True,  # False: the prompt alone, to be answered
-    ) -> Encoded:
-        "Token ids, labels and images of one sample."
+    def encode(self, sample: dict[str, Any], training: bool = True) -> Encoded:
+        """Token ids, labels and images of one sample.
+
+        sample: id, images, conversations or document
+        training: False: the prompt alone, to be answered
+        """
         views = self._tiles.num_images if self._are_cut(sample) else 1
         return replace(super().encode(sample, training), views=views)
 
-    def decode(
-        self,
-        ids: Sequence[int] | Tensor,  # generated tokens
-        **kwargs: Any,  # as for the tokenizer
-    ) -> str:
-        "The text of an answer, up to the separator."
+    def decode(self, ids: Sequence[int] | Tensor, **kwargs: Any) -> str:
+        """The text of an answer, up to the separator.
+
+        ids: generated tokens
+        kwargs: as for the tokenizer
+        """
         return Template('', self.separator).cut(super().decode(ids, **kwargs))
 
 

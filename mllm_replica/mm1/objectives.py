@@ -17,12 +17,18 @@ LARGEST_SCALE = 100.0
 
 
 def contrastive_loss(
-    image_embeds: Tensor,  # [B,D]
-    text_embeds: Tensor,  # [B,D], row i belongs to image i
-    log_scale: Tensor,  # [] learnt, from `LOG_SCALE`
-    captions: Tensor | None = None,  # [B] number of each caption; pairs with an equal one are no negatives
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    log_scale: Tensor,
+    captions: Tensor | None = None,
 ) -> Tensor:
-    "Symmetric cross-entropy of the right pairs among all pairs: → []."
+    """Symmetric cross-entropy of the right pairs among all pairs: → [].
+
+    image_embeds: [B,D]
+    text_embeds: [B,D], row i belongs to image i
+    log_scale: [] learnt, from `LOG_SCALE`
+    captions: [B] number of each caption; pairs with an equal one are no negatives
+    """
     labels = torch.arange(len(image_embeds), device=image_embeds.device)
     logits = (
         log_scale.exp().clamp(max=LARGEST_SCALE)
@@ -39,31 +45,34 @@ def contrastive_loss(
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 # %% ../../nbs/papers/03_mm1.ipynb #5af05ba4
-def prefix_mask(
-    prefix: Tensor,  # [B] patches that everyone sees
-    length: int,  # S
-) -> Tensor:
-    "Which patch (last axis) each position may read: the prefix, itself and earlier ones: → [B,1,S,S] bool."
+def prefix_mask(prefix: Tensor, length: int) -> Tensor:
+    """Which patch (last axis) each position may read: the prefix, itself and earlier ones: → [B,1,S,S] bool.
+
+    prefix: [B] patches that everyone sees
+    length: S
+    """
     steps = torch.arange(length, device=prefix.device)
     return (steps[:, None] >= steps) | (steps < prefix.view(-1, 1, 1, 1))
 
 
-def normalised_patches(
-    pixel_values: Tensor,  # [B,3,height,width]
-    patch: int,  # side of a patch, in pixels
-) -> Tensor:
-    "Pixels of every patch with mean 0 and variance 1: → [B,S,P]."
+def normalised_patches(pixel_values: Tensor, patch: int) -> Tensor:
+    """Pixels of every patch with mean 0 and variance 1: → [B,S,P].
+
+    pixel_values: [B,3,height,width]
+    patch: side of a patch, in pixels
+    """
     patches = F.unfold(pixel_values, patch, stride=patch).transpose(1, 2)
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def reconstruction_loss(
-    predictions: Tensor,  # [B,S,P]; position i speaks of patch i+1
-    pixel_values: Tensor,  # [B,3,height,width]
-    patch: int,  # side of a patch, in pixels
-    prefix: Tensor,  # [B] as in the mask
-) -> Tensor:
-    "Mean squared error of the patches after the prefix (and after the first): → []."
+def reconstruction_loss(predictions: Tensor, pixel_values: Tensor, patch: int, prefix: Tensor) -> Tensor:
+    """Mean squared error of the patches after the prefix (and after the first): → [].
+
+    predictions: [B,S,P]; position i speaks of patch i+1
+    pixel_values: [B,3,height,width]
+    patch: side of a patch, in pixels
+    prefix: [B] as in the mask
+    """
     targets, steps = (
         normalised_patches(pixel_values, patch)[:, 1:],
         torch.arange(1, predictions.shape[1], device=prefix.device),

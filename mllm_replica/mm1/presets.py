@@ -13,7 +13,13 @@ from .model import MM1Config
 
 # %% ../../nbs/papers/03_mm1.ipynb #ee63e06c
 class Preset(NamedTuple):
-    "What the paper says of a model."
+    """What the paper says of a model.
+
+    llm: key of `LANGUAGE_MODELS`
+    encoder: key of `ENCODERS`
+    image_size: pixels
+    lr: peak rate of pre-training
+    """
 
     llm: str  # key of `LANGUAGE_MODELS`
     encoder: str  # key of `ENCODERS`
@@ -74,23 +80,31 @@ def _entry(table: dict[str, Any], key: str, what: str) -> Any:
 
 
 def paper_config(
-    name: str,  # key of `PRESETS`
-    llm: str | None = None,  # key of `LANGUAGE_MODELS`, instead of the preset's
-    encoder: str | None = None,  # key of `ENCODERS`, instead of the preset's
-    image_size: int | None = None,  # pixels, instead of the preset's
-    **changes: Any,  # fields of `MM1Config`, such as connector_config
+    name: str,
+    llm: str | None = None,
+    encoder: str | None = None,
+    image_size: int | None = None,
+    **changes: Any,
 ) -> MM1Config:
-    "The configuration of a model of the paper, widths of the language model assumed."
+    """The configuration of a model of the paper, widths of the language model assumed.
+
+    name: key of `PRESETS`
+    llm: key of `LANGUAGE_MODELS`, instead of the preset's
+    encoder: key of `ENCODERS`, instead of the preset's
+    image_size: pixels, instead of the preset's
+    changes: fields of `MM1Config`, such as connector_config
+    """
     found = _entry(PRESETS, name, 'model')
     vision = _entry(ENCODERS, encoder or found.encoder, 'encoder') | {'image_size': image_size or found.image_size}
     text = _entry(LANGUAGE_MODELS, llm or found.llm, 'language model')
     return MM1Config(**(dict(vision_config=vision, text_config=text, experts=found.experts) | changes))
 
 # %% ../../nbs/papers/03_mm1.ipynb #44531293
-def assumed(
-    name: str,  # key of `PRESETS`
-) -> tuple[str, ...]:
-    "What stands in for facts that are not published, in sentences."
+def assumed(name: str) -> tuple[str, ...]:
+    """What stands in for facts that are not published, in sentences.
+
+    name: key of `PRESETS`
+    """
     found = _entry(PRESETS, name, 'model')
     text = LANGUAGE_MODELS[found.llm]
     said = [
@@ -116,10 +130,11 @@ def assumed(
     return tuple(said)
 
 
-def published_stages(
-    name: str,  # key of `PRESETS`
-) -> tuple[Stage, ...]:
-    "Pre-training, and fine-tuning of all but the ablations' model."
+def published_stages(name: str) -> tuple[Stage, ...]:
+    """Pre-training, and fine-tuning of all but the ablations' model.
+
+    name: key of `PRESETS`
+    """
     lr, every = _entry(PRESETS, name, 'model').lr, dict(trainable=(r'.',), precision='bf16', pack=True)
     pretrain = Stage(
         name='pretrain',

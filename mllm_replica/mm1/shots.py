@@ -18,16 +18,19 @@ from ..scoring.captions import caption_words
 
 # %% ../../nbs/papers/03_mm1.ipynb #0d221a25
 class Template(NamedTuple):
-    "How a question is written, and what separates demonstrations."
+    """How a question is written, and what separates demonstrations.
+
+    query: with `<image>` and perhaps {question}; the answer follows after a space
+    """
 
     query: str  # with `<image>` and perhaps {question}; the answer follows after a space
     separator: str = '\n'
 
-    def cut(
-        self,
-        text: str,  # what a model wrote
-    ) -> str:
-        "The answer alone: a base model goes on with demonstrations of its own."
+    def cut(self, text: str) -> str:
+        """The answer alone: a base model goes on with demonstrations of its own.
+
+        text: what a model wrote
+        """
         mark = self.separator.strip(' ')
         return (text.strip().split(mark)[0] if mark else text).strip()
 
@@ -69,12 +72,16 @@ def _line(sample: dict[str, Any], template: Template, views: Callable[[Any], Seq
 
 # %% ../../nbs/papers/03_mm1.ipynb #8f4aa177
 def demonstrations(
-    sample: dict[str, Any],  # the query
-    pool: Sequence[dict[str, Any]],  # the training split
+    sample: dict[str, Any],
+    pool: Sequence[dict[str, Any]],
     shots: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    "The `shots` examples shown before a query; only (seed, query id, pool) decide."
+    """The `shots` examples shown before a query; only (seed, query id, pool) decide.
+
+    sample: the query
+    pool: the training split
+    """
     if shots < 0:
         raise ValueError(f'sample {sample["id"]!r}: {shots} demonstrations were asked for; expected 0 or more')
     own, order = (
@@ -92,11 +99,11 @@ def demonstrations(
     return chosen
 
 # %% ../../nbs/papers/03_mm1.ipynb #1f6f9828
-def resolutions(
-    shots: int,
-    high: int,  # demonstrations that keep their crops
-) -> list[bool]:
-    "Which lines keep their crops: the last `high` demonstrations, and the query after them."
+def resolutions(shots: int, high: int) -> list[bool]:
+    """Which lines keep their crops: the last `high` demonstrations, and the query after them.
+
+    high: demonstrations that keep their crops
+    """
     if not 0 <= high <= shots:
         raise ValueError(f'{high} of {shots} demonstrations cannot keep their crops; expected 0 to {shots}')
     return [False] * (shots - high) + [True] * (high + 1)
@@ -107,15 +114,22 @@ def _whole(image: Any) -> list[Any]:
 
 
 def few_shot(
-    sample: dict[str, Any],  # the query: one question, or a captioned image
-    pool: Sequence[dict[str, Any]],  # the training split
-    shots: int,  # 0, 4, 8 in the paper
+    sample: dict[str, Any],
+    pool: Sequence[dict[str, Any]],
+    shots: int,
     seed: int,
     template: Template = VQA,
-    views: Callable[[Any], Sequence[Any]] = _whole,  # image -> overview and crops
-    high: int = 0,  # last demonstrations that keep their crops; the query always does
+    views: Callable[[Any], Sequence[Any]] = _whole,
+    high: int = 0,
 ) -> dict[str, Any]:
-    "The query as a sample whose question begins with demonstrations; id and answer stay, `meta` gains the shots' ids."
+    """The query as a sample whose question begins with demonstrations; id and answer stay, `meta` gains the shots' ids.
+
+    sample: the query: one question, or a captioned image
+    pool: the training split
+    shots: 0, 4, 8 in the paper
+    views: image -> overview and crops
+    high: last demonstrations that keep their crops; the query always does
+    """
     shown = [*demonstrations(sample, pool, shots, seed), sample]
     parts = [_line(row, template, views if crops else _whole) for row, crops in zip(shown, resolutions(shots, high))]
     told = [f'{text} {_spoken(row)[1]}' for (text, _), row in zip(parts[:-1], shown)] + [parts[-1][0]]
@@ -161,12 +175,18 @@ def _likeness(found: list[Counter], wanted: list[Counter], rarity: Callable[[tup
 
 
 def cider_d(
-    predictions: Sequence[str],  # a caption per image
-    references: Sequence[Sequence[str]],  # captions by people, per image
-    sigma: float = 6.0,  # tolerated difference in length, words
-    words: Callable[[str], Sequence[str]] = caption_words,  # of a caption
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    sigma: float = 6.0,
+    words: Callable[[str], Sequence[str]] = caption_words,
 ) -> list[float]:
-    "CIDEr-D of every image, 0 to 10; the corpus score is the mean, printed times 100."
+    """CIDEr-D of every image, 0 to 10; the corpus score is the mean, printed times 100.
+
+    predictions: a caption per image
+    references: captions by people, per image
+    sigma: tolerated difference in length, words
+    words: of a caption
+    """
     if len(predictions) != len(references):
         raise ValueError(f'{len(predictions)} captions for {len(references)} images; expected one each')
     if len(references) < 2:

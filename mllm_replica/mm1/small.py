@@ -17,27 +17,25 @@ from ..models.layers import grid_pool, side_of
 
 # %% ../../nbs/papers/03_mm1.ipynb #33a23102
 class ContrastivePair(nn.Module):
-    "An encoder and a bag of words, trained to find each other."
+    """An encoder and a bag of words, trained to find each other.
 
-    def __init__(
-        self,
-        encoder: nn.Module,  # CLIP's vision model
-        vocab_size: int,
-        width: int = 64,  # of the common space
-    ) -> None:
+    encoder: CLIP's vision model
+    width: of the common space
+    """
+
+    def __init__(self, encoder: nn.Module, vocab_size: int, width: int = 64) -> None:
         super().__init__()
         self.vision_model = encoder
         self.visual = nn.Linear(4 * encoder.config.hidden_size, width)
         self.words = nn.Embedding(vocab_size, width)
         self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [B,3,height,width]
-        labels: Tensor,  # [B,T] the captions' tokens, −100 elsewhere
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of captioned images."
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of captioned images.
+
+        pixel_values: [B,3,height,width]
+        labels: [B,T] the captions' tokens, −100 elsewhere
+        """
         model = self.vision_model
         patches = model.post_layernorm(model(pixel_values).last_hidden_state[:, 1:])
         words = (labels != IGNORED)[..., None] * self.words(labels.clamp(min=0))
@@ -47,22 +45,22 @@ class ContrastivePair(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    "An encoder that predicts the next patch."
+    """An encoder that predicts the next patch.
 
-    def __init__(
-        self,
-        encoder: nn.Module,  # CLIP's vision model
-    ) -> None:
+    encoder: CLIP's vision model
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.vision_model = encoder
         self.next_patch = nn.Linear(encoder.config.hidden_size, 3 * encoder.config.patch_size**2)
 
-    def predict(
-        self,
-        pixel_values: Tensor,  # [B,3,height,width]
-        prefix: Tensor,  # [B] patches that all others see
-    ) -> Tensor:
-        "Position i speaks of patch i+1: → [B,S,P]."
+    def predict(self, pixel_values: Tensor, prefix: Tensor) -> Tensor:
+        """Position i speaks of patch i+1: → [B,S,P].
+
+        pixel_values: [B,3,height,width]
+        prefix: [B] patches that all others see
+        """
         model, count = self.vision_model, self.vision_model.embeddings.num_patches
         seen = prefix_mask(prefix + 1, count + 1)  # the class token counts as the first of the prefix
         mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -71,12 +69,11 @@ class Reconstruction(nn.Module):
             states = layer(states, attention_mask=mask)
         return self.next_patch(model.post_layernorm(states[:, 1:]))
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [B,3,height,width]
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of images, each with a prefix of random length."
+    def forward(self, pixel_values: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of images, each with a prefix of random length.
+
+        pixel_values: [B,3,height,width]
+        """
         model = self.vision_model
         prefix = torch.randint(0, model.embeddings.num_patches - 1, (len(pixel_values),), device=pixel_values.device)
         return CausalLMOutputWithPast(
@@ -85,24 +82,22 @@ class Reconstruction(nn.Module):
 
 # %% ../../nbs/papers/03_mm1.ipynb #3f419aa1
 class CellTags(nn.Module):
-    "An encoder whose every patch names two words of its cell."
+    """An encoder whose every patch names two words of its cell.
 
-    def __init__(
-        self,
-        encoder: nn.Module,  # CLIP's vision model
-        vocab_size: int,
-    ) -> None:
+    encoder: CLIP's vision model
+    """
+
+    def __init__(self, encoder: nn.Module, vocab_size: int) -> None:
         super().__init__()
         self.vision_model = encoder
         self.names = nn.Linear(encoder.config.hidden_size, 2 * vocab_size)
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [B,3,height,width]
-        labels: Tensor,  # [B,T] 2·g² words of g² cells, −100 elsewhere
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        "The loss of a batch of sheets."
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> CausalLMOutputWithPast:
+        """The loss of a batch of sheets.
+
+        pixel_values: [B,3,height,width]
+        labels: [B,T] 2·g² words of g² cells, −100 elsewhere
+        """
         model = self.vision_model
         logits = self.names(model.post_layernorm(model(pixel_values).last_hidden_state[:, 1:])).unflatten(
             -1, (2, -1)
@@ -127,19 +122,18 @@ class PageProcessor(MM1Processor):
 
     noise = 0.0  # of the camera, after resizing: standard deviation in units of normalised pixels
 
-    def image_tensor(
-        self,
-        images: Sequence[Any],  # PIL images or anything as for `open_image`
-    ) -> Tensor:
-        "Pixel values with the noise that belongs to each picture: N images → [N,3,S,S]."
+    def image_tensor(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values with the noise that belongs to each picture: N images → [N,3,S,S].
+
+        images: PIL images or anything as for `open_image`
+        """
         return camera_noise(super().image_tensor(images), self.noise)
 
-    def encode(
-        self,
-        sample: dict[str, Any],
-        training: bool = True,  # False: the prompt alone, to be answered
-    ) -> Encoded:
-        "Token ids, labels and images of one sample."
+    def encode(self, sample: dict[str, Any], training: bool = True) -> Encoded:
+        """Token ids, labels and images of one sample.
+
+        training: False: the prompt alone, to be answered
+        """
         if sample['task'] == 'document':
             sample = sample | dict(document=sample['answer'], conversations=[])
         encoded = super().encode(sample, training)
@@ -148,12 +142,13 @@ class PageProcessor(MM1Processor):
         return encoded
 
 # %% ../../nbs/papers/03_mm1.ipynb #2f60928b
-def best_rate(
-    loss_of: Callable[[float], float],  # trains at a rate
-    first: float,  # guess
-    most: int = 12,  # trainings
-) -> tuple[float, float]:
-    "The best rate, and the least loss of those tried."
+def best_rate(loss_of: Callable[[float], float], first: float, most: int = 12) -> tuple[float, float]:
+    """The best rate, and the least loss of those tried.
+
+    loss_of: trains at a rate
+    first: guess
+    most: trainings
+    """
     losses = {rate: loss_of(rate) for rate in (first / 2, first, 2 * first)}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
         if len(losses) == most:

@@ -16,7 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 # %% ../../nbs/foundations/models/42_cost.ipynb #74a54a27
 class Cost(NamedTuple):
-    "What one step costs."
+    """What one step costs.
+
+    forward: FLOPs; a multiplication with its addition counts as two
+    backward: FLOPs, those of recomputed layers included
+    activations: bytes kept for the backward pass, parameters not included
+    """
 
     forward: int  # FLOPs; a multiplication with its addition counts as two
     backward: int  # FLOPs, those of recomputed layers included
@@ -37,11 +42,12 @@ _FORMULAS = {
 }
 
 # %% ../../nbs/foundations/models/42_cost.ipynb #c9a182f8
-def count(
-    step: Callable[[], Tensor],  # e.g. `lambda: model(**batch).loss`
-    without: nn.Module | None = None,  # its parameters are not activations
-) -> Cost:
-    "FLOPs of a forward and a backward pass, and the bytes kept between them."
+def count(step: Callable[[], Tensor], without: nn.Module | None = None) -> Cost:
+    """FLOPs of a forward and a backward pass, and the bytes kept between them.
+
+    step: e.g. `lambda: model(**batch).loss`
+    without: its parameters are not activations
+    """
     own = {p.untyped_storage()._cdata for p in without.parameters()} if without else set()
     kept = {}
 
@@ -61,11 +67,12 @@ def count(
     return Cost(forward, counter.get_total_flops() - forward, sum(kept.values()))
 
 # %% ../../nbs/foundations/models/42_cost.ipynb #b27d2220
-def as_fake(
-    model: nn.Module,  # built on the meta device; changed in place
-    dtype: torch.dtype | None = None,  # floating-point parameters become this
-) -> FakeTensorMode:
-    "Make a model's tensors pretend to be on the CPU; run it inside the returned mode."
+def as_fake(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorMode:
+    """Make a model's tensors pretend to be on the CPU; run it inside the returned mode.
+
+    model: built on the meta device; changed in place
+    dtype: floating-point parameters become this
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = sorted({t.device.type for t in [*model.parameters(), *model.buffers()]} - {'meta'})
     if real:

@@ -22,23 +22,24 @@ from .parity import Given, Partial
 _OFFICIAL = ('{}', 'tokenizer_{}', 'tokenizer_model_{}')  # how an official config.json calls a setting of rows
 
 
-def setting(
-    config: Mapping[str, Any],  # of a golden file, its metadata inside
-    name: str,  # like 'padding_side' or 'max_length'
-    default: Any = None,
-) -> Any:
-    "A setting of rows, wherever the file says it."
+def setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A setting of rows, wherever the file says it.
+
+    config: of a golden file, its metadata inside
+    name: like 'padding_side' or 'max_length'
+    """
     places = [config, config.get('metadata', {}), {k: v for k, v in config.get('llm', {}).items() if 'tokenizer' in k}]
     known = [place[form.format(name)] for place in places for form in _OFFICIAL if form.format(name) in place]
     return next((value for value in known if value is not None), default)
 
 
-def at_real(
-    tensor: Tensor,  # [B,T,…]
-    attention_mask: Tensor,  # [B,T'] over these positions, and perhaps over past ones before them
-    dim: int = 1,  # where T is
-) -> Tensor | Partial:
-    "Compared at real positions only."
+def at_real(tensor: Tensor, attention_mask: Tensor, dim: int = 1) -> Tensor | Partial:
+    """Compared at real positions only.
+
+    tensor: [B,T,…]
+    attention_mask: [B,T'] over these positions, and perhaps over past ones before them
+    dim: where T is
+    """
     real = attention_mask[:, -tensor.shape[dim] :].bool()
     if real.all():
         return tensor
@@ -51,45 +52,48 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
-def leaves_of(
-    tensors: Given,
-    pattern: str,  # regular expression for whole names
-) -> dict[str, Tensor]:
-    "The inputs of these names; numbers collect gradients."
+def leaves_of(tensors: Given, pattern: str) -> dict[str, Tensor]:
+    """The inputs of these names; numbers collect gradients.
+
+    pattern: regular expression for whole names
+    """
     names = sorted((name for name in tensors if re.fullmatch(pattern, name)), key=_natural)
     return {name: tensors[name].clone().requires_grad_(tensors[name].is_floating_point()) for name in names}
 
 
-def leaf_gradients(
-    leaves: Mapping[str, Tensor],
-    prefix: str = 'grad.',  # of the recorded names
-) -> dict[str, Tensor]:
-    "What leaves have collected, under the recorded names."
+def leaf_gradients(leaves: Mapping[str, Tensor], prefix: str = 'grad.') -> dict[str, Tensor]:
+    """What leaves have collected, under the recorded names.
+
+    prefix: of the recorded names
+    """
     return {f'{prefix}{name}': leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def media_of(
-    leaves: Mapping[str, Tensor],  # one tensor of all entries, or one per entry
-) -> list[Tensor]:
-    "The frames or crops of every entry, [n,3,h,w] each."
+def media_of(leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    """The frames or crops of every entry, [n,3,h,w] each.
+
+    leaves: one tensor of all entries, or one per entry
+    """
     given = list(leaves.values())
     if len(given) == 1 and not re.search(r'\.\d+$', next(iter(leaves))):
         given = list(given[0])
     return [entry[None] if entry.dim() == 3 else entry for entry in given]
 
 
-def pixels_of(
-    leaves: Mapping[str, Tensor],  # as for `media_of`, or nothing
-) -> Tensor | None:
-    "All frames or crops one after the other, [N,3,h,w]; None without media."
+def pixels_of(leaves: Mapping[str, Tensor]) -> Tensor | None:
+    """All frames or crops one after the other, [N,3,h,w]; None without media.
+
+    leaves: as for `media_of`, or nothing
+    """
     return torch.cat(media_of(leaves)) if leaves else None
 
 
-def shown(
-    entries: Sequence[Any],  # of a batch
-    placeholders: Sequence[int],  # of every sample
-) -> list[Any]:
-    "The entries that placeholders stand for: a sample without any may own one that nothing shows."
+def shown(entries: Sequence[Any], placeholders: Sequence[int]) -> list[Any]:
+    """The entries that placeholders stand for: a sample without any may own one that nothing shows.
+
+    entries: of a batch
+    placeholders: of every sample
+    """
     if len(entries) == sum(placeholders):
         return list(entries)
     rows = [seen for n in placeholders for seen in ([True] * n or [False])]
@@ -101,11 +105,11 @@ def shown(
     return [entry for entry, seen in zip(entries, rows) if seen]
 
 
-def fitted(
-    value: Tensor,
-    shape: tuple[int, ...] | None,  # recorded; None: not recorded
-) -> Tensor:
-    "The same numbers in the recorded grouping, of frames by entry or all in one row."
+def fitted(value: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """The same numbers in the recorded grouping, of frames by entry or all in one row.
+
+    shape: recorded; None: not recorded
+    """
     return value.reshape(shape) if shape is not None and value.numel() == torch.Size(shape).numel() else value
 
 # %% ../../nbs/foundations/models/43_forms.ipynb #f0a50013
@@ -113,10 +117,11 @@ PAST = r'(?:.*[._])?(?:past|cache)(?:[._].*)?'  # after the `in.` of a case
 _KEY, _VALUE = (rf'{word}|(?:^|[._]){word[0]}(?:[._]|$)' for word in ('key', 'value'))
 
 
-def cache_of(
-    past: Mapping[str, Tensor],  # what `leaves_of` finds by `PAST`
-) -> DynamicCache | None:
-    "The cache that a file gives; None: it gives none."
+def cache_of(past: Mapping[str, Tensor]) -> DynamicCache | None:
+    """The cache that a file gives; None: it gives none.
+
+    past: what `leaves_of` finds by `PAST`
+    """
     tables = {name: tensor for name, tensor in past.items() if tensor.dim() > 3}
     if strange := sorted(name for name in past.keys() - tables.keys() if past[name].is_floating_point()):
         raise ValueError(f'{strange} are no keys or values; expected [B, H, P, d] per layer')
@@ -148,24 +153,29 @@ def past_length(
     return 0 if cache is None else cache.get_seq_length()
 
 
-def over_past(
-    attention_mask: Tensor,  # [B,T] or [B,P+T]
-    cache: DynamicCache | None,
-    length: int,  # T
-) -> Tensor:
-    "The mask over past and new tokens, [B,P+T]: a past that the file's mask does not cover is real."
+def over_past(attention_mask: Tensor, cache: DynamicCache | None, length: int) -> Tensor:
+    """The mask over past and new tokens, [B,P+T]: a past that the file's mask does not cover is real.
+
+    attention_mask: [B,T] or [B,P+T]
+    length: T
+    """
     return F.pad(attention_mask, (past_length(cache) + length - attention_mask.shape[1], 0), value=1)
 
 
 @torch.no_grad()
 def greedy_after(
     model: PreTrainedModel,
-    steps: int,  # n
-    attention_mask: Tensor,  # [B,P+T], real at the end
+    steps: int,
+    attention_mask: Tensor,
     past_key_values: DynamicCache,
-    **tokens: Any,  # the prompt after the cache, as `forward` takes it
+    **tokens: Any,
 ) -> tuple[Tensor, Tensor]:
-    "As `greedy_answer`, for a prompt with a past: new tokens [B,n] and the logits of every step [B,n,V]."
+    """As `greedy_answer`, for a prompt with a past: new tokens [B,n] and the logits of every step [B,n,V].
+
+    steps: n
+    attention_mask: [B,P+T], real at the end
+    tokens: the prompt after the cache, as `forward` takes it
+    """
     ids, logits = [], []
     for _ in range(steps):
         given = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=True)
@@ -175,12 +185,13 @@ def greedy_after(
     return torch.stack(ids, 1), torch.stack(logits, 1)
 
 # %% ../../nbs/foundations/models/43_forms.ipynb #f0a50016
-def chunk_lengths(
-    config: Mapping[str, Any],  # of a golden file; an entry with `chunk` in its name says a length, lengths or cuts
-    wanted: Mapping[str, tuple[int, ...]],  # recorded names, without `out.`, and shapes
-    length: int,  # T
-) -> list[int] | None:
-    "Lengths of a prompt's chunks; None: nobody asks for chunks."
+def chunk_lengths(config: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], length: int) -> list[int] | None:
+    """Lengths of a prompt's chunks; None: nobody asks for chunks.
+
+    config: of a golden file; an entry with `chunk` in its name says a length, lengths or cuts
+    wanted: recorded names, without `out.`, and shapes
+    length: T
+    """
     said = [v for place in (config, config.get('metadata', {})) for k, v in place.items() if 'chunk' in k and v]
     if not said and not any('chunk' in name for name in wanted):
         return None
@@ -203,12 +214,18 @@ def chunk_lengths(
 @torch.no_grad()
 def chunked_logits(
     model: PreTrainedModel,
-    lengths: Sequence[int],  # of the chunks
-    attention_mask: Tensor,  # [B,T]
-    first: Mapping[str, Any] = {},  # what goes with the first chunk only
-    **tokens: Tensor,  # what is cut, [B,T,…] each
+    lengths: Sequence[int],
+    attention_mask: Tensor,
+    first: Mapping[str, Any] = {},
+    **tokens: Tensor,
 ) -> list[Tensor]:
-    "Logits of every chunk, each read with the cache of those before: [B,n,V] each."
+    """Logits of every chunk, each read with the cache of those before: [B,n,V] each.
+
+    lengths: of the chunks
+    attention_mask: [B,T]
+    first: what goes with the first chunk only
+    tokens: what is cut, [B,T,…] each
+    """
     cache, start, logits = DynamicCache(config=model.config.get_text_config()), 0, []
     for length in lengths:
         part, start = slice(start, start + length), start + length
@@ -220,13 +237,18 @@ def chunked_logits(
 
 def chunk_results(
     model: PreTrainedModel,
-    config: Mapping[str, Any],  # as for `chunk_lengths`
+    config: Mapping[str, Any],
     wanted: Mapping[str, tuple[int, ...]],
-    attention_mask: Tensor,  # [B,T]
-    first: Mapping[str, Any] = {},  # as for `chunked_logits`
+    attention_mask: Tensor,
+    first: Mapping[str, Any] = {},
     **tokens: Tensor,
 ) -> dict[str, Tensor | Partial]:
-    "Logits of a prompt read in chunks under the recorded names: of one chunk for a number, else of the last positions."
+    """Logits of a prompt read in chunks under the recorded names: of one chunk for a number, else of the last positions.
+
+    config: as for `chunk_lengths`
+    attention_mask: [B,T]
+    first: as for `chunked_logits`
+    """
     lengths = chunk_lengths(config, wanted, attention_mask.shape[1])
     if lengths is None:
         return {}

@@ -15,11 +15,12 @@ from transformers import GenerationMixin, LogitsProcessorList
 from .placing import pad_left, unless_empty
 
 # %% ../../nbs/foundations/models/39a_generating.ipynb #775875bf
-def only_words(
-    input_ids: Tensor,  # [B,T]
-    size: int,  # of the vocabulary
-) -> Tensor:
-    "The ids with the row's first word in place of what is beyond the vocabulary: [B,T] → [B,T]."
+def only_words(input_ids: Tensor, size: int) -> Tensor:
+    """The ids with the row's first word in place of what is beyond the vocabulary: [B,T] → [B,T].
+
+    input_ids: [B,T]
+    size: of the vocabulary
+    """
     if not input_ids.shape[1]:
         return input_ids  # a prompt of embeddings
     inside = (input_ids >= 0) & (input_ids < size)
@@ -30,13 +31,12 @@ def only_words(
 class PromptProcessors(LogitsProcessorList):
     "Logits processors of a prompt with images: transformers' own see words only, a user's see the placeholders."
 
-    def __call__(
-        self,
-        input_ids: Tensor,  # [B,T'] so far
-        scores: Tensor,  # [B,V]
-        **kwargs: Any,
-    ) -> Tensor:
-        "The scores after every processor: → [B,V]."
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """The scores after every processor: → [B,V].
+
+        input_ids: [B,T'] so far
+        scores: [B,V]
+        """
         words = only_words(input_ids, scores.shape[-1])
         for processor in self:
             known = type(processor).__module__.startswith('transformers.')
@@ -55,13 +55,18 @@ class PromptGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,  # [B,T'] so far
+        input_ids: Tensor,
         past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,  # [B,T,D] of the prompt
-        mm_encoder_outputs: dict[str, Any] | None = None,  # its images
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        "transformers' inputs of one step; the images come with an empty cache, also where the model assists another one."
+        """transformers' inputs of one step; the images come with an empty cache, also where the model assists another one.
+
+        input_ids: [B,T'] so far
+        inputs_embeds: [B,T,D] of the prompt
+        mm_encoder_outputs: its images
+        """
         inputs = GenerationMixin.prepare_inputs_for_generation(
             self,
             input_ids,
@@ -77,14 +82,22 @@ class PromptGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor | None = None,  # [B,T] prompts with placeholders, padded on any side
-        attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-        pixel_values: Tensor | None = None,  # [N,3,height,width]
-        image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
-        inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids, or of their text
-        **kwargs: Any,  # as for transformers' generate
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
+        """Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for.
+
+        input_ids: [B,T] prompts with placeholders, padded on any side
+        attention_mask: [B,T] 1 at real tokens; None: no padding
+        pixel_values: [N,3,height,width]
+        image_features: [N,S,Dv] instead of pixels
+        inputs_embeds: [B,T,D] instead of input_ids, or of their text
+        kwargs: as for transformers' generate
+        """
         input_ids = kwargs.pop('inputs', input_ids)
         images = dict(pixel_values=unless_empty(pixel_values), image_features=unless_empty(image_features))
         if images == dict.fromkeys(images):
@@ -105,13 +118,13 @@ class PromptGenerationMixin(GenerationMixin):
             self.check_images(self.image_places(input_ids, None) & mask.bool(), **images)
         return self.generate_padded(input_ids, mask, **images, **kwargs)
 
-    def generate_padded(
-        self,
-        input_ids: Tensor,  # [B,T] prompts, padded on any side
-        attention_mask: Tensor,  # [B,T] 1 at real tokens
-        **kwargs: Any,  # as for transformers' generate
-    ) -> Any:
-        "transformers' generate with the prompts padded on the left; padding repeats a row's first word meanwhile."
+    def generate_padded(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        """transformers' generate with the prompts padded on the left; padding repeats a row's first word meanwhile.
+
+        input_ids: [B,T] prompts, padded on any side
+        attention_mask: [B,T] 1 at real tokens
+        kwargs: as for transformers' generate
+        """
         prompts, mask = pad_left(input_ids[..., None], attention_mask)
         prompts, is_image = prompts[..., 0], self.image_places(prompts[..., 0], None)
         words = mask.bool() & ~is_image

@@ -18,11 +18,11 @@ from ..data.images import open_image
 from .vision import CLIP_MEAN, CLIP_STD, clip_pixels
 
 # %% ../../nbs/foundations/models/38b_image_processing.ipynb #26bbd80b
-def _is_many(
-    media: Any,
-    kind: str,  # 'image' or 'video'
-) -> bool:
-    "Whether this is a collection of media: a list of pictures is one video, an array with one axis more is a batch."
+def _is_many(media: Any, kind: str) -> bool:
+    """Whether this is a collection of media: a list of pictures is one video, an array with one axis more is a batch.
+
+    kind: 'image' or 'video'
+    """
     if isinstance(media, (np.ndarray, Tensor)):
         return media.ndim > (3 if kind == 'image' else 4)
     if not isinstance(media, (list, tuple)):
@@ -35,12 +35,13 @@ def _flat(images: Any) -> list[Any]:
     return [one for item in images for one in _flat(item)] if _is_many(images, 'image') else [images]
 
 
-def dealt(
-    media: Any,  # one, a list, or a list of lists, one per text
-    counts: Sequence[int],  # placeholders of each text
-    kind: str = 'image',  # or 'video'
-) -> list[list[Any]]:
-    "The images or videos of each text; a flat list is dealt out by the placeholders."
+def dealt(media: Any, counts: Sequence[int], kind: str = 'image') -> list[list[Any]]:
+    """The images or videos of each text; a flat list is dealt out by the placeholders.
+
+    media: one, a list, or a list of lists, one per text
+    counts: placeholders of each text
+    kind: or 'video'
+    """
     if media is None:
         return [[] for _ in counts]
     media = list(media) if _is_many(media, kind) else [media]
@@ -57,16 +58,22 @@ def dealt(
 
 # %% ../../nbs/foundations/models/38b_image_processing.ipynb #908dd372
 class VisionLanguageImageProcessor(BaseImageProcessor):
-    "Pictures of any size, squashed to a square and normalised."
+    """Pictures of any size, squashed to a square and normalised.
+
+    size: side of the encoder's input, pixels
+    image_mean: per channel, of values in 0…1
+    image_std: per channel
+    kwargs: what transformers stores beside them
+    """
 
     model_input_names = ['pixel_values']
 
     def __init__(
         self,
-        size: int | dict[str, int] = 224,  # side of the encoder's input, pixels
-        image_mean: Sequence[float] = CLIP_MEAN,  # per channel, of values in 0…1
-        image_std: Sequence[float] = CLIP_STD,  # per channel
-        **kwargs: Any,  # what transformers stores beside them
+        size: int | dict[str, int] = 224,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         side = size if isinstance(size, int) else size['height']
@@ -78,21 +85,27 @@ class VisionLanguageImageProcessor(BaseImageProcessor):
         "Side of the encoder's input, pixels."
         return self.size['height']
 
-    def pixels(
-        self,
-        images: Sequence[Any],  # as for `open_image`
-    ) -> Tensor:
-        "Pixel values: N images → [N,3,S,S]."
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values: N images → [N,3,S,S].
+
+        images: as for `open_image`
+        """
         return clip_pixels([open_image(image) for image in images], self.side, self.image_mean, self.image_std)
 
     def preprocess(
         self,
-        images: Any,  # one image or a list: PIL, array, bytes, or path under `root`
-        return_tensors: str | None = None,  # 'pt', 'np'; None: a list of arrays
-        root: str | Path | None = None,  # folder of the paths
-        **kwargs: Any,  # transformers says more; a processor's settings are its own
+        images: Any,
+        return_tensors: str | None = None,
+        root: str | Path | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
-        "`pixel_values` of images: N → [N,3,S,S]."
+        """`pixel_values` of images: N → [N,3,S,S].
+
+        images: one image or a list: PIL, array, bytes, or path under `root`
+        return_tensors: 'pt', 'np'; None: a list of arrays
+        root: folder of the paths
+        kwargs: transformers says more; a processor's settings are its own
+        """
         pixels = self.pixels([open_image(image, root) for image in _flat(images)])
         return BatchFeature(
             {'pixel_values': pixels if return_tensors == 'pt' else list(pixels.numpy())}, return_tensors

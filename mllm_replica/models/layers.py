@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 # T tokens of a sequence, C or D width, H heads.
 
 
-def side_of(
-    count: int,  # number of cells
-    what: str,  # name of the number, for the error
-) -> int:
-    "Side of the square that `count` cells fill."
+def side_of(count: int, what: str) -> int:
+    """Side of the square that `count` cells fill.
+
+    count: number of cells
+    what: name of the number, for the error
+    """
     side = math.isqrt(max(count, 0))
     if side < 1 or side * side != count:
         raise ValueError(
@@ -31,11 +32,12 @@ def side_of(
     return side
 
 
-def grid_pool(
-    features: Tensor,  # [B, N, D]
-    num_tokens: int,  # M
-) -> Tensor:
-    "Adaptive average pooling of a square map: [B, N, D] → [B, M, D]."
+def grid_pool(features: Tensor, num_tokens: int) -> Tensor:
+    """Adaptive average pooling of a square map: [B, N, D] → [B, M, D].
+
+    features: [B, N, D]
+    num_tokens: M
+    """
     grid = features.unflatten(1, (side_of(features.shape[1], 'number of features'), -1)).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(grid, side_of(num_tokens, 'num_query_tokens')).permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -46,12 +48,13 @@ _ONEDNN_PAYS = _AMD_WITH_AVX512 and torch.backends.mkldnn.is_available() and tor
 _ONEDNN_FROM = 2**23  # multiply-adds; below, copying in and out costs more than it saves
 
 
-def affine(
-    x: Tensor,  # [..., in]
-    weight: Tensor,  # [out, in]
-    bias: Tensor | None,  # [out]
-) -> Tensor:
-    "`F.linear` by the fastest kernel: [..., in] → [..., out]."
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by the fastest kernel: [..., in] → [..., out].
+
+    x: [..., in]
+    weight: [out, in]
+    bias: [out]
+    """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     large = x.dtype == torch.float32 and x.numel() * len(weight) >= _ONEDNN_FROM
     if (
@@ -82,16 +85,13 @@ class LayerNorm(nn.LayerNorm):
 
 # %% ../../nbs/foundations/models/35_layers.ipynb #86ee8093
 class Conv(nn.Conv2d):
-    "Convolution over [B, s, s, C] that keeps the size of the map."
+    """Convolution over [B, s, s, C] that keeps the size of the map.
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int = 1,  # odd
-        groups: int = 1,  # as many as channels: depthwise
-        bias: bool = False,
-    ):
+    kernel_size: odd
+    groups: as many as channels: depthwise
+    """
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int = 1, groups: int = 1, bias: bool = False):
         super().__init__(in_channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,9 +101,10 @@ class Conv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def split_heads(
-    x: Tensor,  # [B, T, D]
-    num_heads: int,  # H
-) -> Tensor:
-    "[B, T, D] → [B, H, T, D/H]."
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] → [B, H, T, D/H].
+
+    x: [B, T, D]
+    num_heads: H
+    """
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -17,14 +17,22 @@ _CHUNK_BYTES = 2**25  # logits of one chunk in fp32: large enough for fast produ
 
 
 def _loss_and_gradients(
-    hidden_states: Tensor,  # [P,D], supervised rows only
-    weight: Tensor,  # [V,D], same dtype
-    labels: Tensor,  # [P]
-    chunk_size: int,  # rows at a time
-    need_hidden: bool,  # make the gradient of the hidden states
-    need_weight: bool,  # make the gradient of the weight
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    "Summed loss and its gradients: [P,D], [V,D], [P] → [], [P,D], [V,D] (fp32)."
+    """Summed loss and its gradients: [P,D], [V,D], [P] → [], [P,D], [V,D] (fp32).
+
+    hidden_states: [P,D], supervised rows only
+    weight: [V,D], same dtype
+    labels: [P]
+    chunk_size: rows at a time
+    need_hidden: make the gradient of the hidden states
+    need_weight: make the gradient of the weight
+    """
     total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
     grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
@@ -83,13 +91,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 # %% ../../nbs/foundations/models/36_loss.ipynb #7a12609c
 def chunked_cross_entropy(
-    hidden_states: Tensor,  # [P,D] the output matrix's input, already shifted against the labels
-    weight: Tensor,  # [V,D] output matrix; may be frozen
-    labels: Tensor,  # [P] word numbers, −100 where there is no loss
-    chunk_size: int | None = None,  # rows at a time; None: as many as keep the chunk's logits at 32 MB
-    reduction: str = 'mean',  # 'mean' over supervised rows, or 'sum'
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int | None = None,
+    reduction: str = 'mean',
 ) -> Tensor:
-    "Cross-entropy of the supervised rows, in fp32, without the full logits: [P,D], [V,D], [P] → []."
+    """Cross-entropy of the supervised rows, in fp32, without the full logits: [P,D], [V,D], [P] → [].
+
+    hidden_states: [P,D] the output matrix's input, already shifted against the labels
+    weight: [V,D] output matrix; may be frozen
+    labels: [P] word numbers, −100 where there is no loss
+    chunk_size: rows at a time; None: as many as keep the chunk's logits at 32 MB
+    reduction: 'mean' over supervised rows, or 'sum'
+    """
     (positions, width), (vocabulary, weight_width) = hidden_states.shape, weight.shape
     if width != weight_width or labels.shape != (positions,):
         raise ValueError(

@@ -30,10 +30,11 @@ def _indexed(index: Path) -> list[str]:
     return sorted(set(places.values()))
 
 
-def weight_files(
-    folder: Path,  # an official checkpoint
-) -> list[Path]:
-    "The weight files of a checkpoint folder: safetensors before .bin, an index before a single file."
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder: safetensors before .bin, an index before a single file.
+
+    folder: an official checkpoint
+    """
     for stem, ending in (('model', 'safetensors'), ('pytorch_model', 'bin')):
         index, single = folder / f'{stem}.{ending}.index.json', folder / f'{stem}.{ending}'
         if index.is_file():
@@ -64,10 +65,11 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
 
 
-def read_weights(
-    folder: Path,  # an official checkpoint
-) -> dict[str, Tensor]:
-    "All tensors of a checkpoint folder under their official names."
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder under their official names.
+
+    folder: an official checkpoint
+    """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for name, tensor in _tensors(path):
@@ -81,11 +83,12 @@ class OfficialWeightsError(ValueError):
     "Weights that do not fit; the message lists every key."
 
 
-def check_keys(
-    expected: Mapping[str, Tensor],  # our model's state dict, meta tensors will do
-    found: Mapping[str, Tensor],  # converted weights
-) -> None:
-    "Raise with the full list of missing, unexpected and wrongly shaped keys."
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise with the full list of missing, unexpected and wrongly shaped keys.
+
+    expected: our model's state dict, meta tensors will do
+    found: converted weights
+    """
     lines = [f'missing     {name} {list(t.shape)}' for name, t in expected.items() if name not in found]
     lines += [f'unexpected  {name} {list(t.shape)}' for name, t in found.items() if name not in expected]
     lines += [
@@ -99,11 +102,16 @@ def check_keys(
 
 def model_of(
     kind: type[PreTrainedModel],
-    config: PreTrainedConfig,  # of that kind
-    state: dict[str, Tensor],  # converted weights
-    dtype: torch.dtype | None = None,  # None: as stored
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    "A model with these weights, ready to be evaluated; nothing is loaded unless every key fits."
+    """A model with these weights, ready to be evaluated; nothing is loaded unless every key fits.
+
+    config: of that kind
+    state: converted weights
+    dtype: None: as stored
+    """
     with torch.device('meta'):
         check_keys(kind(config).state_dict(), state)
     dtype = dtype or next(t.dtype for t in state.values() if t.is_floating_point())
@@ -126,12 +134,16 @@ LANGUAGE_OPTIONS = (
 
 
 def known_fields(
-    config: Mapping[str, Any],  # content of a config.json
+    config: Mapping[str, Any],
     needed: Sequence[str],
     options: Sequence[str] = (),
-    part: str | None = None,  # read this part of it
+    part: str | None = None,
 ) -> dict[str, Any]:
-    "The known fields of a configuration or of a part of it; a missing needed one is an error."
+    """The known fields of a configuration or of a part of it; a missing needed one is an error.
+
+    config: content of a config.json
+    part: read this part of it
+    """
     if part is not None and not isinstance(config.get(part), Mapping):
         raise ValueError(f'config.json has no {part}; found {sorted(config)}')
     where, fields = ('config.json', config) if part is None else (f'config.json: {part}', config[part])

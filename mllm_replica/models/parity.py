@@ -23,7 +23,11 @@ from ..core.registry import PAPERS, Cases, cases_of
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #55f19df9
 class Partial(NamedTuple):
-    "A computed tensor that is to be compared in places only."
+    """A computed tensor that is to be compared in places only.
+
+    where: bool, broadcastable to value
+    reason: printed in the report
+    """
 
     value: Tensor
     where: Tensor  # bool, broadcastable to value
@@ -52,37 +56,39 @@ class Given(dict):
         "An input, None if the file has none of that name."
         return self[name] if name in self else None
 
-    def recorded(
-        self,
-        part: str = '',  # only those whose names begin with it, like 'text_only.'
-    ) -> dict[str, tuple[int, ...]]:
-        "Shapes of the recorded outputs, without the `out.` and the part's name."
+    def recorded(self, part: str = '') -> dict[str, tuple[int, ...]]:
+        """Shapes of the recorded outputs, without the `out.` and the part's name.
+
+        part: only those whose names begin with it, like 'text_only.'
+        """
         start = f'out.{part}'
         return {name.removeprefix(start): shape for name, shape in self.wanted.items() if name.startswith(start)}
 
-    def weights(
-        self,
-        part: str = '',  # only those whose names begin with it, like 'encoder.'
-    ) -> dict[str, Tensor]:
-        "The official weights, without the `w.` and the part's name."
+    def weights(self, part: str = '') -> dict[str, Tensor]:
+        """The official weights, without the `w.` and the part's name.
+
+        part: only those whose names begin with it, like 'encoder.'
+        """
         start = f'w.{part}'
         return {name.removeprefix(start): self[name] for name in self if name.startswith(start)}
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #c0a5e102
-def parameter_gradients(
-    module: nn.Module,  # after `backward`
-    prefix: str = 'grad.w.',  # of the recorded names
-) -> dict[str, Tensor]:
-    "The gradients of a module under the recorded names; parameters that got none are left out."
+def parameter_gradients(module: nn.Module, prefix: str = 'grad.w.') -> dict[str, Tensor]:
+    """The gradients of a module under the recorded names; parameters that got none are left out.
+
+    module: after `backward`
+    prefix: of the recorded names
+    """
     found = {f'{prefix}{name}': parameter.grad for name, parameter in module.named_parameters()}
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-def causal_mask(
-    attention_mask: Tensor,  # [B,P+T] 1 at real tokens, past ones first
-    length: int | None = None,  # T; None: there is no past
-) -> Tensor:
-    "Additive mask [B,1,T,P+T] for one decoder layer; as officially, what is future and padding is masked twice."
+def causal_mask(attention_mask: Tensor, length: int | None = None) -> Tensor:
+    """Additive mask [B,1,T,P+T] for one decoder layer; as officially, what is future and padding is masked twice.
+
+    attention_mask: [B,P+T] 1 at real tokens, past ones first
+    length: T; None: there is no past
+    """
     total = attention_mask.shape[1]
     future = ~torch.ones(total, total, dtype=torch.bool).tril()[total - (length or total) :]
     padding = ~attention_mask[:, None, None].bool()
@@ -91,13 +97,20 @@ def causal_mask(
 
 def greedy_answer(
     model: PreTrainedModel,
-    input_ids: Tensor | None,  # [B,T]; None: the prompt is `inputs_embeds`
-    steps: int,  # n
-    eos_token_id: int | None = None,  # None: nothing ends an answer
-    pad_token_id: int = 0,  # behind an answer that has ended
-    **inputs: Any,  # what else `generate` is given
+    input_ids: Tensor | None,
+    steps: int,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
-    "New greedy tokens [B,n] and the logits of every step [B,n,V]."
+    """New greedy tokens [B,n] and the logits of every step [B,n,V].
+
+    input_ids: [B,T]; None: the prompt is `inputs_embeds`
+    steps: n
+    eos_token_id: None: nothing ends an answer
+    pad_token_id: behind an answer that has ended
+    inputs: what else `generate` is given
+    """
     generate = model.generate if input_ids is not None else partial(GenerationMixin.generate, model)
     answer = generate(
         **inputs | ({} if input_ids is None else dict(input_ids=input_ids)),
@@ -112,7 +125,10 @@ def greedy_answer(
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #67af9334
 class Golden(NamedTuple):
-    "A golden file."
+    """A golden file.
+
+    metadata: all of it, as text
+    """
 
     path: Path
     kind: str
@@ -138,10 +154,11 @@ def _sort_first(name: str) -> str:
     return '.'.join([rest[0], first, *rest[1:]]) if first not in _SORTS and rest and rest[0] in _SORTS else name
 
 
-def read_golden(
-    path: Path,  # a safetensors file
-) -> Golden:
-    "Tensors, configuration and kind; a damaged or foreign file is an error that names it."
+def read_golden(path: Path) -> Golden:
+    """Tensors, configuration and kind; a damaged or foreign file is an error that names it.
+
+    path: a safetensors file
+    """
     try:
         with safe_open(path, 'pt') as file:
             metadata, tensors = (
@@ -164,12 +181,12 @@ def read_golden(
 ABSOLUTE, RELATIVE, SINGLE, ZERO = 1e-5, {'out': 1e-5, 'grad': 1e-4}, 1e-4, 1e-6
 
 
-def allowed(
-    sort: str,  # 'out' or 'grad'
-    recorded: Tensor,
-    scale: float = 1.0,  # largest number of all gradients in the file
-) -> float:
-    "The largest acceptable difference to a recorded tensor."
+def allowed(sort: str, recorded: Tensor, scale: float = 1.0) -> float:
+    """The largest acceptable difference to a recorded tensor.
+
+    sort: 'out' or 'grad'
+    scale: largest number of all gradients in the file
+    """
     largest = recorded.abs().max().item()
     if recorded.numel() == 1:
         return SINGLE * (1 + largest)
@@ -180,7 +197,12 @@ def allowed(
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #468dcc89
 class Compared(NamedTuple):
-    "The result for one tensor."
+    """The result for one tensor.
+
+    sort: 'out', 'grad' or 'ids' (whole numbers)
+    error: largest difference, relative to the tensor's largest number (to 1 for zero tensors and ids)
+    problem: '' if it agrees
+    """
 
     name: str
     sort: str  # 'out', 'grad' or 'ids' (whole numbers)
@@ -188,13 +210,13 @@ class Compared(NamedTuple):
     problem: str  # '' if it agrees
 
 
-def compare(
-    name: str,
-    recorded: Tensor,  # what the official code gave
-    computed: Tensor | Partial,  # what ours gives
-    scale: float = 1.0,  # as for `allowed`
-) -> Compared:
-    "One recorded tensor beside ours."
+def compare(name: str, recorded: Tensor, computed: Tensor | Partial, scale: float = 1.0) -> Compared:
+    """One recorded tensor beside ours.
+
+    recorded: what the official code gave
+    computed: what ours gives
+    scale: as for `allowed`
+    """
     sort = name.split('.')[0] if recorded.is_floating_point() else 'ids'
     if isinstance(computed, Partial):
         where = computed.where.expand(recorded.shape) if computed.value.shape == recorded.shape else slice(None)
@@ -222,7 +244,10 @@ def compare(
 
 # %% ../../nbs/foundations/models/41_parity.ipynb #0414b1b3
 class Report(NamedTuple):
-    "What became of one file."
+    """What became of one file.
+
+    notes: restrictions of the comparison
+    """
 
     file: str
     kind: str
@@ -246,11 +271,11 @@ class Report(NamedTuple):
         return f'{head}  {"  ".join(parts)}  tokens {tokens}{notes}'
 
 
-def check(
-    golden: Golden,
-    cases: Mapping[str, Case],  # a chapter's `parity_cases`
-) -> Report:
-    "Run the file's case and compare everything in it."
+def check(golden: Golden, cases: Mapping[str, Case]) -> Report:
+    """Run the file's case and compare everything in it.
+
+    cases: a chapter's `parity_cases`
+    """
     report = Report(golden.path.name, golden.kind, [], [], [])
     if golden.kind not in cases:
         return report._replace(problems=[f'unknown kind of case {golden.kind!r}; known: {", ".join(cases)}'])
@@ -311,11 +336,12 @@ def _kind(golden: Golden, chapter: Cases) -> str:
     return chapter.kind_of(set(golden.tensors))
 
 
-def check_file(
-    path: Path,  # a golden file
-    paper: str | None = None,  # None: found by `paper_of`
-) -> Report:
-    "The report of one file; an exception on the way is a problem, not a crash."
+def check_file(path: Path, paper: str | None = None) -> Report:
+    """The report of one file; an exception on the way is a problem, not a crash.
+
+    path: a golden file
+    paper: None: found by `paper_of`
+    """
     try:
         golden = read_golden(path)
         chapter = cases_of(paper or paper_of(golden))
@@ -326,10 +352,11 @@ def check_file(
         return Report(Path(path).name, '?', [], [f'{type(error).__name__}: {error}'], [])
 
 
-def main(
-    arguments: list[str] | None = None,  # None: the command line
-) -> int:
-    "Check files, print one line each and the problems below it; 0 if all is well."
+def main(arguments: list[str] | None = None) -> int:
+    """Check files, print one line each and the problems below it; 0 if all is well.
+
+    arguments: None: the command line
+    """
     parser = argparse.ArgumentParser(
         'mllm_replica.models.parity', description='Compare our modules with recorded outputs of the official code.'
     )

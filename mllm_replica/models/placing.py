@@ -36,51 +36,58 @@ def _mismatch(found: list[int], images: int, per_image: int) -> str:
     )
 
 
-def unless_empty(
-    images: Any,  # pixel values or features, a tensor or a list
-) -> Any:
-    "What was given, None for no images."
+def unless_empty(images: Any) -> Any:
+    """What was given, None for no images.
+
+    images: pixel values or features, a tensor or a list
+    """
     return None if images is None or not len(images) else images
 
 
-def check_placeholders(
-    is_image: Tensor,  # [B,T] true at placeholders
-    images: int,  # N
-    per_image: int,  # M
-) -> None:
-    "Placeholders must be those of N images, none shared by two samples; the error names the sample."
+def check_placeholders(is_image: Tensor, images: int, per_image: int) -> None:
+    """Placeholders must be those of N images, none shared by two samples; the error names the sample.
+
+    is_image: [B,T] true at placeholders
+    images: N
+    per_image: M
+    """
     found = is_image.sum(1)
     if int(found.sum()) != images * per_image or bool((found % per_image).any()):
         raise ValueError(_mismatch(found.tolist(), images, per_image))
 
 
-def place_images(
-    inputs_embeds: Tensor,  # [B,T,D] text embeddings
-    visual_embeds: Tensor,  # [N,M,D] connector output, images in reading order, sample by sample
-    is_image: Tensor,  # [B,T] true at placeholders
-) -> Tensor:
-    "Write visual vectors over the placeholders: [B,T,D], [N,M,D], [B,T] → [B,T,D]."
+def place_images(inputs_embeds: Tensor, visual_embeds: Tensor, is_image: Tensor) -> Tensor:
+    """Write visual vectors over the placeholders: [B,T,D], [N,M,D], [B,T] → [B,T,D].
+
+    inputs_embeds: [B,T,D] text embeddings
+    visual_embeds: [N,M,D] connector output, images in reading order, sample by sample
+    is_image: [B,T] true at placeholders
+    """
     check_placeholders(is_image, *visual_embeds.shape[:2])
     return inputs_embeds.masked_scatter(is_image[..., None], visual_embeds.to(inputs_embeds.dtype))
 
 # %% ../../nbs/foundations/models/37_placing.ipynb #4bd0a94d
-def pad_left(
-    inputs_embeds: Tensor,  # [B,T,D], padded anywhere
-    attention_mask: Tensor,  # [B,T] 1 at real tokens
-) -> tuple[Tensor, Tensor]:
-    "Move padding to the front of every row: [B,T,D], [B,T] → [B,T,D], [B,T]."
+def pad_left(inputs_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move padding to the front of every row: [B,T,D], [B,T] → [B,T,D], [B,T].
+
+    inputs_embeds: [B,T,D], padded anywhere
+    attention_mask: [B,T] 1 at real tokens
+    """
     order = attention_mask.bool().int().argsort(dim=1, stable=True)
     return inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds)), attention_mask.gather(1, order)
 
 
 def mask_and_positions(
-    attention_mask: Tensor
-    | dict
-    | None,  # [B,T'] over past and new tokens, or finished: [B,1,T,T'], or one per kind of layer
-    position_ids: Tensor | None,  # [B,T] if known
-    inputs_embeds: Tensor,  # [B,T,D] the new tokens
+    attention_mask: Tensor | dict | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    "The mask and position numbers that the decoder gets."
+    """The mask and position numbers that the decoder gets.
+
+    attention_mask: [B,T'] over past and new tokens, or finished: [B,1,T,T'], or one per kind of layer
+    position_ids: [B,T] if known
+    inputs_embeds: [B,T,D] the new tokens
+    """
     if attention_mask is None:
         return None, position_ids
     if isinstance(attention_mask, dict) or attention_mask.dtype == torch.bool and attention_mask.dim() == 4:
@@ -98,13 +105,14 @@ def mask_and_positions(
     return (None if packed else attention_mask), position_ids
 
 # %% ../../nbs/foundations/models/37_placing.ipynb #53c3ac9e
-def answer_loss(
-    states: Tensor,  # [B,T,D] decoder output
-    head: nn.Linear,  # output matrix
-    labels: Tensor,  # [B,T] unshifted
-    num_items: int | Tensor | None = None,  # divides the sum; None: the mean
-) -> Tensor:
-    "Next-token cross-entropy over supervised positions: [B,T,D], [B,T] → []."
+def answer_loss(states: Tensor, head: nn.Linear, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy over supervised positions: [B,T,D], [B,T] → [].
+
+    states: [B,T,D] decoder output
+    head: output matrix
+    labels: [B,T] unshifted
+    num_items: divides the sum; None: the mean
+    """
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise NotImplementedError(f'the output layer is a {type(head).__name__}; expected a Linear without bias')
     loss = chunked_cross_entropy(

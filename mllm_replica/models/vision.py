@@ -27,12 +27,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(
-    images: Sequence[Image.Image],  # RGB images of any size
-    size: int,  # side of the square, in pixels
-    mean: Sequence[float] = CLIP_MEAN,  # per channel, of values in 0…1
-    std: Sequence[float] = CLIP_STD,  # per channel
+    images: Sequence[Image.Image],
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    "Squash-resize (PIL bicubic), scale to 0…1, normalise: N images → [N,3,size,size]."
+    """Squash-resize (PIL bicubic), scale to 0…1, normalise: N images → [N,3,size,size].
+
+    images: RGB images of any size
+    size: side of the square, in pixels
+    mean: per channel, of values in 0…1
+    std: per channel
+    """
     for i, image in enumerate(images):
         if image.mode != 'RGB':
             raise ValueError(f'image {i} has mode {image.mode}; expected RGB: read it with `images.open_image`')
@@ -45,34 +51,37 @@ def clip_pixels(
     return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
 
-def camera_noise(
-    pixel_values: Tensor,  # [N,3,height,width], changed
-    spread: float,  # standard deviation in units of normalised pixels; 0: none
-) -> Tensor:
-    "Pictures with the noise that belongs to each: the same picture has the same noise wherever it is seen."
+def camera_noise(pixel_values: Tensor, spread: float) -> Tensor:
+    """Pictures with the noise that belongs to each: the same picture has the same noise wherever it is seen.
+
+    pixel_values: [N,3,height,width], changed
+    spread: standard deviation in units of normalised pixels; 0: none
+    """
     for picture in pixel_values if spread else ():
         seed = zlib.crc32(picture.numpy().tobytes())
         picture += spread * torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
     return pixel_values
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #4598dde0
-def _feature_index(
-    encoder: nn.Module,  # with `encoder.layers`
-    layer: int,  # as in a list of hidden states: 0 … L, or −1 … −(L+1)
-) -> int:
-    "The number of layers to run for hidden state `layer`."
+def _feature_index(encoder: nn.Module, layer: int) -> int:
+    """The number of layers to run for hidden state `layer`.
+
+    encoder: with `encoder.layers`
+    layer: as in a list of hidden states: 0 … L, or −1 … −(L+1)
+    """
     count = len(encoder.encoder.layers)
     if not -count - 1 <= layer <= count:
         raise ValueError(f'feature layer {layer} does not exist: hidden states are 0…{count}, or −1…{-count - 1}')
     return layer % (count + 1)
 
 
-def hidden_states(
-    encoder: nn.Module,  # a CLIP-like encoder of transformers: `embeddings`, perhaps `pre_layrnorm`, `encoder.layers`
-    pixel_values: Tensor,  # [N,3,height,width]
-    layer: int = -1,  # the last hidden state wanted
-) -> list[Tensor]:
-    "Hidden states 0 to `layer`, class token included: [N,3,h,w] → list of [N,1+S,D]. Layers above `layer` are not computed."
+def hidden_states(encoder: nn.Module, pixel_values: Tensor, layer: int = -1) -> list[Tensor]:
+    """Hidden states 0 to `layer`, class token included: [N,3,h,w] → list of [N,1+S,D]. Layers above `layer` are not computed.
+
+    encoder: a CLIP-like encoder of transformers: `embeddings`, perhaps `pre_layrnorm`, `encoder.layers`
+    pixel_values: [N,3,height,width]
+    layer: the last hidden state wanted
+    """
     count = _feature_index(encoder, layer)
     states = [encoder.embeddings(pixel_values.to(encoder.dtype))]
     if hasattr(encoder, 'pre_layrnorm'):
@@ -82,31 +91,39 @@ def hidden_states(
     return states
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #f659585f
-def has_class_token(
-    encoder: nn.Module,  # a CLIP-like encoder
-) -> bool:
-    "Whether the first token of a hidden state is no patch."
+def has_class_token(encoder: nn.Module) -> bool:
+    """Whether the first token of a hidden state is no patch.
+
+    encoder: a CLIP-like encoder
+    """
     return hasattr(encoder.embeddings, 'class_embedding')
 
 
-def patch_features(
-    encoder: nn.Module,  # a CLIP-like encoder
-    pixel_values: Tensor,  # [N,3,height,width]
-    layer: int = -2,  # hidden state to read
-) -> Tensor:
-    "Patch features of one layer, class token dropped: [N,3,h,w] → [N,S,D]."
+def patch_features(encoder: nn.Module, pixel_values: Tensor, layer: int = -2) -> Tensor:
+    """Patch features of one layer, class token dropped: [N,3,h,w] → [N,S,D].
+
+    encoder: a CLIP-like encoder
+    pixel_values: [N,3,height,width]
+    layer: hidden state to read
+    """
     states = hidden_states(encoder, pixel_values, layer)[-1]
     return states[:, 1:] if has_class_token(encoder) else states
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #c88146a0
 def resize_positions(
-    table: Tensor,  # [leading+n²,D], rows of a square grid
-    patches: int | tuple[int, int],  # m², of another square grid; or its h rows and w columns
-    mode: str = 'bicubic',  # or 'bilinear'
-    leading: int = 0,  # rows in front that belong to no patch (1: a class token)
+    table: Tensor,
+    patches: int | tuple[int, int],
+    mode: str = 'bicubic',
+    leading: int = 0,
     antialias: bool = False,
 ) -> Tensor:
-    "A position table for another grid, half-pixel centres, in fp32: [leading+n²,D] → [leading+h·w,D]."
+    """A position table for another grid, half-pixel centres, in fp32: [leading+n²,D] → [leading+h·w,D].
+
+    table: [leading+n²,D], rows of a square grid
+    patches: m², of another square grid; or its h rows and w columns
+    mode: or 'bilinear'
+    leading: rows in front that belong to no patch (1: a class token)
+    """
     if mode not in ('bicubic', 'bilinear'):
         raise ValueError(f"mode {mode!r} is unknown: 'bicubic' or 'bilinear'")
     side = side_of(len(table) - leading, 'rows of the position table')
@@ -118,11 +135,12 @@ def resize_positions(
     return torch.cat([table[:leading], grid.flatten(2)[0].T])
 
 
-def interpolate_positions(
-    table: Tensor,  # [1+n²,D] position embeddings, class token first
-    scale: float,  # factor on the side n of the grid, ≥ 1
-) -> Tensor:
-    "Enlarge a position table: [1+n²,D] → [1+floor(n·scale)²,D]."
+def interpolate_positions(table: Tensor, scale: float) -> Tensor:
+    """Enlarge a position table: [1+n²,D] → [1+floor(n·scale)²,D].
+
+    table: [1+n²,D] position embeddings, class token first
+    scale: factor on the side n of the grid, ≥ 1
+    """
     side = int((len(table) - 1) ** 0.5)
     if side * side != len(table) - 1:
         raise ValueError(f'the position table has {len(table)} rows; expected 1 + a square number')
@@ -133,11 +151,12 @@ def interpolate_positions(
     return torch.cat([table[:1], grid.flatten(2)[0].T])
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #47a79abf
-def encoder_key(
-    encoder: nn.Module,  # its weights and class decide
-    **settings: object,  # whatever else decides the features: layer, image size, mean, std, dtype
-) -> str:
-    "Hash of an encoder's weights and of all settings that decide its features."
+def encoder_key(encoder: nn.Module, **settings: object) -> str:
+    """Hash of an encoder's weights and of all settings that decide its features.
+
+    encoder: its weights and class decide
+    settings: whatever else decides the features: layer, image size, mean, std, dtype
+    """
     digest = hashlib.sha256(f'{type(encoder).__name__} {json.dumps(settings, sort_keys=True, default=str)}'.encode())
     config = getattr(encoder, 'config', None)
     if config is not None:
@@ -153,10 +172,11 @@ def encoder_key(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #21ccaf49
-def image_key(
-    image: dict | bytes | str | Path | Image.Image,  # as for `images.open_image`
-) -> str:
-    "A name for an image: hash of its bytes, else of its pixels, else of path, size and time."
+def image_key(image: dict | bytes | str | Path | Image.Image) -> str:
+    """A name for an image: hash of its bytes, else of its pixels, else of path, size and time.
+
+    image: as for `images.open_image`
+    """
     if isinstance(image, dict):
         image = image['bytes'] if image.get('bytes') is not None else image['path']
     if isinstance(image, Image.Image):
@@ -169,11 +189,12 @@ def image_key(
     return hashlib.sha256(content).hexdigest()[:20]
 
 
-def image_keys(
-    images: Iterable[Any],  # as for `image_key`
-    sample: str,  # id of their sample, for the error
-) -> list[str]:
-    "A name for each image of a sample; a missing one is an error."
+def image_keys(images: Iterable[Any], sample: str) -> list[str]:
+    """A name for each image of a sample; a missing one is an error.
+
+    images: as for `image_key`
+    sample: id of their sample, for the error
+    """
     try:
         return [image_key(image) for image in images]
     except (OSError, TypeError, KeyError) as error:
@@ -183,13 +204,13 @@ def image_keys(
 
 # %% ../../nbs/foundations/models/38_vision.ipynb #3c823051
 class FeatureCache:
-    "Encoder features of named images, memory-mapped: `cache['image name']` is [S,D], `cache[[names]]` is [N,S,D]."
+    """Encoder features of named images, memory-mapped: `cache['image name']` is [S,D], `cache[[names]]` is [N,S,D].
 
-    def __init__(
-        self,
-        folder: Path,  # a folder written by `compute`
-        key: str,  # the `encoder_key` that is expected in it
-    ) -> None:
+    folder: a folder written by `compute`
+    key: the `encoder_key` that is expected in it
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
         self.folder = Path(folder)
         index = read_json_file(self.folder / 'index.json')
         if not isinstance(index, dict) or not {'key', 'names'} <= index.keys():
@@ -210,11 +231,11 @@ class FeatureCache:
     def __contains__(self, name: str) -> bool:
         return name in self.rows
 
-    def __getitem__(
-        self,
-        names: str | Sequence[str],  # image name(s)
-    ) -> Tensor:
-        "Features of one image, [S,D], or of several, [N,S,D]."
+    def __getitem__(self, names: str | Sequence[str]) -> Tensor:
+        """Features of one image, [S,D], or of several, [N,S,D].
+
+        names: image name(s)
+        """
         missing = [n for n in ([names] if isinstance(names, str) else names) if n not in self.rows]
         if missing:
             raise KeyError(f'no features of {missing[:3]} in {self.folder} ({len(self)} images)')
@@ -224,14 +245,21 @@ class FeatureCache:
     @classmethod
     def compute(
         cls,
-        folder: Path,  # where caches lie
-        key: str,  # `encoder_key` of what `encode` does
-        names: Sequence[str],  # a name per image, unique
-        load: Callable[[Sequence[str]], Sequence[Image.Image]],  # names -> RGB images
-        encode: Callable[[Sequence[Image.Image]], Tensor],  # images -> [N,S,D]
+        folder: Path,
+        key: str,
+        names: Sequence[str],
+        load: Callable[[Sequence[str]], Sequence[Image.Image]],
+        encode: Callable[[Sequence[Image.Image]], Tensor],
         batch_size: int = 64,
     ) -> 'FeatureCache':
-        "Open the cache of these images, or compute and write it first (atomically)."
+        """Open the cache of these images, or compute and write it first (atomically).
+
+        folder: where caches lie
+        key: `encoder_key` of what `encode` does
+        names: a name per image, unique
+        load: names -> RGB images
+        encode: images -> [N,S,D]
+        """
         if len(set(names)) != len(names):
             raise ValueError('image names are not unique; give every image a name of its own')
         target = Path(folder) / f'{key}-{hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:12]}'

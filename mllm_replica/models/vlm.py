@@ -39,7 +39,14 @@ from .vision import patch_features
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #0f16adf3
 class VisionLanguageConfig(PreTrainedConfig):
-    "Encoder, connector and decoder settings."
+    """Encoder, connector and decoder settings.
+
+    vision_config: with 'model_type', by default CLIP's
+    connector_config: the paper's own settings
+    text_config: with 'model_type', by default Llama's
+    image_token_id: placeholder, one per visual token; None: the first after the decoder's words
+    feature_layer: hidden state of the encoder that is read
+    """
 
     model_type = 'mllm_replica_vlm'
     sub_configs = {'vision_config': AutoConfig, 'text_config': AutoConfig}
@@ -87,7 +94,11 @@ def visual_token_count(
 # %% ../../nbs/foundations/models/39_vlm.ipynb #a0f99ab6
 @dataclass
 class VisionLanguageOutput(CausalLMOutputWithPast):
-    "As of any language model; `image_hidden_states` are the visual tokens, `last_hidden_state` what the head reads."
+    """As of any language model; `image_hidden_states` are the visual tokens, `last_hidden_state` what the head reads.
+
+    image_hidden_states: [N,M,D]
+    last_hidden_state: [B,T,D]
+    """
 
     image_hidden_states: Tensor | None = None  # [N,M,D]
     last_hidden_state: Tensor | None = None  # [B,T,D]
@@ -151,21 +162,25 @@ class VisionLanguageModel(PreTrainedModel, PromptGenerationMixin):
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #b93d87eb
 @patch
-def visual_features(
-    self: VisionLanguageModel,
-    pixel_values: Tensor,  # [N,3,height,width]
-) -> Tensor:
-    "What the connector reads: [N,3,h,w] → [N,S,Dv]."
+def visual_features(self: VisionLanguageModel, pixel_values: Tensor) -> Tensor:
+    """What the connector reads: [N,3,h,w] → [N,S,Dv].
+
+    pixel_values: [N,3,height,width]
+    """
     return patch_features(self.vision_model, pixel_values, self.config.feature_layer)
 
 
 @patch
 def visual_embeds(
     self: VisionLanguageModel,
-    pixel_values: Tensor | None = None,  # [N,3,height,width]
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
 ) -> Tensor:
-    "Visual tokens in the decoder's width: → [N,M,D]."
+    """Visual tokens in the decoder's width: → [N,M,D].
+
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,Dv] instead of pixels
+    """
     if image_features is None:
         image_features = self.visual_features(pixel_values)
     return self.connector(image_features.to(next(self.connector.parameters()).dtype))
@@ -174,21 +189,26 @@ def visual_embeds(
 @patch
 def get_image_features(
     self: VisionLanguageModel,
-    pixel_values: Tensor | None = None,  # [N,3,height,width]
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
-    **kwargs: Any,  # transformers says return_dict=True
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    **kwargs: Any,
 ) -> BaseModelOutputWithPooling:
-    "The visual tokens of every image, [N,M,D], as `pooler_output`."
+    """The visual tokens of every image, [N,M,D], as `pooler_output`.
+
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,Dv] instead of pixels
+    kwargs: transformers says return_dict=True
+    """
     return BaseModelOutputWithPooling(pooler_output=self.visual_embeds(pixel_values, image_features))
 
 
 @patch
-def image_places(
-    self: VisionLanguageModel,
-    input_ids: Tensor | None,  # [B,T] with placeholders
-    inputs_embeds: Tensor | None,  # [B,T,D], used where there are no ids
-) -> Tensor:
-    "Where visual tokens belong, bool [B,T]. The official negative placeholders count; without ids the placeholder's embedding is looked for."
+def image_places(self: VisionLanguageModel, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Where visual tokens belong, bool [B,T]. The official negative placeholders count; without ids the placeholder's embedding is looked for.
+
+    input_ids: [B,T] with placeholders
+    inputs_embeds: [B,T,D], used where there are no ids
+    """
     if input_ids is not None:
         return (input_ids == self.config.image_token_id) | (input_ids < 0)
     table = self.get_input_embeddings()
@@ -203,11 +223,16 @@ def image_places(
 @patch
 def check_images(
     self: VisionLanguageModel,
-    is_image: Tensor,  # [B,T] true at placeholders
-    pixel_values: Tensor | None,  # [N,3,height,width]
-    image_features: Tensor | None,  # [N,S,Dv] instead of pixels
+    is_image: Tensor,
+    pixel_values: Tensor | None,
+    image_features: Tensor | None,
 ) -> None:
-    "Placeholders and images must fit, or the error names the sample."
+    """Placeholders and images must fit, or the error names the sample.
+
+    is_image: [B,T] true at placeholders
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,Dv] instead of pixels
+    """
     given = image_features if pixel_values is None else pixel_values
     check_placeholders(is_image, len(given), visual_token_count(self.config))
 
@@ -215,14 +240,22 @@ def check_images(
 @patch
 def embed(
     self: VisionLanguageModel,
-    input_ids: Tensor | None = None,  # [B,T] with placeholders
-    pixel_values: Tensor | None = None,  # [N,3,height,width]
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
-    inputs_embeds: Tensor | None = None,  # [B,T,D] of the text instead of its ids
-    visual_embeds: Tensor | None = None,  # [N,M,D] made of pixels or features before
-    partly: bool = False,  # whether a cache may hold other tokens of the sequence, so that images can be cut
+    input_ids: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    visual_embeds: Tensor | None = None,
+    partly: bool = False,
 ) -> Tensor:
-    "Text embeddings with the visual tokens in their places: [B,T] → [B,T,D]."
+    """Text embeddings with the visual tokens in their places: [B,T] → [B,T,D].
+
+    input_ids: [B,T] with placeholders
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,Dv] instead of pixels
+    inputs_embeds: [B,T,D] of the text instead of its ids
+    visual_embeds: [N,M,D] made of pixels or features before
+    partly: whether a cache may hold other tokens of the sequence, so that images can be cut
+    """
     if visual_embeds is None and (pixel_values is not None or image_features is not None):
         visual_embeds = self.visual_embeds(pixel_values, image_features)
     if inputs_embeds is not None and visual_embeds is None:
@@ -242,22 +275,36 @@ def embed(
 @can_return_tuple
 def forward(
     self: VisionLanguageModel,
-    input_ids: Tensor | None = None,  # [B,T] with placeholders
-    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixel_values
-    labels: Tensor | None = None,  # [B,T] as input_ids, −100 without loss; shifted here
-    position_ids: Tensor | None = None,  # [B,T]; starts again at 0 for every packed sample
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
     past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids, or of their text
-    use_cache: bool | None = None,  # None: as the decoder's configuration says, but not in training or with packed rows
-    logits_to_keep: int | Tensor = 0,  # last positions to return logits of; 0: all
-    return_logits: bool = True,  # False: with labels the loss alone, computed in chunks
-    num_items_in_batch: int | Tensor | None = None,  # divides the summed loss
-    mm_encoder_outputs: dict[str, Any] | None = None,  # {'image': what `get_image_features` gave} instead of pixels
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    return_logits: bool = True,
+    num_items_in_batch: int | Tensor | None = None,
+    mm_encoder_outputs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> VisionLanguageOutput:
-    "Logits, with labels the loss, too: [B,T] → [B,T,V], []."
+    """Logits, with labels the loss, too: [B,T] → [B,T,V], [].
+
+    input_ids: [B,T] with placeholders
+    attention_mask: [B,T] 1 at real tokens; None: no padding
+    pixel_values: [N,3,height,width] in reading order
+    image_features: [N,S,Dv] instead of pixel_values
+    labels: [B,T] as input_ids, −100 without loss; shifted here
+    position_ids: [B,T]; starts again at 0 for every packed sample
+    inputs_embeds: [B,T,D] instead of input_ids, or of their text
+    use_cache: None: as the decoder's configuration says, but not in training or with packed rows
+    logits_to_keep: last positions to return logits of; 0: all
+    return_logits: False: with labels the loss alone, computed in chunks
+    num_items_in_batch: divides the summed loss
+    mm_encoder_outputs: {'image': what `get_image_features` gave} instead of pixels
+    """
     pixel_values, image_features = (unless_empty(given) for given in (pixel_values, image_features))
     encoded = (mm_encoder_outputs or {}).get('image')
     visual_embeds = None if encoded is None else encoded.pooler_output
@@ -303,23 +350,23 @@ def forward(
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #c0a5e202
 @patch
-def blank_pixels(
-    self: VisionLanguageModel,
-    images: int,  # N
-) -> Tensor:
-    "Pixel values of black pictures in the encoder's size: [N,3,S,S]."
+def blank_pixels(self: VisionLanguageModel, images: int) -> Tensor:
+    """Pixel values of black pictures in the encoder's size: [N,3,S,S].
+
+    images: N
+    """
     size = self.config.vision_config.image_size
     return torch.zeros(images, 3, size, size, dtype=next(self.vision_model.parameters()).dtype)
 
 
 @patch
-def planned_step(
-    self: VisionLanguageModel,
-    length: int,  # T, visual tokens and text
-    images: int,  # N
-    image_features: Tensor | None = None,  # [N,S,Dv]; None: the encoder is counted, too
-) -> Tensor:
-    "Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data."
+def planned_step(self: VisionLanguageModel, length: int, images: int, image_features: Tensor | None = None) -> Tensor:
+    """Logits of one sample of these sizes, [1,T,V]: what `mllm-replica plan` counts without any data.
+
+    length: T, visual tokens and text
+    images: N
+    image_features: [N,S,Dv]; None: the encoder is counted, too
+    """
     parts = []
     if images:
         pixels = self.blank_pixels(images) if image_features is None else None

@@ -16,22 +16,24 @@ from ..models.layers import LayerNorm, Linear, split_heads
 # Shapes: N images, S tokens of an image, C width, H heads, K queries, D text width.
 
 
-def sine_positions(
-    positions: Tensor,  # [n]
-    width: int,  # C
-) -> Tensor:
-    "Sines, then cosines, of positions over a geometric row of wavelengths: [n] → [n,C]."
+def sine_positions(positions: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of positions over a geometric row of wavelengths: [n] → [n,C].
+
+    positions: [n]
+    width: C
+    """
     omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
 
-def sine_grid(
-    side: int,  # patches in a row
-    width: int,  # C
-    class_row: bool,  # a zero row in front, for the class token
-) -> Tensor:
-    "Column and row of every patch, row-major: → [side² (+1),C]."
+def sine_grid(side: int, width: int, class_row: bool) -> Tensor:
+    """Column and row of every patch, row-major: → [side² (+1),C].
+
+    side: patches in a row
+    width: C
+    class_row: a zero row in front, for the class token
+    """
     steps = sine_positions(torch.arange(side), width // 2)
     grid = torch.cat([steps.repeat(side, 1), steps.repeat_interleave(side, 0)], 1)
     return torch.cat([torch.zeros(int(class_row), width), grid])
@@ -69,12 +71,17 @@ class AbstractorLayer(nn.Module):
 
     def forward(
         self,
-        queries: Tensor,  # [N,K,C]
-        image: Tensor,  # [N,S,C]
-        positions: Tensor,  # [K+S,C] of queries, then image tokens
+        queries: Tensor,
+        image: Tensor,
+        positions: Tensor,
         trace: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        "[N,K,C] → [N,K,C]."
+        """[N,K,C] → [N,K,C].
+
+        queries: [N,K,C]
+        image: [N,S,C]
+        positions: [K+S,C] of queries, then image tokens
+        """
         normed, read = self.norm1(queries), self.normk(image)
         seen = torch.cat([normed, read], 1)
         query, key, value = (
@@ -111,10 +118,11 @@ ABSTRACTOR = dict(
 )
 
 
-def abstractor_fields(
-    given: dict[str, Any],  # official names
-) -> dict[str, Any]:
-    "All settings of an abstractor; unknown or impossible ones are errors."
+def abstractor_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings of an abstractor; unknown or impossible ones are errors.
+
+    given: official names
+    """
     unknown = sorted(set(given) - set(ABSTRACTOR))
     if unknown:
         raise ValueError(f'abstractor settings {unknown} are unknown; expected some of {list(ABSTRACTOR)}')
@@ -135,13 +143,13 @@ def abstractor_fields(
 
 
 class VisualAbstractor(nn.Module):
-    "Image tokens → K visual tokens and an end token."
+    """Image tokens → K visual tokens and an end token.
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # from `abstractor_fields`
-        output_hidden_size: int,  # D
-    ) -> None:
+    config: from `abstractor_fields`
+    output_hidden_size: D
+    """
+
+    def __init__(self, config: dict[str, Any], output_hidden_size: int) -> None:
         super().__init__()
         width, queries = config['hidden_size'], config['num_learnable_queries']
         self.query_embeds = nn.Parameter(0.02 * torch.randn(1, queries, width))
@@ -174,12 +182,11 @@ class VisualAbstractor(nn.Module):
             )
         return self._positions.to(like.dtype)
 
-    def forward(
-        self,
-        image: Tensor,  # [N,S,C]
-        trace: list[dict[str, Tensor]] | None = None,
-    ) -> Tensor:
-        "[N,S,C] → [N,K+1,D]."
+    def forward(self, image: Tensor, trace: list[dict[str, Tensor]] | None = None) -> Tensor:
+        """[N,S,C] → [N,K+1,D].
+
+        image: [N,S,C]
+        """
         if image.shape[1] != self.num_image_tokens:
             raise ValueError(
                 f'the image has {image.shape[1]} tokens, the abstractor has positions for {self.num_image_tokens}: '

@@ -60,12 +60,11 @@ def build(
     return model, processor
 
 # %% ../../nbs/papers/01_owl2.ipynb #9d46d478
-def linear_probe(
-    train: tuple[Any, Any],  # features [n,F], class numbers [n]
-    test: tuple[Any, Any],
-    ridge: float = 1e-2,
-) -> float:
-    "Accuracy on `test` of a linear map from features to classes, fitted on `train` by ridge regression."
+def linear_probe(train: tuple[Any, Any], test: tuple[Any, Any], ridge: float = 1e-2) -> float:
+    """Accuracy on `test` of a linear map from features to classes, fitted on `train` by ridge regression.
+
+    train: features [n,F], class numbers [n]
+    """
     import torch
 
     mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
@@ -127,13 +126,11 @@ def _attention(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
     }
 
 
-def measure(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    scores: dict[str, float],  # benchmark -> score
-) -> dict[str, float]:
-    "Further numbers of a unit."
+def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]) -> dict[str, float]:
+    """Further numbers of a unit.
+
+    scores: benchmark -> score
+    """
     if recipe.model.get('probe'):
         return _probe(model.eval(), processor, recipe)
     return _attention(model.eval(), processor, recipe) if 'language' in recipe.model else {}

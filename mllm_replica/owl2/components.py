@@ -27,14 +27,14 @@ from ..models.layers import Linear
 # %% ../../nbs/papers/01_owl2.ipynb #405fffe4
 # Shapes: B rows, T tokens, D width, n tokens of one way, H heads, d head width.
 class Route:
-    "Which way each token of a batch goes: 0 text, 1 visual, and more where parts have more copies."
+    """Which way each token of a batch goes: 0 text, 1 visual, and more where parts have more copies.
 
-    def __init__(
-        self,
-        indices: Tensor,  # [B,T] the way of each token; bool: whether it is visual
-        lengths: list[int],  # of the stretches of one way in the flattened batch
-        ways: list[int] | None = None,  # of the stretches; None: text and visual in turn, the first is text
-    ) -> None:
+    indices: [B,T] the way of each token; bool: whether it is visual
+    lengths: of the stretches of one way in the flattened batch
+    ways: of the stretches; None: text and visual in turn, the first is text
+    """
+
+    def __init__(self, indices: Tensor, lengths: list[int], ways: list[int] | None = None) -> None:
         ways = [i % 2 for i in range(len(lengths))] if ways is None else ways
         absent = sorted(set(range(max(ways))) - set(ways))  # their copies get no tokens
         self.indices, self.lengths, self.ways = indices, [0] * len(absent) + lengths, absent + ways
@@ -47,11 +47,11 @@ class Route:
         self.masks = [(indices if binary else indices == way)[..., None] for way in range(1, self.last + 1)]
 
     @classmethod
-    def of(
-        cls,
-        indices: Tensor,  # [B,T] whole numbers from 0, or true at visual tokens
-    ) -> 'Route | None':
-        "The route of a batch; None if all of it is text."
+    def of(cls, indices: Tensor) -> 'Route | None':
+        """The route of a batch; None if all of it is text.
+
+        indices: [B,T] whole numbers from 0, or true at visual tokens
+        """
         kinds, lengths = torch.unique_consecutive(indices.flatten(), return_counts=True)
         kinds = kinds.tolist()
         if not any(kinds):
@@ -60,11 +60,11 @@ class Route:
             raise ValueError(f'indices hold {strange[0]}; expected whole numbers, one for each way')
         return cls(indices, lengths.tolist(), [int(kind) for kind in kinds])
 
-    def check(
-        self,
-        copies: int,  # of a part
-    ) -> None:
-        "Every index names a copy."
+    def check(self, copies: int) -> None:
+        """Every index names a copy.
+
+        copies: of a part
+        """
         if wrong := [way for way in (self.first, self.last) if not 0 <= way < copies]:
             raise ValueError(f'a token has index {wrong[-1]}, which has no copy: there are {copies}, numbered from 0')
 
@@ -87,22 +87,20 @@ def _copies(part: nn.Module, n: int) -> nn.ModuleList:
 
 
 class WayLinear(nn.Module):
-    "A linear map with a copy for every way."
+    """A linear map with a copy for every way.
 
-    def __init__(
-        self,
-        part: nn.Linear,
-        n: int = 2,  # ways; 1: whatever way a token goes, it goes this one
-    ) -> None:
+    n: ways; 1: whatever way a token goes, it goes this one
+    """
+
+    def __init__(self, part: nn.Linear, n: int = 2) -> None:
         super().__init__()
         self.multiway = _copies(part, n)
 
-    def forward(
-        self,
-        x: Tensor,  # [B,T,D]
-        route: Route | None,
-    ) -> Tensor:
-        "[B,T,D] → [B,T,D']."
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        """[B,T,D] → [B,T,D'].
+
+        x: [B,T,D]
+        """
         if route is None or len(self.multiway) == 1:
             return self.multiway[0](x)
         route.check(len(self.multiway))
@@ -110,22 +108,20 @@ class WayLinear(nn.Module):
 
 
 class WayNorm(nn.Module):
-    "An RMS norm with weights of their own for every way."
+    """An RMS norm with weights of their own for every way.
 
-    def __init__(
-        self,
-        part: LlamaRMSNorm | Qwen2RMSNorm,
-        n: int = 2,  # ways, as for `WayLinear`
-    ) -> None:
+    n: ways, as for `WayLinear`
+    """
+
+    def __init__(self, part: LlamaRMSNorm | Qwen2RMSNorm, n: int = 2) -> None:
         super().__init__()
         self.multiway = _copies(part, n)
 
-    def forward(
-        self,
-        x: Tensor,  # [B,T,D]
-        route: Route | None,
-    ) -> Tensor:
-        "[B,T,D] → [B,T,D]."
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        """[B,T,D] → [B,T,D].
+
+        x: [B,T,D]
+        """
         text, *others = self.multiway
         if route is None or not others:
             return text(x)
@@ -157,14 +153,18 @@ class _AdaptiveAttention:
 
     def forward(
         self,
-        hidden_states: Tensor,  # [B,T,D]
-        position_embeddings: tuple[Tensor, Tensor],  # cos and sin, [B,T,d]
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         route: Route | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        "[B,T,D] → [B,T,D] and, with eager attention, its weights [B,H,T,T']."
+        """[B,T,D] → [B,T,D] and, with eager attention, its weights [B,H,T,T'].
+
+        hidden_states: [B,T,D]
+        position_embeddings: cos and sin, [B,T,d]
+        """
         query, key, value = (
             _through(part, hidden_states, route).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in (self.q_proj, self.k_proj, self.v_proj)
@@ -199,14 +199,12 @@ class _AdaptiveLayer:
             kind = WayLinear if isinstance(part, nn.Linear) else WayNorm
             setattr(self.get_submodule(parent), own, kind(part, ways))
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # [B,T,D]
-        *args: Any,
-        route: Route | None = None,  # None: text only
-        **kwargs: Any,
-    ) -> Tensor:
-        "[B,T,D] → [B,T,D]."
+    def forward(self, hidden_states: Tensor, *args: Any, route: Route | None = None, **kwargs: Any) -> Tensor:
+        """[B,T,D] → [B,T,D].
+
+        hidden_states: [B,T,D]
+        route: None: text only
+        """
         attended, _ = self.self_attn(_through(self.input_layernorm, hidden_states, route), *args, route=route, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(_through(self.post_attention_layernorm, hidden_states, route))
@@ -234,12 +232,13 @@ _CLASSES = {
 }
 
 
-def adapt_layers(
-    language_model: nn.Module,  # a `LlamaForCausalLM` or `Qwen2ForCausalLM`
-    parts: tuple[str, ...],  # of `ADAPTIVE`; empty: nothing changes
-    ways: int = 2,  # copies of each
-) -> None:
-    "Give every layer of a language model ways, in place and without copying what is shared."
+def adapt_layers(language_model: nn.Module, parts: tuple[str, ...], ways: int = 2) -> None:
+    """Give every layer of a language model ways, in place and without copying what is shared.
+
+    language_model: a `LlamaForCausalLM` or `Qwen2ForCausalLM`
+    parts: of `ADAPTIVE`; empty: nothing changes
+    ways: copies of each
+    """
     if not parts:
         return
     for layer in language_model.model.layers:

@@ -21,7 +21,13 @@ from ..models.vision import resize_positions
 # Shapes: N images, P patches of an image, S tokens of an image (P, or 1 + P with class token), C encoder width, H
 # heads, d head width.
 class Owl2VisionConfig(PreTrainedConfig):
-    "Settings of the encoder, under the official names."
+    """Settings of the encoder, under the official names.
+
+    image_size: pixels
+    patch_size: pixels
+    use_cls_token: a class token before the patches
+    use_post_layernorm: a LayerNorm over all tokens at the end
+    """
 
     model_type = 'owl2_vision'
 
@@ -55,11 +61,11 @@ class PatchEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(0.02 * torch.randn(*rows, width))
         self.pre_layernorm = LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [N,3,height,width]
-    ) -> Tensor:
-        "[N,3,h,w] → [N,S,C]."
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[N,3,h,w] → [N,S,C].
+
+        pixel_values: [N,3,height,width]
+        """
         height, width = pixel_values.shape[-2:]
         x = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         if height != width:
@@ -146,13 +152,12 @@ class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         "Nothing: each part draws its own weights when it is made."
 
-    def forward(
-        self,
-        pixel_values: Tensor,  # [N,3,height,width]
-        output_hidden_states: bool = False,  # also every block's input, and the last one's output before the norm
-        **kwargs: Any,
-    ) -> BaseModelOutput:
-        "[N,3,h,w] → last_hidden_state [N,S,C], class token first."
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False, **kwargs: Any) -> BaseModelOutput:
+        """[N,3,h,w] → last_hidden_state [N,S,C], class token first.
+
+        pixel_values: [N,3,height,width]
+        output_hidden_states: also every block's input, and the last one's output before the norm
+        """
         states = [self.embeddings(pixel_values)]
         for layer in self.encoder['layers']:
             states = (states if output_hidden_states else []) + [layer(states[-1])]

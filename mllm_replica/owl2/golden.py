@@ -184,14 +184,20 @@ def layer_case(
 
 # %% ../../nbs/papers/01_owl2.ipynb #042e2665
 def expand(
-    ids: Tensor,  # [B,T] with one `placeholder` per image or video
-    counts: list[int],  # visual tokens of each placeholder, in reading order
+    ids: Tensor,
+    counts: list[int],
     placeholder: int,
-    mask: Tensor | None = None,  # [B,T]
-    labels: Tensor | None = None,  # [B,T]
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
     padding_side: str = 'right',
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Ids with −1 per visual token, mask and labels, padded on one side: [B,T'] each."
+    """Ids with −1 per visual token, mask and labels, padded on one side: [B,T'] each.
+
+    ids: [B,T] with one `placeholder` per image or video
+    counts: visual tokens of each placeholder, in reading order
+    mask: [B,T]
+    labels: [B,T]
+    """
     rows, left = [], list(counts)
     for b, row in enumerate(ids.tolist()):
         line = []
@@ -315,10 +321,11 @@ def image_case(
     return found
 
 
-def kind_of(
-    names: set[str],  # tensors of a file
-) -> str:
-    "Which case a file holds."
+def kind_of(names: set[str]) -> str:
+    """Which case a file holds.
+
+    names: tensors of a file
+    """
     signs = {
         'in.modality_indicators': 'layer',
         'w.query_embeds': 'abstractor',

@@ -71,20 +71,25 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
         "The abstractor."
         return VisualAbstractor(config.connector_config, config.text_config.hidden_size)
 
-    def visual_features(
-        self,
-        pixel_values: Tensor,  # [N,3,height,width]
-    ) -> Tensor:
-        "All tokens of the encoder, class token included: [N,3,h,w] → [N,S,C]."
+    def visual_features(self, pixel_values: Tensor) -> Tensor:
+        """All tokens of the encoder, class token included: [N,3,h,w] → [N,S,C].
+
+        pixel_values: [N,3,height,width]
+        """
         return self.vision_model(pixel_values).last_hidden_state
 
     def route(
         self,
-        input_ids: Tensor | None,  # [B,T]
-        inputs_embeds: Tensor | None,  # [B,T,D]
-        modality_indicators: Tensor | bool | None,  # [B,T] 1 at visual tokens, False: all text, None: not said
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        modality_indicators: Tensor | bool | None,
     ) -> Route | None:
-        "Who goes which way; None for a batch of text."
+        """Who goes which way; None for a batch of text.
+
+        input_ids: [B,T]
+        inputs_embeds: [B,T,D]
+        modality_indicators: [B,T] 1 at visual tokens, False: all text, None: not said
+        """
         if modality_indicators is False:
             return None
         found, tokens = (
@@ -110,22 +115,29 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 @can_return_tuple
 def forward(
     self: Owl2Model,
-    input_ids: Tensor | None = None,  # [B,T] with placeholders
-    attention_mask: Tensor | None = None,  # [B,T'] over past and new tokens, 1 at real tokens
-    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,  # [N,S,C] instead of pixels
-    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
-    modality_indicators: Tensor
-    | bool
-    | None = None,  # [B,T] 1 at visual tokens; None: read off input_ids; False: text only, as inputs_embeds alone
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    modality_indicators: Tensor | bool | None = None,
     labels: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
     mm_encoder_outputs: dict[str, Any] | None = None,
-    **kwargs: Any,  # as for `VisionLanguageModel`
+    **kwargs: Any,
 ) -> VisionLanguageOutput:
-    "Logits, with labels the loss, too: [B,T] → [B,T,V], []."
+    """Logits, with labels the loss, too: [B,T] → [B,T,V], [].
+
+    input_ids: [B,T] with placeholders
+    attention_mask: [B,T'] over past and new tokens, 1 at real tokens
+    pixel_values: [N,3,height,width] in reading order
+    image_features: [N,S,C] instead of pixels
+    inputs_embeds: [B,T,D] instead of input_ids
+    modality_indicators: [B,T] 1 at visual tokens; None: read off input_ids; False: text only, as inputs_embeds alone
+    kwargs: as for `VisionLanguageModel`
+    """
     if self.config.adaptive:
         kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
     out = VisionLanguageModel.forward(
@@ -152,13 +164,18 @@ def forward(
 @patch
 def prepare_inputs_for_generation(
     self: Owl2Model,
-    input_ids: Tensor,  # [B,T'] so far
-    modality_indicators: Tensor | None = None,  # [B,T] of a prompt that is given as embeddings
-    inputs_embeds: Tensor | None = None,  # [B,T,D] of the prompt
+    input_ids: Tensor,
+    modality_indicators: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
     is_first_iteration: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    "transformers' inputs of one step, and their indicators: what was generated is text."
+    """transformers' inputs of one step, and their indicators: what was generated is text.
+
+    input_ids: [B,T'] so far
+    modality_indicators: [B,T] of a prompt that is given as embeddings
+    inputs_embeds: [B,T,D] of the prompt
+    """
     inputs = super(Owl2Model, self).prepare_inputs_for_generation(
         input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
     )
@@ -171,14 +188,22 @@ def prepare_inputs_for_generation(
 @patch
 def generate(
     self: Owl2Model,
-    input_ids: Tensor | None = None,  # [B,T] prompts with placeholders, padded on any side
-    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,  # [N,3,height,width]
-    image_features: Tensor | None = None,  # [N,S,C] instead of pixels
-    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids, or of their text
-    **kwargs: Any,  # as for transformers' generate
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **kwargs: Any,
 ) -> Any:
-    "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
+    """Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for.
+
+    input_ids: [B,T] prompts with placeholders, padded on any side
+    attention_mask: [B,T] 1 at real tokens; None: no padding
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,C] instead of pixels
+    inputs_embeds: [B,T,D] instead of input_ids, or of their text
+    kwargs: as for transformers' generate
+    """
     if 'modality_indicators' in kwargs:
         raise ValueError('generate finds modality_indicators in input_ids; leave them out')
     if inputs_embeds is not None and input_ids is not None:
@@ -192,13 +217,13 @@ def generate(
 
 
 @patch
-def planned_step(
-    self: Owl2Model,
-    length: int,  # text tokens
-    images: int,  # N
-    image_features: Tensor | None = None,  # [N,S,C]; None: the encoder is counted, too
-) -> Tensor:
-    "Logits of one sample of these sizes, [1,T,V], the visual tokens through their own weights."
+def planned_step(self: Owl2Model, length: int, images: int, image_features: Tensor | None = None) -> Tensor:
+    """Logits of one sample of these sizes, [1,T,V], the visual tokens through their own weights.
+
+    length: text tokens
+    images: N
+    image_features: [N,S,C]; None: the encoder is counted, too
+    """
     if not images:
         return VisionLanguageModel.planned_step(self, length, images)
     pixels = self.blank_pixels(images) if image_features is None else None
@@ -233,12 +258,13 @@ _LLAMA = dict(
 )
 
 
-def paper_config(
-    image_size: int = 448,  # pixels; 224 in stage 1 and in Tables 5 to 7
-    num_queries: int = 64,  # K
-    adaptive: list[str] | None = None,  # []: without modality-adaptive module
-) -> Owl2Config:
-    "The configuration of the paper's model."
+def paper_config(image_size: int = 448, num_queries: int = 64, adaptive: list[str] | None = None) -> Owl2Config:
+    """The configuration of the paper's model.
+
+    image_size: pixels; 224 in stage 1 and in Tables 5 to 7
+    num_queries: K
+    adaptive: []: without modality-adaptive module
+    """
     return Owl2Config(
         vision_config={'image_size': image_size},
         connector_config={'num_learnable_queries': num_queries},

@@ -18,28 +18,22 @@ from ..data.images import MAX_PIXELS, ImageError, image_name, open_image
 from ..data.language import text_ids
 from ..data.samples import IMAGE_MARK, ROLES
 from ..models.image_processing import VisionLanguageImageProcessor
-from mllm_replica.models.processing import (
-    SHOWN,
-    TURNS,
-    Part,
-    VisionLanguageProcessor,
-    piece_ids,
-    with_system,
-    without_ends,
-)
+from ..models.processing import Part, VisionLanguageProcessor, piece_ids
+from ..models.templates import SHOWN, TURNS, with_system, without_ends
 from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels
 
 # %% ../../nbs/papers/01_owl2.ipynb #bd645811
 MODES = ('resize', 'pad', 'crop')
 
 
-def to_square(
-    image: Any,  # PIL image, or anything as for `open_image`
-    size: int,  # side of the encoder's input, pixels
-    mode: str = 'resize',  # one of `MODES`
-    mean: Sequence[float] = CLIP_MEAN,  # of the channels, 0…1: the colour around a padded picture
-) -> Image.Image:
-    "The picture as the encoder sees it: RGB, size × size."
+def to_square(image: Any, size: int, mode: str = 'resize', mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
+    """The picture as the encoder sees it: RGB, size × size.
+
+    image: PIL image, or anything as for `open_image`
+    size: side of the encoder's input, pixels
+    mode: one of `MODES`
+    mean: of the channels, 0…1: the colour around a padded picture
+    """
     if mode not in MODES:
         raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
     picture = open_image(image)
@@ -69,19 +63,21 @@ _IMAGE, _VIDEO = re.compile(r'<image>|<\|image\|>'), re.compile(r'<video>|<\|vid
 _ANY = re.compile(f'{_IMAGE.pattern}|{_VIDEO.pattern}')
 
 
-def image_first(
-    text: str,  # of a human turn
-) -> str:
-    "The turn with its images in front and a line break after them, as in training."
+def image_first(text: str) -> str:
+    """The turn with its images in front and a line break after them, as in training.
+
+    text: of a human turn
+    """
     marks = ''.join(_IMAGE.findall(text))
     return f'{marks}\n{_IMAGE.sub("", text).strip()}'.strip() if marks else text
 
 
-def rounds(
-    turns: Sequence[dict[str, str]],  # {'from', 'value'}: human and gpt in turn
-    system: str = '',  # sentence before the first question
-) -> list[tuple[str, str | None]]:
-    "Question by question what the model reads and what it answers, None where the answer is open."
+def rounds(turns: Sequence[dict[str, str]], system: str = '') -> list[tuple[str, str | None]]:
+    """Question by question what the model reads and what it answers, None where the answer is open.
+
+    turns: {'from', 'value'}: human and gpt in turn
+    system: sentence before the first question
+    """
     asked = [f'USER: {turn["value"]} ASSISTANT:' for turn in turns[::2]]
     answers = [f' {turn["value"]}' for turn in turns[1::2]]
     if system:
@@ -89,11 +85,11 @@ def rounds(
     return list(zip_longest(asked, answers))
 
 
-def prompt_text(
-    turns: Sequence[dict[str, str]],  # as for `rounds`
-    system: str = '',
-) -> str:
-    "The whole conversation as one text, to be read by people."
+def prompt_text(turns: Sequence[dict[str, str]], system: str = '') -> str:
+    """The whole conversation as one text, to be read by people.
+
+    turns: as for `rounds`
+    """
     return ''.join(asked + (answer + '</s>' if answer is not None else '') for asked, answer in rounds(turns, system))
 
 
@@ -111,19 +107,20 @@ _CHAT = (
 )
 
 
-def official_template(
-    style: str,  # 'chat' or 'training'
-) -> str:
-    "The official prompt as Jinja; a message stands as it is written."
+def official_template(style: str) -> str:
+    """The official prompt as Jinja; a message stands as it is written.
+
+    style: 'chat' or 'training'
+    """
     template = with_system(_CHAT, SYSTEM) if style == 'training' else _CHAT
     return template.replace('<{{ part.type }}>', '<|{{ part.type }}|>')
 
 # %% ../../nbs/papers/01_owl2.ipynb #518edb6b
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,  # with marks of images
-) -> list[int | None]:
-    "Token ids of a text, None where an image stands."
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int | None]:
+    """Token ids of a text, None where an image stands.
+
+    text: with marks of images
+    """
     chunks, ids = _IMAGE.split(text), []
     for i, chunk in enumerate(chunks):
         if i:
@@ -146,32 +143,46 @@ PROMPTS = {
 
 # %% ../../nbs/papers/01_owl2.ipynb #7f140956
 class Owl2ImageProcessor(VisionLanguageImageProcessor):
-    "Pictures as squares, stretched, padded or cut."
+    """Pictures as squares, stretched, padded or cut.
+
+    size: side of the encoder's input, pixels
+    image_mean: per channel
+    image_std: per channel
+    mode: how a picture becomes a square, one of `MODES`
+    kwargs: what transformers stores beside them
+    """
 
     def __init__(
         self,
-        size: int | dict[str, int] = 448,  # side of the encoder's input, pixels
-        image_mean: Sequence[float] = CLIP_MEAN,  # per channel
-        image_std: Sequence[float] = CLIP_STD,  # per channel
-        mode: str = 'resize',  # how a picture becomes a square, one of `MODES`
-        **kwargs: Any,  # what transformers stores beside them
+        size: int | dict[str, int] = 448,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        mode: str = 'resize',
+        **kwargs: Any,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f'image mode {mode!r} is unknown; expected one of {MODES}')
         super().__init__(size, image_mean, image_std, **kwargs)
         self.mode = mode
 
-    def pixels(
-        self,
-        images: Sequence[Any],  # anything as for `open_image`, of any size
-    ) -> Tensor:
-        "Pixel values: N images → [N,3,S,S]."
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Pixel values: N images → [N,3,S,S].
+
+        images: anything as for `open_image`, of any size
+        """
         squares = [to_square(image, self.side, self.mode, self.image_mean) for image in images]
         return clip_pixels(squares, self.side, self.image_mean, self.image_std)
 
 
 class Owl2Processor(VisionLanguageProcessor):
-    "Samples of mPLUG-Owl2 → token ids, labels and square pictures."
+    """Samples of mPLUG-Owl2 → token ids, labels and square pictures.
+
+    visual_tokens: positions per image, the end token included
+    image_token_id: placeholder, as in the configuration; None: the tokenizer's or a new one
+    chat_template: Jinja; None: that of the style
+    style: one of `STYLES`
+    ends: whether an end token follows an answer in the plain style
+    """
 
     image_processor_type = Owl2ImageProcessor
     image_token = PLACEHOLDER
@@ -181,11 +192,11 @@ class Owl2Processor(VisionLanguageProcessor):
         self,
         image_processor: Owl2ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int,  # positions per image, the end token included
-        image_token_id: int | None = None,  # placeholder, as in the configuration; None: the tokenizer's or a new one
-        chat_template: str | None = None,  # Jinja; None: that of the style
-        style: str = 'chat',  # one of `STYLES`
-        ends: bool = True,  # whether an end token follows an answer in the plain style
+        visual_tokens: int,
+        image_token_id: int | None = None,
+        chat_template: str | None = None,
+        style: str = 'chat',
+        ends: bool = True,
     ) -> None:
         if style not in STYLES:
             raise ValueError(f'style {style!r} is unknown; expected one of {STYLES}')
@@ -217,11 +228,16 @@ def turns(self: Owl2Processor, sample: dict[str, Any], training: bool, name: str
 @patch
 def with_pictures(
     self: Owl2Processor,
-    texts: Sequence[str],  # with marks of images and videos
-    sample: dict[str, Any],  # with images, videos (lists of frames)
-    name: str,  # of the sample, for errors
+    texts: Sequence[str],
+    sample: dict[str, Any],
+    name: str,
 ) -> tuple[list[str], list[Any]]:
-    "The texts with one `<image>` per picture, and the pictures in reading order."
+    """The texts with one `<image>` per picture, and the pictures in reading order.
+
+    texts: with marks of images and videos
+    sample: with images, videos (lists of frames)
+    name: of the sample, for errors
+    """
     images, videos = (list(sample.get(kind) or []) for kind in ('images', 'videos'))
     for kind, mark, given in (('image', _IMAGE, images), ('video', _VIDEO, videos)):
         found = sum(len(mark.findall(text)) for text in texts)

@@ -43,10 +43,11 @@ _OWL21 = (
 _TABLES = re.compile(r'(rotary_emb\.inv_freq|attention\.[qk]_pos_embed)$')
 
 
-def is_owl21(
-    names: Mapping[str, Any],  # official keys
-) -> bool:
-    "Whether weights are those of the Qwen variant."
+def is_owl21(names: Mapping[str, Any]) -> bool:
+    """Whether weights are those of the Qwen variant.
+
+    names: official keys
+    """
     return any(name.startswith('transformer.') for name in names)
 
 
@@ -61,11 +62,11 @@ def _fixed_table(name: str, config: Owl2Config) -> Tensor:
     return text.rope_parameters['rope_theta'] ** (-torch.arange(0, width, 2).float() / width)
 
 
-def convert_official(
-    state: Mapping[str, Tensor],  # official names
-    config: Owl2Config,
-) -> dict[str, Tensor]:
-    "The same tensors under our names."
+def convert_official(state: Mapping[str, Tensor], config: Owl2Config) -> dict[str, Tensor]:
+    """The same tensors under our names.
+
+    state: official names
+    """
     if is_owl21(state) != (config.text_config.model_type == 'qwen2'):
         kinds = ('Owl2 (Llama)', 'Owl2.1 (Qwen)')
         raise OfficialWeightsError(
@@ -120,10 +121,11 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def official_config(
-    config: Mapping[str, Any],  # content of an official config.json
-) -> Owl2Config:
-    "Our configuration of an official checkpoint."
+def official_config(config: Mapping[str, Any]) -> Owl2Config:
+    """Our configuration of an official checkpoint.
+
+    config: content of an official config.json
+    """
     visual = config.get('visual_config') or {}
     if set(visual) != {'visual_model', 'visual_abstractor'}:
         raise ValueError(
@@ -140,11 +142,12 @@ def official_config(
     )
 
 
-def load_official(
-    folder: str | Path,  # an official checkpoint: config.json and weights
-    dtype: torch.dtype | None = None,  # None: as stored
-) -> Owl2Model:
-    "An official checkpoint as our model; nothing is loaded unless every key fits."
+def load_official(folder: str | Path, dtype: torch.dtype | None = None) -> Owl2Model:
+    """An official checkpoint as our model; nothing is loaded unless every key fits.
+
+    folder: an official checkpoint: config.json and weights
+    dtype: None: as stored
+    """
     folder = Path(folder)
     config, state = official_config(json.loads((folder / 'config.json').read_text())), read_weights(folder)
     return model_of(Owl2Model, config, convert_official(state, config), dtype)
@@ -162,12 +165,12 @@ _CLIP = (
 )
 
 
-def encoder_from_clip(
-    state: Mapping[str, Tensor],  # of transformers' CLIPVisionModel
-    num_heads: int,
-    num_patches: int,  # P at the new resolution
-) -> dict[str, Tensor]:
-    "The encoder's weights from CLIP's."
+def encoder_from_clip(state: Mapping[str, Tensor], num_heads: int, num_patches: int) -> dict[str, Tensor]:
+    """The encoder's weights from CLIP's.
+
+    state: of transformers' CLIPVisionModel
+    num_patches: P at the new resolution
+    """
     ours: dict[str, Tensor] = {}
     for theirs, tensor in state.items():
         name = theirs
@@ -187,11 +190,11 @@ def encoder_from_clip(
     return ours
 
 # %% ../../nbs/papers/01_owl2.ipynb #52d5fd35
-def both_ways(
-    state: Mapping[str, Tensor],  # of a language model of transformers
-    config: Owl2Config,
-) -> dict[str, Tensor]:
-    "A language model's weights under our names, adaptive parts twice."
+def both_ways(state: Mapping[str, Tensor], config: Owl2Config) -> dict[str, Tensor]:
+    """A language model's weights under our names, adaptive parts twice.
+
+    state: of a language model of transformers
+    """
     parts = re.compile(rf'^(.*\.layers\.\d+\.)({"|".join(map(re.escape, config.adaptive)) or "(?!)"})(\.\w+)$')
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -15,11 +15,12 @@ _VISUAL = (r'^(vision_model|visual_abstractor)\.|\.multiway\.1\.',)  # stage 1: 
 _ALL, _ALL_BUT_ENCODER = (r'.',), (r'^(visual_abstractor|language_model)\.',)
 
 
-def layerwise_decay(
-    layers: int,  # of the encoder
-    factor: float,  # per layer, from the top down
-) -> dict[str, float]:
-    "Factors on the learning rate of the encoder: 1 above, `factor` ** (layers + 1) at the patches."
+def layerwise_decay(layers: int, factor: float) -> dict[str, float]:
+    """Factors on the learning rate of the encoder: 1 above, `factor` ** (layers + 1) at the patches.
+
+    layers: of the encoder
+    factor: per layer, from the top down
+    """
     blocks = {rf'^vision_model\.encoder\.layers\.{i}\.': factor ** (layers - i) for i in range(layers)}
     return {r'^vision_model\.embeddings\.': factor ** (layers + 1)} | blocks
 
@@ -36,11 +37,15 @@ def mixture_of(
 
 
 def published_stages(
-    tuning: dict[str, float],  # data sets of stage 2
+    tuning: dict[str, float],
     trainable: tuple[str, ...] = _ALL,
-    decay: float | None = 0.9,  # of the encoder's rate in stage 2
+    decay: float | None = 0.9,
 ) -> tuple[Stage, ...]:
-    "Table 15; a smaller mixture is seen once, as the whole is."
+    """Table 15; a smaller mixture is seen once, as the whole is.
+
+    tuning: data sets of stage 2
+    decay: of the encoder's rate in stage 2
+    """
     steps = round(4800 * sum(tuning.values()) / sum(mixture_of().values()))
     scale = layerwise_decay(24, decay) if decay and trainable == _ALL else {}
     return (

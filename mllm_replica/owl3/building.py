@@ -54,7 +54,7 @@ def build(
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
-    from mllm_replica.models.processing import TURNS, without_ends
+    from mllm_replica.models.templates import TURNS, without_ends
     from mllm_replica.owl3.model import Owl3Model
     from mllm_replica.owl3.processor import ConcatProcessor, Owl3ImageProcessor, Owl3Processor
     from mllm_replica.owl3.released import SIGLIP, paper_config
@@ -137,13 +137,11 @@ def _first_token(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]
     return found
 
 
-def measure(
-    model: Any,
-    processor: Any,
-    recipe: Recipe,
-    scores: dict[str, float],  # benchmark -> score
-) -> dict[str, float]:
-    "Further numbers of a unit."
+def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]) -> dict[str, float]:
+    """Further numbers of a unit.
+
+    scores: benchmark -> score
+    """
     if 'album' in scores:
         return {'drop': scores['control'] - scores['album']}
     return (_resistance if recipe.model['test'] == 'distractors' else _first_token)(model.eval(), processor, recipe)

@@ -29,15 +29,13 @@ GATES = ('adaptive', 'static', 'scalar')
 
 
 class HyperAttention(Qwen2Attention):
-    "Qwen2's attention, and beside it attention to images."
+    """Qwen2's attention, and beside it attention to images.
 
-    def __init__(
-        self,
-        config: Qwen2Config,
-        layer_idx: int,
-        gate: str = 'adaptive',  # one of `GATES`
-        mi_rope: bool = True,  # rotate image keys to their placeholders
-    ) -> None:
+    gate: one of `GATES`
+    mi_rope: rotate image keys to their placeholders
+    """
+
+    def __init__(self, config: Qwen2Config, layer_idx: int, gate: str = 'adaptive', mi_rope: bool = True) -> None:
         super().__init__(config, layer_idx)
         if gate not in GATES:
             raise ValueError(f'gate {gate!r} is unknown; expected one of {GATES}')
@@ -61,13 +59,11 @@ class HyperAttention(Qwen2Attention):
             nn.init.normal_(self.gate_proj[0].weight, std=self.config.initializer_range)
             nn.init.zeros_(self.gate_proj[0].bias)
 
-    def visual_states(
-        self,
-        sight: Sight,
-        norm: nn.Module,  # normalises image features
-        trace: dict | None = None,
-    ) -> States:
-        "Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice."
+    def visual_states(self, sight: Sight, norm: nn.Module, trace: dict | None = None) -> States:
+        """Keys (rotated) and values of all images: [N,S,D] → [N·S,G,d] twice.
+
+        norm: normalises image features
+        """
 
         def project(part: Tensor) -> States:
             "Keys and values of some images."
@@ -78,14 +74,13 @@ class HyperAttention(Qwen2Attention):
 
         return image_states(sight.media, project, sight.media.angles if self.mi_rope else None)
 
-    def mix(
-        self,
-        context: Tensor,  # [B,T,H,d] self-attention
-        visual: Tensor,  # [B,T,H,d] attention to images
-        sees: Tensor,  # [B,T]
-        trace: dict | None = None,
-    ) -> Tensor:
-        "The gate: → [B,T,H,d]."
+    def mix(self, context: Tensor, visual: Tensor, sees: Tensor, trace: dict | None = None) -> Tensor:
+        """The gate: → [B,T,H,d].
+
+        context: [B,T,H,d] self-attention
+        visual: [B,T,H,d] attention to images
+        sees: [B,T]
+        """
         visual = visual.to(context.dtype)
         if self.gate_kind == 'scalar':
             mixed = context + (torch.tanh(self.gate) * visual).to(context.dtype)
@@ -104,16 +99,22 @@ class HyperAttention(Qwen2Attention):
 @patch
 def forward(
     self: HyperAttention,
-    hidden_states: Tensor,  # [B,T,D] normalised
-    position_embeddings: tuple[Tensor, Tensor],  # cos and sin of the text, [B,T,d]
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
-    sight: Sight | None = None,  # None: no images, Qwen2's own code
-    norm: nn.Module | None = None,  # normalises image features; None: they are normalised already
+    sight: Sight | None = None,
+    norm: nn.Module | None = None,
     trace: dict | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    "[B,T,D] → [B,T,D], and the weights among the text where the kernel gives them."
+    """[B,T,D] → [B,T,D], and the weights among the text where the kernel gives them.
+
+    hidden_states: [B,T,D] normalised
+    position_embeddings: cos and sin of the text, [B,T,d]
+    sight: None: no images, Qwen2's own code
+    norm: normalises image features; None: they are normalised already
+    """
     if sight is None:
         return Qwen2Attention.forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
@@ -175,14 +176,11 @@ class HyperLayer(Qwen2DecoderLayer):
         "Start the new parts from the language model's."
         self.self_attn.initialise()
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # [B,T,D]
-        *args: Any,
-        sight: Sight | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        "[B,T,D] → [B,T,D]."
+    def forward(self, hidden_states: Tensor, *args: Any, sight: Sight | None = None, **kwargs: Any) -> Tensor:
+        """[B,T,D] → [B,T,D].
+
+        hidden_states: [B,T,D]
+        """
         if sight is not None:
             kwargs['norm'] = getattr(self, 'visual_layernorm', self.input_layernorm)
         return super().forward(hidden_states, *args, sight=sight, **kwargs)
@@ -215,12 +213,11 @@ class ImageCrossAttention(nn.Module):
             sight.media, lambda part: self.kv_proj(self.image_norm(part)).unflatten(-1, layout).unbind(-3)
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # [B,T,D]
-        sight: Sight,
-    ) -> Tensor:
-        "What the images add: [B,T,D] → [B,T,D], zero for tokens that see none."
+    def forward(self, hidden_states: Tensor, sight: Sight) -> Tensor:
+        """What the images add: [B,T,D] → [B,T,D], zero for tokens that see none.
+
+        hidden_states: [B,T,D]
+        """
         query = split_heads(self.q_proj(self.text_norm(hidden_states)), self.num_heads)
         found = image_attention(query, *sight.states(self.layer_idx, lambda: self.visual_states(sight)), sight)
         added = torch.tanh(self.gate) * self.o_proj(found.transpose(1, 2).flatten(2))
@@ -228,14 +225,12 @@ class ImageCrossAttention(nn.Module):
 
 
 class CrossLayer(Qwen2DecoderLayer):
-    "A block of Qwen2 with a cross-attention sub-layer."
+    """A block of Qwen2 with a cross-attention sub-layer.
 
-    def __init__(
-        self,
-        config: Qwen2Config,
-        layer_idx: int,
-        place: str,  # 'pre' or 'post'
-    ) -> None:
+    place: 'pre' or 'post'
+    """
+
+    def __init__(self, config: Qwen2Config, layer_idx: int, place: str) -> None:
         super().__init__(config, layer_idx)
         if place not in ('pre', 'post'):
             raise ValueError(f"place {place!r} is unknown; expected 'pre' or 'post'")
@@ -249,14 +244,11 @@ class CrossLayer(Qwen2DecoderLayer):
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
 
-    def forward(
-        self,
-        hidden_states: Tensor,  # [B,T,D]
-        *args: Any,
-        sight: Sight | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        "[B,T,D] → [B,T,D]."
+    def forward(self, hidden_states: Tensor, *args: Any, sight: Sight | None = None, **kwargs: Any) -> Tensor:
+        """[B,T,D] → [B,T,D].
+
+        hidden_states: [B,T,D]
+        """
         if sight is None:
             return super().forward(hidden_states, *args, **kwargs)
         if self.place == 'pre':
@@ -270,13 +262,14 @@ class CrossLayer(Qwen2DecoderLayer):
 FUSIONS = ('hyper', 'pre_cross', 'post_cross')
 
 
-def insert_layers(
-    language_model: nn.Module,  # a `Qwen2ForCausalLM`
-    layers: list[int],  # which blocks, counted from 0
-    fusion: str = 'hyper',  # one of `FUSIONS`
-    **options: Any,  # of `HyperLayer`
-) -> None:
-    "Extend blocks of a language model in place."
+def insert_layers(language_model: nn.Module, layers: list[int], fusion: str = 'hyper', **options: Any) -> None:
+    """Extend blocks of a language model in place.
+
+    language_model: a `Qwen2ForCausalLM`
+    layers: which blocks, counted from 0
+    fusion: one of `FUSIONS`
+    options: of `HyperLayer`
+    """
     if fusion not in FUSIONS:
         raise ValueError(f'fusion {fusion!r} is unknown; expected one of {FUSIONS}')
     blocks, config = language_model.model.layers, language_model.config

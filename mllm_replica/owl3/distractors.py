@@ -20,7 +20,11 @@ from ..scoring.official_scorers import infer
 # %% ../../nbs/papers/05_owl3.ipynb #b515f914
 @dataclass(frozen=True)
 class Question:
-    "A multiple-choice question about one image; `{number}` in it stands for the image's."
+    """A multiple-choice question about one image; `{number}` in it stands for the image's.
+
+    image: undecoded: bytes, path
+    answer: index of the right option
+    """
 
     id: str
     image: dict[str, Any]  # undecoded: bytes, path
@@ -35,13 +39,13 @@ class Question:
             raise ValueError(f'question {self.id!r}: no option has the index {self.answer}')
 
 # %% ../../nbs/papers/05_owl3.ipynb #160a1e10
-def album_questions(
-    count: int,  # questions, each with a picture of its own
-    seed: int,  # of pictures and options
-    split: str = 'test',
-    **options: Any,  # of the world `albums`, e.g. pixels, style
-) -> list[Question]:
-    "Questions for the colour of a picture, at most four options each."
+def album_questions(count: int, seed: int, split: str = 'test', **options: Any) -> list[Question]:
+    """Questions for the colour of a picture, at most four options each.
+
+    count: questions, each with a picture of its own
+    seed: of pictures and options
+    options: of the world `albums`, e.g. pixels, style
+    """
     rng, questions = np.random.default_rng(seed), {}
     for row in samples('albums', split, seed, 4 * count, images=[1, 1], tasks=['color'], **options):
         others = rng.permutation([color for color in row['options'] if color != row['answer']])
@@ -85,11 +89,12 @@ def _mmbench_question(row: Mapping[str, str | None], where: str) -> Question:
     )
 
 
-def mmbench_questions(
-    path: str | Path,  # tab-separated file under `root`
-    root: Path,  # folder of local data
-) -> list[Question]:
-    "The questions of an MMBench file with answers (the dev split)."
+def mmbench_questions(path: str | Path, root: Path) -> list[Question]:
+    """The questions of an MMBench file with answers (the dev split).
+
+    path: tab-separated file under `root`
+    root: folder of local data
+    """
     file, questions = (Path(root) / path).resolve(), []
     if not file.is_relative_to(Path(root).resolve()):
         raise ValueError(f'{path} leads outside the data root {root}')
@@ -138,13 +143,13 @@ def _sample(question: Question, turn: int, images: list[dict], place: int, promp
     return sample
 
 # %% ../../nbs/papers/05_owl3.ipynb #dbe288fd
-def build(
-    questions: Sequence[Question],
-    n_images: int,  # images per prompt, the true one included
-    seed: int,  # of places and distractors
-    prompt: str = 'paper',  # 'paper' or 'words'
-) -> list[dict[str, Any]]:
-    "One sample per question and rotation of its options; only (seed, question id, pass) decide what is drawn."
+def build(questions: Sequence[Question], n_images: int, seed: int, prompt: str = 'paper') -> list[dict[str, Any]]:
+    """One sample per question and rotation of its options; only (seed, question id, pass) decide what is drawn.
+
+    n_images: images per prompt, the true one included
+    seed: of places and distractors
+    prompt: 'paper' or 'words'
+    """
     if prompt not in ('paper', 'words'):
         raise ValueError(f"unknown prompt {prompt!r}; known: ['paper', 'words']")
     if n_images < 1:
@@ -171,11 +176,12 @@ def build(
     return made
 
 # %% ../../nbs/papers/05_owl3.ipynb #b338ac8f
-def circular(
-    predictions: Mapping[str, str],  # sample id -> the model's text
-    samples: Sequence[Mapping[str, Any]],  # from `build`, all passes of every question
-) -> dict[str, float]:
-    "Accuracy over prompts (plain) and over questions (circular); a letter or the text of an option counts."
+def circular(predictions: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy over prompts (plain) and over questions (circular); a letter or the text of an option counts.
+
+    predictions: sample id -> the model's text
+    samples: from `build`, all passes of every question
+    """
     questions: dict[tuple[str, int], dict[str, bool]] = {}
     for sample in samples:
         if sample['id'] not in predictions:

@@ -37,12 +37,12 @@ ORIGIN = 'mPLUG-Owl3'  # named in the files
 _OFFSET = 'media_offset does not follow from media_starts'
 
 
-def starts_of(
-    tensors: Given,
-    attention_mask: Tensor,  # [B,P+T]
-    length: int,  # T
-) -> list[list[int]]:
-    "Columns where the placeholders of each sample start; both recorded forms must say the same."
+def starts_of(tensors: Given, attention_mask: Tensor, length: int) -> list[list[int]]:
+    """Columns where the placeholders of each sample start; both recorded forms must say the same.
+
+    attention_mask: [B,P+T]
+    length: T
+    """
     given = [tensors.maybe(f'in.media_starts.{b}') for b in range(len(attention_mask))]
     starts = [[] if columns is None else columns.tolist() for columns in given]
     counted = [len(s) for s in starts]
@@ -59,11 +59,16 @@ def starts_of(
 
 
 def from_first_real(
-    starts: list[list[int]],  # columns
-    attention_mask: Tensor,  # [B,P+T]
-    position_ids: Tensor | None = None,  # [B,T] of the last columns, or [1,T]; None: counted from the first real one
+    starts: list[list[int]],
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
 ) -> list[list[int]]:
-    "The same places counted as positions are."
+    """The same places counted as positions are.
+
+    starts: columns
+    attention_mask: [B,P+T]
+    position_ids: [B,T] of the last columns, or [1,T]; None: counted from the first real one
+    """
     first = attention_mask.long().argmax(1).tolist()
     if position_ids is None:
         return [[column - before for column in row] for row, before in zip(starts, first)]
@@ -235,9 +240,12 @@ def _read_on(
     config: dict[str, Any],
     wanted: dict[str, tuple[int, ...]],
     prompt: dict[str, Any],
-    after: dict[str, Any] | None,  # what `forward` gets, where a cache comes before the prompt
+    after: dict[str, Any] | None,
 ) -> dict[str, Tensor | Partial]:
-    "The prompt in chunks, and what is generated after it."
+    """The prompt in chunks, and what is generated after it.
+
+    after: what `forward` gets, where a cache comes before the prompt
+    """
     media = {name: prompt[name] for name in ('pixel_values', 'media_starts')}
     found = chunk_results(model, config, wanted, prompt['attention_mask'], media, input_ids=prompt['input_ids'])
     if 'greedy_ids' not in wanted:
@@ -249,12 +257,12 @@ def _read_on(
     return found
 
 
-def cached_steps(
-    model: Owl3Model,
-    prompt: dict[str, Any],  # input_ids and attention_mask [B,T], pixel_values, media_starts
-    tokens: Tensor,  # [B,n] to be fed one after the other
-) -> Tensor:
-    "Logits of every fed token, with the cache: → [B,n,V]."
+def cached_steps(model: Owl3Model, prompt: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Logits of every fed token, with the cache: → [B,n,V].
+
+    prompt: input_ids and attention_mask [B,T], pixel_values, media_starts
+    tokens: [B,n] to be fed one after the other
+    """
     ids, mask = (
         torch.cat(pair, 1)
         for pair in ((prompt['input_ids'], tokens), (prompt['attention_mask'], torch.ones_like(tokens)))
@@ -284,10 +292,11 @@ def crop_case(
     return found
 
 
-def kind_of(
-    names: set[str],  # tensors of a file
-) -> str:
-    "Which case a file holds; these files do not say it."
+def kind_of(names: set[str]) -> str:
+    """Which case a file holds; these files do not say it.
+
+    names: tensors of a file
+    """
     if 'in.input_ids' in names:
         return 'full'
     if 'in.image.0' in names:

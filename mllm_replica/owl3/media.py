@@ -22,7 +22,14 @@ States = tuple[Tensor, Tensor]  # keys and values of all images, [N·S, G, d] ea
 
 @dataclass
 class Media:
-    "The images of a batch and where they stand in the text."
+    """The images of a batch and where they stand in the text.
+
+    embeds: [N,S,D] projected features, sample by sample
+    starts: per sample: position of the first token of every placeholder, counted from the first real token
+    angles: cos and sin of MI-RoPE, [N,d]
+    states: layer -> what it made of the images, kept while decoding
+    read: positions of the text that a cache has held beside them
+    """
 
     embeds: Tensor  # [N,S,D] projected features, sample by sample
     starts: list[
@@ -58,19 +65,20 @@ class Media:
         "Let the features go, once every layer has made its keys and values of them."
         self.embeds = self.embeds.new_empty(0, *self.embeds.shape[1:])
 
-    def rotary(
-        self,
-        rotary_emb: Callable,  # the decoder's: (x, position_ids [1,N]) -> cos, sin [1,N,d]
-    ) -> None:
-        "Compute the angles once for all layers."
+    def rotary(self, rotary_emb: Callable) -> None:
+        """Compute the angles once for all layers.
+
+        rotary_emb: the decoder's: (x, position_ids [1,N]) -> cos, sin [1,N,d]
+        """
         self.angles = tuple(table[0] for table in rotary_emb(self.embeds, self.positions[None]))
 
 # %% ../../nbs/papers/05_owl3.ipynb #aa210f9f
-def media_offset(
-    starts: Sequence[Sequence[int]],  # per sample, as in `Media`
-    length: int,  # T
-) -> Tensor:
-    "The official encoding of image positions, [B,T,2]; a sample without images is (0, −1000000)."
+def media_offset(starts: Sequence[Sequence[int]], length: int) -> Tensor:
+    """The official encoding of image positions, [B,T,2]; a sample without images is (0, −1000000).
+
+    starts: per sample, as in `Media`
+    length: T
+    """
     rows, before = [], 0
     for sample in starts:
         seen = [before + sum(start < t for start in sample) for t in range(length)]
@@ -81,7 +89,12 @@ def media_offset(
 # %% ../../nbs/papers/05_owl3.ipynb #0d32de1e
 @dataclass
 class Sight:
-    "What the tokens of one forward pass see."
+    """What the tokens of one forward pass see.
+
+    counts: [B,T] images that each token sees
+    runs: (row, start, stop, images) where that number is constant
+    keep: whether layers leave their keys and values in `media`
+    """
 
     media: Media
     counts: Tensor  # [B,T] images that each token sees
@@ -91,13 +104,11 @@ class Sight:
     keep: bool = False  # whether layers leave their keys and values in `media`
 
     @classmethod
-    def of(
-        cls,
-        media: Media,
-        position_ids: Tensor,  # [B,T] counted from the first real token; B a multiple of the samples (beams)
-        keep: bool = False,
-    ) -> 'Sight':
-        "Compare positions with placeholders."
+    def of(cls, media: Media, position_ids: Tensor, keep: bool = False) -> 'Sight':
+        """Compare positions with placeholders.
+
+        position_ids: [B,T] counted from the first real token; B a multiple of the samples (beams)
+        """
         beams = len(position_ids) // len(media.starts)
         if beams * len(media.starts) != len(position_ids):
             raise ValueError(
@@ -135,23 +146,23 @@ class Sight:
         ]  # nothing but −∞ has no softmax
         return index.repeat_interleave(self.beams, 0), seen.repeat_interleave(self.media.embeds.shape[1], -1)
 
-    def states(
-        self,
-        layer: int,
-        make: Callable[[], States],  # projects the images
-    ) -> States:
-        "Keys and values of a layer, made once per `Media` when they are kept."
+    def states(self, layer: int, make: Callable[[], States]) -> States:
+        """Keys and values of a layer, made once per `Media` when they are kept.
+
+        make: projects the images
+        """
         made = self.media.states.get(layer) or make()
         if self.keep:
             self.media.states[layer] = made
         return made
 
 # %% ../../nbs/papers/05_owl3.ipynb #25eab965
-def rotate(
-    keys: Tensor,  # [N,S,G,d]
-    angles: tuple[Tensor, Tensor],  # cos and sin, [N,d]
-) -> Tensor:
-    "Rotate every image's keys to its position: [N,S,G,d] → [N,S,G,d]."
+def rotate(keys: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate every image's keys to its position: [N,S,G,d] → [N,S,G,d].
+
+    keys: [N,S,G,d]
+    angles: cos and sin, [N,d]
+    """
     cos, sin = (table[:, None, None].to(keys.dtype) for table in angles)
     return keys * cos + rotate_half(keys) * sin
 
@@ -174,12 +185,14 @@ def _join(parts: Iterable[States], length: int) -> States:
 
 def image_states(
     media: Media,
-    project: Callable[
-        [Tensor], States
-    ],  # norm and projection of some images: [n,S,D] → keys and values, [n,S,G,d] each
-    angles: tuple[Tensor, Tensor] | None = None,  # cos and sin, [N,d]: rotate the keys
+    project: Callable[ [Tensor], States ],
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> States:
-    "Keys and values of all images: [N,S,D] → [N·S,G,d] twice."
+    """Keys and values of all images: [N,S,D] → [N·S,G,d] twice.
+
+    project: norm and projection of some images: [n,S,D] → keys and values, [n,S,G,d] each
+    angles: cos and sin, [N,d]: rotate the keys
+    """
     at_once = max(1, _AT_ONCE // media.embeds.shape[1:].numel())
 
     def parts() -> Iterator[States]:
@@ -234,13 +247,13 @@ def _padded(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor
     )
 
 
-def image_attention(
-    query: Tensor,  # [B,H,T,d]
-    keys: Tensor,  # [N·S,G,d]
-    values: Tensor,  # [N·S,G,d]
-    sight: Sight,
-) -> Tensor:
-    "Softmax over the patches of all images that a token sees, [B,H,T,d] → [B,H,T,d]; meaningless where there is none."
+def image_attention(query: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
+    """Softmax over the patches of all images that a token sees, [B,H,T,d] → [B,H,T,d]; meaningless where there is none.
+
+    query: [B,H,T,d]
+    keys: [N·S,G,d]
+    values: [N·S,G,d]
+    """
     mask = sight.counts.numel() * max(sight.media.sizes) * sight.media.embeds.shape[1]
     return (_padded if len(sight.runs) > 1 < query.shape[2] and 0 < mask <= _DENSE * len(sight.runs) else _by_runs)(
         query, keys, values, sight

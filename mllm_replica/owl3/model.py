@@ -30,7 +30,15 @@ NEW_PARTS = (
 
 
 class Owl3Config(VisionLanguageConfig):
-    "Settings of mPLUG-Owl3."
+    """Settings of mPLUG-Owl3.
+
+    fusion: one of `FUSIONS`
+    hyper_layers: blocks that look at images, counted from 0
+    gate: one of `GATES`; of hyper attention only, as the next two
+    shared_norm: one input norm for text and images
+    mi_rope: image keys are rotated to their placeholders
+    placeholder_ids: ordinary tokens that stand for an image
+    """
 
     model_type = 'owl3'
 
@@ -73,11 +81,15 @@ class Owl3Config(VisionLanguageConfig):
 
 # %% ../../nbs/papers/05_owl3.ipynb #8151fa74
 def placeholder_starts(
-    input_ids: Tensor,  # [B,T]
-    attention_mask: Tensor | None,  # [B,T] 1 at real tokens; None: no padding
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
     placeholder_ids: Sequence[int],
 ) -> list[list[int]]:
-    "Per row, the position of the first token of every placeholder, counted from the first real token."
+    """Per row, the position of the first token of every placeholder, counted from the first real token.
+
+    input_ids: [B,T]
+    attention_mask: [B,T] 1 at real tokens; None: no padding
+    """
     pattern, length = torch.tensor(list(placeholder_ids), device=input_ids.device), len(placeholder_ids)
     if input_ids.shape[1] < length:
         return [[] for _ in input_ids]
@@ -122,14 +134,20 @@ class Owl3Model(VisionLanguageModel):
 
     def media(
         self,
-        input_ids: Tensor | None,  # [B,T]; None: media_starts says where images are
-        attention_mask: Tensor | None = None,  # [B,T]
-        pixel_values: Tensor | None = None,  # [N,3,height,width]
-        image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
-        media_starts: Sequence[Sequence[int]]
-        | None = None,  # per sample, counted from the first real token; None: found in input_ids
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        media_starts: Sequence[Sequence[int]] | None = None,
     ) -> Media | None:
-        "The images of a batch in their places; None without images."
+        """The images of a batch in their places; None without images.
+
+        input_ids: [B,T]; None: media_starts says where images are
+        attention_mask: [B,T]
+        pixel_values: [N,3,height,width]
+        image_features: [N,S,Dv] instead of pixels
+        media_starts: per sample, counted from the first real token; None: found in input_ids
+        """
         if input_ids is None and media_starts is None:
             raise ValueError('images with inputs_embeds need media_starts: there are no ids to find placeholders in')
         pixel_values, image_features = (
@@ -163,22 +181,30 @@ class Owl3Model(VisionLanguageModel):
 @can_return_tuple
 def forward(
     self: Owl3Model,
-    input_ids: Tensor | None = None,  # [B,T]
-    attention_mask: Tensor | None = None,  # [B,T'] over past and new tokens, 1 at real tokens
-    pixel_values: Tensor | None = None,  # [N,3,height,width] in reading order
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
     labels: Tensor | None = None,
-    position_ids: Tensor | None = None,  # [B,T] counted from the first real token
+    position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
-    inputs_embeds: Tensor | None = None,  # [B,T,D] instead of input_ids
-    media: Media
-    | bool
-    | None = None,  # made by `media`, instead of pixels or features; False: no images, whatever the text spells
+    inputs_embeds: Tensor | None = None,
+    media: Media | bool | None = None,
     media_starts: Sequence[Sequence[int]] | None = None,
-    **kwargs: Any,  # as for `VisionLanguageModel`
+    **kwargs: Any,
 ) -> Any:
-    "Loss (with labels) or logits (without): [B,T] → [] or [B,T,V]."
+    """Loss (with labels) or logits (without): [B,T] → [] or [B,T,V].
+
+    input_ids: [B,T]
+    attention_mask: [B,T'] over past and new tokens, 1 at real tokens
+    pixel_values: [N,3,height,width] in reading order
+    image_features: [N,S,Dv] instead of pixels
+    position_ids: [B,T] counted from the first real token
+    inputs_embeds: [B,T,D] instead of input_ids
+    media: made by `media`, instead of pixels or features; False: no images, whatever the text spells
+    kwargs: as for `VisionLanguageModel`
+    """
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.is_floating_point():
         raise NotImplementedError(
             'packed rows (a 4-d attention mask): image positions of several samples in one row are not wired; '
@@ -234,13 +260,13 @@ def forward(
 
 
 @patch
-def check_held(
-    self: Owl3Model,
-    held: Media,  # of the cache
-    past: int,  # positions in the cache
-    attention_mask: Tensor | None,  # [B,T'] over past and new tokens
-) -> None:
-    "A cache that was cut in front of the end of an image is refused."
+def check_held(self: Owl3Model, held: Media, past: int, attention_mask: Tensor | None) -> None:
+    """A cache that was cut in front of the end of an image is refused.
+
+    held: of the cache
+    past: positions in the cache
+    attention_mask: [B,T'] over past and new tokens
+    """
     if past >= held.read:
         return
     mask = (
@@ -257,12 +283,18 @@ def check_held(
 @patch
 def text_positions(
     self: Owl3Model,
-    given: Tensor,  # [B,T] ids or [B,T,D] embeddings
-    attention_mask: Tensor | None,  # [B,T'] over past and new tokens
-    position_ids: Tensor | None,  # [B,T] if known
-    past: int,  # tokens in the cache
+    given: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
 ) -> Tensor:
-    "Positions counted from the first real token, [B,T]; several samples in one row are refused."
+    """Positions counted from the first real token, [B,T]; several samples in one row are refused.
+
+    given: [B,T] ids or [B,T,D] embeddings
+    attention_mask: [B,T'] over past and new tokens
+    position_ids: [B,T] if known
+    past: tokens in the cache
+    """
     length, known = given.shape[1], isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
     mask = attention_mask if known else torch.ones(len(given), past + length)
     if position_ids is None:
@@ -279,15 +311,23 @@ def text_positions(
 @torch.no_grad()
 def generate(
     self: Owl3Model,
-    input_ids: Tensor | None = None,  # [B,T] prompts, padded on any side; None: inputs_embeds are given
-    attention_mask: Tensor | None = None,  # [B,T] 1 at real tokens; None: no padding
-    pixel_values: Tensor | None = None,  # [N,3,height,width]
-    image_features: Tensor | None = None,  # [N,S,Dv] instead of pixels
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_features: Tensor | None = None,
     media_starts: Sequence[Sequence[int]] | None = None,
-    media: Media | bool | None = None,  # made by `media`, instead of pixels or features
-    **kwargs: Any,  # as for transformers' generate, beam search included
+    media: Media | bool | None = None,
+    **kwargs: Any,
 ) -> Any:
-    "Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for."
+    """Prompts and new tokens: [B,T] → [B,T+new], or the output object that `return_dict_in_generate` asks for.
+
+    input_ids: [B,T] prompts, padded on any side; None: inputs_embeds are given
+    attention_mask: [B,T] 1 at real tokens; None: no padding
+    pixel_values: [N,3,height,width]
+    image_features: [N,S,Dv] instead of pixels
+    media: made by `media`, instead of pixels or features
+    kwargs: as for transformers' generate, beam search included
+    """
     images = pixel_values is not None or image_features is not None
     if media is None and (input_ids is not None or images or media_starts):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
@@ -299,13 +339,13 @@ def generate(
 
 
 @patch
-def planned_step(
-    self: Owl3Model,
-    length: int,  # T, positions of the text
-    images: int,  # N, seen by all of it
-    image_features: Tensor | None = None,  # [N,S,Dv]; None: the encoder is counted, too
-) -> Tensor:
-    "Logits of one sample of these sizes, [1,T,V], the images beside the text."
+def planned_step(self: Owl3Model, length: int, images: int, image_features: Tensor | None = None) -> Tensor:
+    """Logits of one sample of these sizes, [1,T,V], the images beside the text.
+
+    length: T, positions of the text
+    images: N, seen by all of it
+    image_features: [N,S,Dv]; None: the encoder is counted, too
+    """
     if not images:
         return VisionLanguageModel.planned_step(self, length, images)
     pixels = self.blank_pixels(images) if image_features is None else None
@@ -322,13 +362,12 @@ register(Owl3Config, Owl3Model, Owl3Processor)
 class ConcatModel(VisionLanguageModel):
     "Table 8's concatenation: every patch takes a position of the text."
 
-    def embed(
-        self,
-        input_ids: Tensor | None = None,  # [B,T] with placeholders
-        *images: Any,  # as for `VisionLanguageModel`
-        **given: Any,
-    ) -> Tensor:
-        "As the house does; no image may reach beyond the context."
+    def embed(self, input_ids: Tensor | None = None, *images: Any, **given: Any) -> Tensor:
+        """As the house does; no image may reach beyond the context.
+
+        input_ids: [B,T] with placeholders
+        images: as for `VisionLanguageModel`
+        """
         if input_ids is None:
             return super().embed(input_ids, *images, **given)
         text, is_image = self.config.text_config, self.image_places(input_ids, None)

@@ -32,12 +32,12 @@ def _overlap(
     return shared / ((wide * high + width * height - shared).float() + 1e-5)
 
 
-def choose_grid(
-    width: int,  # of the picture, pixels
-    height: int,
-    size: int,  # side of a tile
-) -> tuple[int, int]:
-    "Rows and columns of the grid that suits a picture best."
+def choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
+    """Rows and columns of the grid that suits a picture best.
+
+    width: of the picture, pixels
+    size: side of a tile
+    """
     if min(width, height, size) < 1:
         raise ValueError(f'{width} x {height} pixels cannot be cut in tiles of {size}; all must be positive')
     rows, cols = torch.tensor(GRIDS, device='cpu').T
@@ -50,11 +50,12 @@ PLACEHOLDER = '<|image|>'
 IMAGE_TOKENS = (27, 91, 1805, 91, 29)  # it, in the tokens of Qwen2: < | image | >
 
 
-def cut(
-    image: Any,  # PIL image, or anything as for `open_image`
-    size: int,  # side of a tile, pixels
-) -> tuple[list[Image.Image], tuple[int, int]]:
-    "Tiles row by row and the global view last; and (rows, columns)."
+def cut(image: Any, size: int) -> tuple[list[Image.Image], tuple[int, int]]:
+    """Tiles row by row and the global view last; and (rows, columns).
+
+    image: PIL image, or anything as for `open_image`
+    size: side of a tile, pixels
+    """
     image = open_image(image)
     rows, cols = choose_grid(*image.size, size)
     sheet = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
@@ -71,11 +72,12 @@ def cut_text(
     return '\n'.join([f'Cut to {rows} rows {cols} columns with a global view', *lines, f'global_view{PLACEHOLDER}'])
 
 # %% ../../nbs/papers/05_owl3.ipynb #8f10122d
-def frame_indices(
-    total: int,  # frames of the video
-    count: int,  # frames wanted
-) -> list[int]:
-    "Numbers of the middle frames of `count` equal stretches, padded with the last one."
+def frame_indices(total: int, count: int) -> list[int]:
+    """Numbers of the middle frames of `count` equal stretches, padded with the last one.
+
+    total: frames of the video
+    count: frames wanted
+    """
     if count < 1:
         raise ValueError(f'{count} frames were asked for; a video needs at least one')
     if total < 1:
@@ -145,12 +147,18 @@ def _sampled(file: BinaryIO, count: int, max_pixels: int) -> list[Image.Image]:
 
 
 def read_video(
-    video: str | Path | bytes | dict,  # path under `root`, bytes, or {'bytes', 'path'}
-    count: int,  # frames, evenly spread
-    root: Path | None = None,  # folder that paths are relative to
-    max_pixels: int = MAX_PIXELS,  # width x height of a frame
+    video: str | Path | bytes | dict,
+    count: int,
+    root: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Image.Image]:
-    "`count` frames of a video as upright RGB pictures, or a `VideoError` naming it."
+    """`count` frames of a video as upright RGB pictures, or a `VideoError` naming it.
+
+    video: path under `root`, bytes, or {'bytes', 'path'}
+    count: frames, evenly spread
+    root: folder that paths are relative to
+    max_pixels: width x height of a frame
+    """
     if count < 1:
         raise ValueError(f'{count} frames were asked for; a video needs at least one')
     name = image_name(video).replace('unnamed image', 'unnamed video')

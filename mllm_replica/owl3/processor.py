@@ -16,7 +16,8 @@ from ..data.images import ImageError
 from ..data.language import Piece, text_ids
 from ..data.samples import IMAGE_MARK
 from ..models.image_processing import VisionLanguageImageProcessor
-from ..models.processing import SHOWN, TURNS, Part, VisionLanguageProcessor, piece_ids, without_ends
+from ..models.processing import Part, VisionLanguageProcessor, piece_ids
+from ..models.templates import SHOWN, TURNS, without_ends
 from .pictures import PLACEHOLDER, VideoError, cut, cut_text, read_video
 
 # %% ../../nbs/papers/05_owl3.ipynb #ba996d7a
@@ -39,20 +40,34 @@ _CHATML = (
 
 
 class Owl3ImageProcessor(VisionLanguageImageProcessor):
-    "Pictures squashed to the size of a tile, with SigLIP's colours."
+    """Pictures squashed to the size of a tile, with SigLIP's colours.
+
+    size: side of a tile, pixels
+    image_mean: per channel
+    image_std: per channel
+    kwargs: what transformers stores beside them
+    """
 
     def __init__(
         self,
-        size: int | dict[str, int] = 384,  # side of a tile, pixels
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),  # per channel
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),  # per channel
-        **kwargs: Any,  # what transformers stores beside them
+        size: int | dict[str, int] = 384,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
     ) -> None:
         super().__init__(size, image_mean, image_std, **kwargs)
 
 
 class Owl3Processor(VisionLanguageProcessor):
-    "Samples of mPLUG-Owl3 → token ids, labels, pictures and their places."
+    """Samples of mPLUG-Owl3 → token ids, labels, pictures and their places.
+
+    chat_template: Jinja; None: that of the style
+    cropping: cut the one image of a sample in tiles
+    style: or 'plain': turns without role names
+    frames: of a video
+    ends: whether an end token follows an answer in the plain style
+    placeholder: text that stands for an image; a shorter one saves a small model time
+    """
 
     image_processor_type = Owl3ImageProcessor
     image_token, image_is_text = PLACEHOLDER, True
@@ -62,12 +77,12 @@ class Owl3Processor(VisionLanguageProcessor):
         self,
         image_processor: Owl3ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,  # Jinja; None: that of the style
-        cropping: bool = False,  # cut the one image of a sample in tiles
-        style: str = 'chat',  # or 'plain': turns without role names
-        frames: int = 8,  # of a video
-        ends: bool = True,  # whether an end token follows an answer in the plain style
-        placeholder: str = PLACEHOLDER,  # text that stands for an image; a shorter one saves a small model time
+        chat_template: str | None = None,
+        cropping: bool = False,
+        style: str = 'chat',
+        frames: int = 8,
+        ends: bool = True,
+        placeholder: str = PLACEHOLDER,
     ) -> None:
         if style not in ('chat', 'plain'):
             raise ValueError(f"style {style!r} is unknown; expected 'chat' or 'plain'")
@@ -84,13 +99,12 @@ class Owl3Processor(VisionLanguageProcessor):
             self.special_id(name)
 
     @classmethod
-    def from_config(
-        cls,
-        config: Any,  # of an `Owl3Model`
-        tokenizer: PreTrainedTokenizerBase,
-        **kwargs: Any,  # further settings of the processor or of its image processor
-    ) -> 'Owl3Processor':
-        "The processor that fits a model's configuration."
+    def from_config(cls, config: Any, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> 'Owl3Processor':
+        """The processor that fits a model's configuration.
+
+        config: of an `Owl3Model`
+        kwargs: further settings of the processor or of its image processor
+        """
         return cls(cls.pictures_for(config, kwargs), tokenizer, **kwargs)
 
     @property
@@ -105,11 +119,11 @@ class Owl3Processor(VisionLanguageProcessor):
 
 # %% ../../nbs/papers/05_owl3.ipynb #4417a5f1
 @patch
-def special_id(
-    self: Owl3Processor,
-    name: str,  # as the tokenizer spells it
-) -> int:
-    "The number of a special token."
+def special_id(self: Owl3Processor, name: str) -> int:
+    """The number of a special token.
+
+    name: as the tokenizer spells it
+    """
     number = self.tokenizer.convert_tokens_to_ids(name)
     if number is None or number == self.tokenizer.unk_token_id:
         raise ValueError(f'the tokenizer has no token {name}; use that of Qwen2 or add the token')
@@ -138,12 +152,11 @@ def turns(self: Owl3Processor, sample: dict[str, Any], training: bool, name: str
 
 # %% ../../nbs/papers/05_owl3.ipynb #b9c945ad
 @patch
-def _shown(
-    self: Owl3Processor,
-    kind: str,  # 'image' or 'video'
-    item: Any,
-) -> tuple[str, list[Any]]:
-    "What replaces the mark of an image or a video, and its pictures."
+def _shown(self: Owl3Processor, kind: str, item: Any) -> tuple[str, list[Any]]:
+    """What replaces the mark of an image or a video, and its pictures.
+
+    kind: 'image' or 'video'
+    """
     if kind == 'image':
         if not self.cropping:
             return IMAGE_MARK, [item]
@@ -158,11 +171,15 @@ def _shown(
 @patch
 def with_pictures(
     self: Owl3Processor,
-    texts: Sequence[str],  # with marks
-    sample: dict[str, Any],  # images or videos
+    texts: Sequence[str],
+    sample: dict[str, Any],
     name: str,
 ) -> tuple[list[str], list[Any]]:
-    "The texts with one `<image>` per picture, and the pictures in reading order."
+    """The texts with one `<image>` per picture, and the pictures in reading order.
+
+    texts: with marks
+    sample: images or videos
+    """
     media = {kind: list(sample.get(f'{kind}s') or []) for kind in _MARKS}
     if all(media.values()):
         raise ValueError(
@@ -189,12 +206,11 @@ def with_pictures(
 
 # %% ../../nbs/papers/05_owl3.ipynb #ed0051f7
 @patch
-def _chat(
-    self: Owl3Processor,
-    turns: Sequence[dict[str, str]],  # with `<image>` per picture
-    training: bool,
-) -> Iterator[Part]:
-    "The parts of a conversation in ChatML."
+def _chat(self: Owl3Processor, turns: Sequence[dict[str, str]], training: bool) -> Iterator[Part]:
+    """The parts of a conversation in ChatML.
+
+    turns: with `<image>` per picture
+    """
     start, end, over = (self.special_id(name) for name in (_START, _END, _OVER))
 
     def ids(text: str) -> list[int]:
@@ -219,13 +235,13 @@ def _chat(
 
 
 @patch
-def parts(
-    self: Owl3Processor,
-    sample: dict[str, Any],  # turns or document, with `<image>` per picture
-    training: bool,  # False: an answer is to come
-    name: str,  # of the sample, for errors
-) -> Iterator[Part]:
-    "The parts of a conversation in its style, or of a document."
+def parts(self: Owl3Processor, sample: dict[str, Any], training: bool, name: str) -> Iterator[Part]:
+    """The parts of a conversation in its style, or of a document.
+
+    sample: turns or document, with `<image>` per picture
+    training: False: an answer is to come
+    name: of the sample, for errors
+    """
     if not sample['document'] and self.style == 'chat':
         yield from self._chat(sample['conversations'], training)
         return
@@ -259,10 +275,9 @@ class ConcatProcessor(VisionLanguageProcessor):
 
     image_processor_type = Owl3ImageProcessor
 
-    def pieces(
-        self,
-        sample: dict[str, Any],
-        training: bool,  # False: an answer is to come
-    ) -> list[Piece]:
-        "The turns, none with an end token."
+    def pieces(self, sample: dict[str, Any], training: bool) -> list[Piece]:
+        """The turns, none with an end token.
+
+        training: False: an answer is to come
+        """
         return [piece._replace(end=False) for piece in super().pieces(sample, training)]

@@ -77,11 +77,12 @@ SIZES = {  # language model, layers (from 0), gate
 }
 
 
-def paper_config(
-    size: str = '7B',  # '7B' (240728), '2B' or '1B' (241014)
-    **changes: Any,  # fields of `Owl3Config`
-) -> Owl3Config:
-    "The configuration of a released model."
+def paper_config(size: str = '7B', **changes: Any) -> Owl3Config:
+    """The configuration of a released model.
+
+    size: '7B' (240728), '2B' or '1B' (241014)
+    changes: fields of `Owl3Config`
+    """
     if size not in SIZES:
         raise KeyError(f'size {size!r} is not released; expected one of {list(SIZES)}')
     text, layers, gate = SIZES[size]
@@ -94,11 +95,15 @@ UNUSED_KEYS = ('vision_model.head.',)  # accepted, named in `model.unused_keys`
 
 
 def official_config(
-    config: Mapping[str, Any],  # content of an official config.json
-    gate: str = 'adaptive',  # the files do not say it: `load_official` reads it off the keys
+    config: Mapping[str, Any],
+    gate: str = 'adaptive',
     placeholder_ids: Sequence[int] = IMAGE_TOKENS,
 ) -> Owl3Config:
-    "Our configuration of an official checkpoint."
+    """Our configuration of an official checkpoint.
+
+    config: content of an official config.json
+    gate: the files do not say it: `load_official` reads it off the keys
+    """
     options = (*LANGUAGE_OPTIONS, 'use_sliding_window', 'attention_dropout', 'initializer_range')
     text = known_fields(config, (*LANGUAGE_FIELDS, 'num_key_value_heads'), options)
     layers = known_fields(config, ('hyper_layers', 'vision_config'))['hyper_layers']
@@ -114,10 +119,11 @@ def official_config(
     )
 
 
-def gate_of(
-    names: Sequence[str],  # keys of a checkpoint
-) -> str:
-    "Which gate a checkpoint has."
+def gate_of(names: Sequence[str]) -> str:
+    """Which gate a checkpoint has.
+
+    names: keys of a checkpoint
+    """
     kinds = [
         kind
         for kind, ending in (('adaptive', '.self_attn.gate_proj.0.weight'), ('static', '.self_attn.gate'))
@@ -131,11 +137,11 @@ def gate_of(
     return kinds[0]
 
 
-def convert_official(
-    state: Mapping[str, Tensor],  # official names
-    config: Owl3Config,
-) -> tuple[dict[str, Tensor], list[str]]:
-    "The tensors that our model has, and the names of those that nothing uses."
+def convert_official(state: Mapping[str, Tensor], config: Owl3Config) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that our model has, and the names of those that nothing uses.
+
+    state: official names
+    """
     unused = [name for name in state if name.startswith(UNUSED_KEYS)]
     ours = {name: tensor for name, tensor in state.items() if name not in unused}
     head, table = 'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'
@@ -144,11 +150,12 @@ def convert_official(
     return ours, unused
 
 
-def load_official(
-    folder: str | Path,  # an official checkpoint: config.json and weights
-    dtype: torch.dtype | None = None,  # None: as stored
-) -> Owl3Model:
-    "An official checkpoint as our model; nothing is loaded unless every key fits."
+def load_official(folder: str | Path, dtype: torch.dtype | None = None) -> Owl3Model:
+    """An official checkpoint as our model; nothing is loaded unless every key fits.
+
+    folder: an official checkpoint: config.json and weights
+    dtype: None: as stored
+    """
     folder = Path(folder)
     state = read_weights(folder)
     config = official_config(json.loads((folder / 'config.json').read_text()), gate_of(list(state)))

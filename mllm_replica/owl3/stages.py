@@ -16,10 +16,11 @@ _NEW = (
 _LANGUAGE = (r'^(vision2text_model|connector)\.', r'^language_model\.')
 
 
-def mixture_of(
-    stage: int,  # 1, 2 or 3
-) -> dict[str, float]:
-    "Data sets of a stage and their shares in per cent (Table 1)."
+def mixture_of(stage: int) -> dict[str, float]:
+    """Data sets of a stage and their shares in per cent (Table 1).
+
+    stage: 1, 2 or 3
+    """
     return {row.key: row.values['pct'] for row in load_table('owl3', '1').rows if row.params['stage'] == stage}
 
 
@@ -74,10 +75,11 @@ def ablation_stages() -> tuple[Stage, ...]:
     )
 
 
-def layers_of(
-    params: dict[str, Any],  # of a row
-) -> dict[str, Any]:
-    "What a row of Tables 8–10 changes in the model: fields of `Owl3Config`, or fusion 'concat'."
+def layers_of(params: dict[str, Any]) -> dict[str, Any]:
+    """What a row of Tables 8–10 changes in the model: fields of `Owl3Config`, or fusion 'concat'.
+
+    params: of a row
+    """
     fusion = str(params.get('fusion', 'parallel')).split(',')[0]
     changed = {
         'fusion': {

@@ -129,10 +129,11 @@ def attention_kernels() -> Iterator[Finding]:
     )
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #1e98be84
-def run_folder(
-    folder: Path | None = None,  # None: the one of settings.ini
-) -> Finding:
-    "Can results be written?"
+def run_folder(folder: Path | None = None) -> Finding:
+    """Can results be written?
+
+    folder: None: the one of settings.ini
+    """
     folder = folder or settings().run_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +147,11 @@ def run_folder(
     )
 
 
-def tracker(
-    uri: str | None = None,  # None: the one of settings.ini
-) -> Finding:
-    "Does the tracker answer, with a schema that this MLflow knows?"
+def tracker(uri: str | None = None) -> Finding:
+    """Does the tracker answer, with a schema that this MLflow knows?
+
+    uri: None: the one of settings.ini
+    """
     uri = uri or settings().tracking_uri
     if uri.startswith('sqlite:///') and not Path(uri.removeprefix('sqlite:///')).exists():
         return Finding(topic='tracker', state='ok', found=f'{uri} will be made by the first run')

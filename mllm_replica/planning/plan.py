@@ -23,7 +23,14 @@ from ..models.cost import Cost, as_fake, count
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #4b8435fa
 class Machine(Strict):
-    "Devices that train together."
+    """Devices that train together.
+
+    tflops: dense matrix products of one device, at the precision of the run
+    memory_gb: of one device
+    utilisation: part of `tflops` that the model's own FLOPs reach
+    zero: ZeRO stage
+    checkpointing: decoder layers are recomputed in the backward pass
+    """
 
     name: str
     devices: int
@@ -42,13 +49,11 @@ GPUS = {
 }  # bf16 TFLOP/s, GB
 
 
-def gpu_node(
-    gpu: str = 'A100-80GB',  # one of `GPUS`
-    devices: int = 8,
-    utilisation: float = 0.4,
-    zero: int = 2,
-) -> Machine:
-    "A node of data-centre GPUs; the defaults are those of the papers' own runs."
+def gpu_node(gpu: str = 'A100-80GB', devices: int = 8, utilisation: float = 0.4, zero: int = 2) -> Machine:
+    """A node of data-centre GPUs; the defaults are those of the papers' own runs.
+
+    gpu: one of `GPUS`
+    """
     if gpu not in GPUS:
         raise ValueError(f'unknown GPU {gpu!r}; known: {", ".join(GPUS)}')
     return Machine(
@@ -62,11 +67,11 @@ def gpu_node(
     )
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #8ec1c4a9
-def this_machine(
-    size: int = 1024,  # of the square matrices
-    utilisation: float = 0.5,
-) -> Machine:
-    "One thread of this machine, its rate measured."
+def this_machine(size: int = 1024, utilisation: float = 0.5) -> Machine:
+    """One thread of this machine, its rate measured.
+
+    size: of the square matrices
+    """
     import psutil
 
     threads = torch.get_num_threads()
@@ -111,13 +116,18 @@ def _over_depth(model: nn.Module, step: Callable[[], Tensor]) -> Cost:
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #c859eef5
 def stage_cost(
-    build: Callable[[], nn.Module],  # makes the model on the current default device
+    build: Callable[[], nn.Module],
     stage: Stage,
-    length: int,  # T, positions of a sample
-    images: int,  # per sample
+    length: int,
+    images: int,
     checkpointing: bool = False,
 ) -> tuple[Cost, Cost, int]:
-    "For one sample: a step's cost, the cost with the machine's checkpointing, and the number of trained parameters."
+    """For one sample: a step's cost, the cost with the machine's checkpointing, and the number of trained parameters.
+
+    build: makes the model on the current default device
+    length: T, positions of a sample
+    images: per sample
+    """
     with torch.device('meta'):
         model = build()
     with as_fake(model, torch.bfloat16 if stage.precision == 'bf16' else None):
@@ -147,7 +157,15 @@ def stage_cost(
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #fb000d0a
 class StagePlan(Strict):
-    "What one stage of a unit takes."
+    """What one stage of a unit takes.
+
+    trained: parameters
+    length: mean positions per sample
+    tokens: positions, all samples together
+    flops: that the model needs
+    executed: flops and recomputed layers
+    memory: GB per device, by purpose
+    """
 
     stage: str
     trained: int  # parameters
@@ -162,13 +180,18 @@ class StagePlan(Strict):
 
 
 def memory_per_device(
-    parameters: int,  # of the whole model
-    trained: int,  # those among them that the stage trains
-    activations: float,  # bytes per sample
+    parameters: int,
+    trained: int,
+    activations: float,
     stage: Stage,
     machine: Machine,
 ) -> dict[str, float]:
-    "GB per device: weights, gradients, optimizer, activations."
+    """GB per device: weights, gradients, optimizer, activations.
+
+    parameters: of the whole model
+    trained: those among them that the stage trains
+    activations: bytes per sample
+    """
     weight, state = (2, 12) if stage.precision == 'bf16' else (4, 8)
     share = [1 / machine.devices if machine.zero >= level else 1.0 for level in (3, 2, 1)]
     micro_batch = math.ceil(stage.batch_size / machine.devices / stage.accumulate)
@@ -195,13 +218,12 @@ def mean_images(
     return max(round(mean), int(mean > 0))
 
 
-def mean_length(
-    recipe: Recipe,
-    stage: Stage,
-    visual: int,  # M, tokens per image
-    measured: dict[str, float] = {},  # source -> mean positions of a sample, where known
-) -> int:
-    "Mean positions of the stage's samples."
+def mean_length(recipe: Recipe, stage: Stage, visual: int, measured: dict[str, float] = {}) -> int:
+    """Mean positions of the stage's samples.
+
+    visual: M, tokens per image
+    measured: source -> mean positions of a sample, where known
+    """
     total = 0.0
     for name, weight in stage.mixture.items():
         options = recipe.sources[name].options
@@ -214,12 +236,12 @@ def mean_length(
     return round(total / sum(stage.mixture.values()))
 
 
-def measured_lengths(
-    recipe: Recipe,
-    processor: object,  # with `encode`
-    samples: int = 16,  # per source
-) -> dict[str, float]:
-    "Source -> mean positions of its first samples; sources below the scale of the paper only."
+def measured_lengths(recipe: Recipe, processor: object, samples: int = 16) -> dict[str, float]:
+    """Source -> mean positions of its first samples; sources below the scale of the paper only.
+
+    processor: with `encode`
+    samples: per source
+    """
     from mllm_replica.data.sources import load_source
 
     names, found = {name for s in recipe.stages for name in s.mixture}, {}
@@ -234,7 +256,12 @@ STARTUP = 8.0  # seconds until a unit's process and kernel run (7 to 10 measured
 
 
 class UnitPlan(Strict):
-    "What one unit takes."
+    """What one unit takes.
+
+    disk_gb: checkpoints: what is trained and the optimizer's moments in fp32, twice
+    seconds: on the machine, with `STARTUP`
+    seconds_from: 'earlier runs' or 'FLOPs'
+    """
 
     label: str
     parameters: int
@@ -258,13 +285,19 @@ class UnitPlan(Strict):
 # %% ../../nbs/foundations/planning/80_plan.ipynb #b6cb7021
 def plan_unit(
     recipe: Recipe,
-    build: Callable[[Recipe], tuple[nn.Module, object]],  # the paper's `build`
+    build: Callable[[Recipe], tuple[nn.Module, object]],
     machine: Machine,
-    measured: dict[str, float] = {},  # source -> mean positions of a sample
-    earlier: float | None = None,  # seconds that the same row took before
-    counted: dict | None = None,  # costs of other units, added to: rows often share model and stage
+    measured: dict[str, float] = {},
+    earlier: float | None = None,
+    counted: dict | None = None,
 ) -> UnitPlan:
-    "Count the stages of one unit."
+    """Count the stages of one unit.
+
+    build: the paper's `build`
+    measured: source -> mean positions of a sample
+    earlier: seconds that the same row took before
+    counted: costs of other units, added to: rows often share model and stage
+    """
     from mllm_replica.models.vlm import visual_token_count
 
     counted = {} if counted is None else counted
@@ -317,7 +350,12 @@ def plan_unit(
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #88180778
 class Plan(Strict):
-    "What was planned, and on what assumptions."
+    """What was planned, and on what assumptions.
+
+    units: one per row, for its first seed
+    shared: rows whose recipe another row has too
+    skipped: row -> why it cannot run
+    """
 
     paper: str
     scale: Scale
@@ -364,12 +402,17 @@ def assumptions(
 # %% ../../nbs/foundations/planning/80_plan.ipynb #bd71dc57
 def plan(
     paper: str,
-    table: str | None = None,  # None: every table with a row at that scale
+    table: str | None = None,
     scale: Scale = 'tiny',
-    rows: Iterable[str] = (),  # empty: all
-    machine: Machine | None = None,  # None: `gpu_node()` at scale paper, else `this_machine()`
+    rows: Iterable[str] = (),
+    machine: Machine | None = None,
 ) -> Plan:
-    "Plan a table or a whole paper."
+    """Plan a table or a whole paper.
+
+    table: None: every table with a row at that scale
+    rows: empty: all
+    machine: None: `gpu_node()` at scale paper, else `this_machine()`
+    """
     paper_recipes = recipes_of(paper)
     machine = machine or (gpu_node() if scale == 'paper' else this_machine())
     seeds = settings().seeds[:1] if scale in ('paper', 'smoke') else settings().seeds

@@ -20,10 +20,11 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 # %% ../../nbs/foundations/running/74_canary.ipynb #cc4ffc56
-def module_named(
-    name: str,  # of its file, like 'unit'
-) -> ModuleType:
-    "The checkout's module of that name, in whichever room it lies."
+def module_named(name: str) -> ModuleType:
+    """The checkout's module of that name, in whichever room it lies.
+
+    name: of its file, like 'unit'
+    """
     import mllm_replica
 
     root = Path(mllm_replica.__file__).parent
@@ -33,10 +34,11 @@ def module_named(
     return importlib.import_module('.'.join(places[0].parts))
 
 
-def weights_digest(
-    model: Any,  # a torch module
-) -> str:
-    "Hash of all weights, to the bit."
+def weights_digest(model: Any) -> str:
+    """Hash of all weights, to the bit.
+
+    model: a torch module
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -46,11 +48,12 @@ def weights_digest(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/foundations/running/74_canary.ipynb #ba830153
-def observe(
-    unit: tuple[str, str, str, str, int],  # paper, table, row, scale, seed
-    folder: Path,  # gets what the unit writes
-) -> dict[str, Any]:
-    "Run a unit; floats are written in hexadecimal."
+def observe(unit: tuple[str, str, str, str, int], folder: Path) -> dict[str, Any]:
+    """Run a unit; floats are written in hexadecimal.
+
+    unit: paper, table, row, scale, seed
+    folder: gets what the unit writes
+    """
     steps = module_named('unit')
     made = steps.open_unit(*unit, str(folder))
     for step in (steps.load, steps.encode, steps.cache_features):
@@ -70,11 +73,12 @@ def observe(
     )
 
 
-def resumed(
-    unit: tuple[str, str, str, str, int],  # paper, table, row, scale, seed
-    folder: Path,  # gets what the unit writes
-) -> dict[str, Any]:
-    "Run a unit, go on where it ended, and use its model as a plan or a user would; as `observe`."
+def resumed(unit: tuple[str, str, str, str, int], folder: Path) -> dict[str, Any]:
+    """Run a unit, go on where it ended, and use its model as a plan or a user would; as `observe`.
+
+    unit: paper, table, row, scale, seed
+    folder: gets what the unit writes
+    """
     import torch
 
     observe(unit, folder)
@@ -97,12 +101,11 @@ def resumed(
     return found
 
 
-def called(
-    paper: str,
-    name: str,  # 'module:function', the module by its last name; or 'code', which leaves `found`
-    arguments: list[Any],
-) -> dict[str, Any]:
-    "Call a function of a paper's package, or run lines of Python; what comes out is compared by its text."
+def called(paper: str, name: str, arguments: list[Any]) -> dict[str, Any]:
+    """Call a function of a paper's package, or run lines of Python; what comes out is compared by its text.
+
+    name: 'module:function', the module by its last name; or 'code', which leaves `found`
+    """
     import mllm_replica
 
     module, _, function = name.partition(':')
@@ -126,12 +129,12 @@ def called(
 
 
 class Listener:
-    "Notes the functions of some folders that are called, at one call of Python's trace hook each."
+    """Notes the functions of some folders that are called, at one call of Python's trace hook each.
 
-    def __init__(
-        self,
-        *folders: Path,  # of packages
-    ):
+    folders: of packages
+    """
+
+    def __init__(self, *folders: Path):
         self.folders, self.codes = tuple(str(folder) for folder in folders), set()
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
@@ -159,10 +162,11 @@ class Listener:
         )
 
 # %% ../../nbs/foundations/running/74_canary.ipynb #daf039ed
-def hooks(
-    packages: tuple[str, ...],  # names of our own
-) -> dict[str, list[str]]:
-    "Class -> those of its methods that a class of a library, of which it is made, has too."
+def hooks(packages: tuple[str, ...]) -> dict[str, list[str]]:
+    """Class -> those of its methods that a class of a library, of which it is made, has too.
+
+    packages: names of our own
+    """
 
     def own(thing) -> 'bool':
         "Whether it was defined in our packages."
@@ -177,12 +181,11 @@ def hooks(
     }
 
 
-def main(
-    argv: list[
-        str
-    ],  # path of a JSON file with units, chapters, folder; a call is a unit (paper, 'call', name, arguments as JSON, 0)
-) -> None:
-    "Print one line of JSON per unit, and a last one with the hooks."
+def main(argv: list[ str ]) -> None:
+    """Print one line of JSON per unit, and a last one with the hooks.
+
+    argv: path of a JSON file with units, chapters, folder; a call is a unit (paper, 'call', name, arguments as JSON, 0)
+    """
     import torch
 
     torch.set_num_threads(1)

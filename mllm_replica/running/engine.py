@@ -19,7 +19,10 @@ from ..core.settings import Scale, Strict
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #50a9fba0
 class RowParameters(Strict):
-    "Parameters of `replicate_row.ipynb`."
+    """Parameters of `replicate_row.ipynb`.
+
+    out_dir: the unit's folder
+    """
 
     paper: str
     table: str
@@ -30,13 +33,19 @@ class RowParameters(Strict):
 
 
 class StartParameters(RowParameters):
-    "Parameters of `teach_start.ipynb`: a unit, and what it starts from."
+    """Parameters of `teach_start.ipynb`: a unit, and what it starts from.
+
+    start: one of the chapter's `starts` of that unit
+    """
 
     start: str  # one of the chapter's `starts` of that unit
 
 
 class TableParameters(Strict):
-    "Parameters of `report_table.ipynb`."
+    """Parameters of `report_table.ipynb`.
+
+    out_dir: where the figure and the rendered table go
+    """
 
     paper: str
     table: str
@@ -45,17 +54,22 @@ class TableParameters(Strict):
 
 
 class Job(Strict):
-    "One execution of a notebook."
+    """One execution of a notebook.
+
+    notebook: what is run
+    output: the executed copy
+    """
 
     notebook: Path  # what is run
     output: Path  # the executed copy
     parameters: RowParameters | StartParameters | TableParameters
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #0f748be4
-def notebook_parameters(
-    notebook: Path,  # an .ipynb file
-) -> dict[str, str]:
-    "Name -> annotated type of everything the cell tagged `parameters` assigns."
+def notebook_parameters(notebook: Path) -> dict[str, str]:
+    """Name -> annotated type of everything the cell tagged `parameters` assigns.
+
+    notebook: an .ipynb file
+    """
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
     if len(tagged) != 1:
@@ -71,11 +85,12 @@ def notebook_parameters(
     return found
 
 
-def check_parameters(
-    notebook: Path,  # an .ipynb file
-    parameters: Strict,  # what it would be given
-) -> None:
-    "Raise unless the notebook's parameters are exactly the schema's: same names, same types."
+def check_parameters(notebook: Path, parameters: Strict) -> None:
+    """Raise unless the notebook's parameters are exactly the schema's: same names, same types.
+
+    notebook: an .ipynb file
+    parameters: what it would be given
+    """
     given = {name: type(value).__name__ for name, value in parameters.model_dump().items()}
     found = notebook_parameters(notebook)
     problems = [f'{n} is not a parameter of the notebook' for n in given.keys() - found.keys()]
@@ -90,7 +105,11 @@ def check_parameters(
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #bb1bb1d5
 class Metric(Strict):
-    "One number of a unit."
+    """One number of a unit.
+
+    n: samples behind it; None for a property of the model such as its cost
+    low: 95 % interval over samples
+    """
 
     value: FiniteFloat
     n: int | None = None  # samples behind it; None for a property of the model such as its cost
@@ -99,7 +118,11 @@ class Metric(Strict):
 
 
 class Result(Strict):
-    "What a unit leaves in `result.json`."
+    """What a unit leaves in `result.json`.
+
+    digest: of the recipe
+    processor: its kind
+    """
 
     label: str
     digest: str  # of the recipe
@@ -113,11 +136,12 @@ class Result(Strict):
     threads: int = 1
 
 
-def read_result(
-    folder: Path,  # a unit's folder
-    digest: str,  # the recipe's digest
-) -> Result:
-    "The unit's result; ValueError says why there is none."
+def read_result(folder: Path, digest: str) -> Result:
+    """The unit's result; ValueError says why there is none.
+
+    folder: a unit's folder
+    digest: the recipe's digest
+    """
     path = Path(folder) / 'result.json'
     if not path.exists():
         raise ValueError(f'there is no {path.name}: the notebook ended before its last cell')
@@ -131,7 +155,11 @@ def read_result(
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #70af5863
 class Process(BaseModel):
-    "Which process, of which machine."
+    """Which process, of which machine.
+
+    started: seconds since 1970, by the system's clock
+    booted: the machine's own start, by the same clock: it moves with it
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
     pid: int = Field(gt=0, lt=2**31)
@@ -146,10 +174,11 @@ def this_process() -> dict[str, str | int | float]:
     return dict(pid=os.getpid(), started=started, host=socket.gethostname(), booted=psutil.boot_time())
 
 
-def is_alive(
-    process: dict,  # as `this_process` names it
-) -> bool:
-    "Whether that very process still runs; a zombie does not, one on another machine is taken to be alive."
+def is_alive(process: dict) -> bool:
+    """Whether that very process still runs; a zombie does not, one on another machine is taken to be alive.
+
+    process: as `this_process` names it
+    """
     named = Process.model_validate(process)
     if named.host != socket.gethostname():
         return True
@@ -172,10 +201,11 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             pass
 
 
-def kill_tree(
-    pid: int,  # the root of the tree
-) -> None:
-    "Kill a process with everything it has started (a kernel lives in a session of its own, so its group is not enough)."
+def kill_tree(pid: int) -> None:
+    """Kill a process with everything it has started (a kernel lives in a session of its own, so its group is not enough).
+
+    pid: the root of the tree
+    """
     try:
         root = psutil.Process(pid)
     except psutil.NoSuchProcess:
@@ -183,10 +213,11 @@ def kill_tree(
     _kill([root, *root.children(recursive=True)])
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #f0320b77
-def execute(
-    job: Job,  # the notebook and its parameters
-) -> int:
-    "Run the job; 0 when every cell ran, 128 + signal when the kernel was killed, else 1. The reason is the last line printed."
+def execute(job: Job) -> int:
+    """Run the job; 0 when every cell ran, 128 + signal when the kernel was killed, else 1. The reason is the last line printed.
+
+    job: the notebook and its parameters
+    """
     check_parameters(job.notebook, job.parameters)
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -247,10 +278,11 @@ def _end_with_parent() -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def main(
-    argv: list[str],  # path of a job file, then perhaps `--supervised`
-) -> int:
-    "`python -m mllm_replica.running.engine JOB.json`: run one job and return its exit code."
+def main(argv: list[str]) -> int:
+    """`python -m mllm_replica.running.engine JOB.json`: run one job and return its exit code.
+
+    argv: path of a job file, then perhaps `--supervised`
+    """
     job = Job.model_validate_json(Path(argv[0]).read_bytes())
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout)
     if '--supervised' in argv:

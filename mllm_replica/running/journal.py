@@ -36,11 +36,11 @@ def _files_below(place: Path) -> list[tuple[str, int, int]]:
     return [(str(p.relative_to(place.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
-def data_hash(
-    recipe: Recipe,
-    data_root: Path | None = None,  # where local sources lie; the project's `data` folder by default
-) -> str:
-    "Hash of the data sets and pretrained backbones of a recipe that are not made by our own code."
+def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
+    """Hash of the data sets and pretrained backbones of a recipe that are not made by our own code.
+
+    data_root: where local sources lie; the project's `data` folder by default
+    """
     seen = {}
     for part, name in sorted(recipe.model.get('backbones', {}).items()):
         found = settings().backbones.get(name, name)  # a folder, or an id of the hub
@@ -113,10 +113,11 @@ def processor() -> str:
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #6669ee60
 @contextmanager
-def unit_lock(
-    folder: Path,  # a unit's folder
-) -> Iterator[int | None]:
-    "Hold the unit's lock; yields its file descriptor (a child that inherits it holds the lock too), or None when another run holds it."
+def unit_lock(folder: Path) -> Iterator[int | None]:
+    """Hold the unit's lock; yields its file descriptor (a child that inherits it holds the lock too), or None when another run holds it.
+
+    folder: a unit's folder
+    """
     fd = os.open(folder / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -150,21 +151,20 @@ class _Event(BaseModel):
 
 
 class Journal:
-    "The run folder's `journal.jsonl`: events `started`, `finished`, `failed`, `timeout`, `killed`, `lost`, `untracked`."
+    """The run folder's `journal.jsonl`: events `started`, `finished`, `failed`, `timeout`, `killed`, `lost`, `untracked`.
 
-    def __init__(
-        self,
-        run_folder: Path,  # where the file lies
-    ):
+    run_folder: where the file lies
+    """
+
+    def __init__(self, run_folder: Path):
         self.path = Path(run_folder) / 'journal.jsonl'
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(
-        self,
-        event: str,
-        **fields,  # plain data
-    ) -> None:
-        "Write one event durably."
+    def append(self, event: str, **fields) -> None:
+        """Write one event durably.
+
+        fields: plain data
+        """
         line = json.dumps(dict(time=round(time.time(), 3), event=event, **fields)) + '\n'
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

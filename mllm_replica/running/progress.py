@@ -17,21 +17,21 @@ from ..core.writing import replacing
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #f39785d2
 class ProgressFile:
-    "A unit's `progress.json`, callable as `progress(phase, step=…, steps=…, loss=…)`."
+    """A unit's `progress.json`, callable as `progress(phase, step=…, steps=…, loss=…)`.
 
-    def __init__(
-        self,
-        folder: Path,  # the unit's folder
-        every: float = 0.5,  # seconds between two writes of one phase
-    ):
+    folder: the unit's folder
+    every: seconds between two writes of one phase
+    """
+
+    def __init__(self, folder: Path, every: float = 0.5):
         self.path, self.every, self.phase, self.next = Path(folder) / 'progress.json', every, None, 0.0
 
-    def __call__(
-        self,
-        phase: str,  # e.g. 'training joint'
-        **numbers: float | None,  # e.g. step, steps, loss
-    ) -> None:
-        "Say what is going on."
+    def __call__(self, phase: str, **numbers: float | None) -> None:
+        """Say what is going on.
+
+        phase: e.g. 'training joint'
+        numbers: e.g. step, steps, loss
+        """
         now = time.monotonic()
         if phase == self.phase and now < self.next:
             return
@@ -40,10 +40,11 @@ class ProgressFile:
             partial.write_text(json.dumps(dict(phase=phase, **numbers)), encoding='utf-8')
 
 
-def read_progress(
-    folder: Path,  # a unit's folder
-) -> dict:
-    "What the unit last said; empty when it has said nothing."
+def read_progress(folder: Path) -> dict:
+    """What the unit last said; empty when it has said nothing.
+
+    folder: a unit's folder
+    """
     try:
         said = json.loads((Path(folder) / 'progress.json').read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -52,13 +53,13 @@ def read_progress(
 
 # %% ../../nbs/foundations/running/66_progress.ipynb #ffc2490a
 class Display:
-    "Shows units that start, run and end."
+    """Shows units that start, run and end.
 
-    def __init__(
-        self,
-        total: int,  # units, and jobs before them
-        console: Console | None = None,  # standard output by default
-    ):
+    total: units, and jobs before them
+    console: standard output by default
+    """
+
+    def __init__(self, total: int, console: Console | None = None):
         self.console, self.total, self.ended, self.running = console or Console(), total, 0, {}
         redraw = total and self.console.is_terminal and not self.console.is_jupyter
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if redraw else None
@@ -79,23 +80,20 @@ class Display:
         "A line that stays."
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def start(
-        self,
-        unit: str,
-        folder: Path,  # the unit's folder
-    ) -> None:
-        "A unit has begun."
+    def start(self, unit: str, folder: Path) -> None:
+        """A unit has begun.
+
+        folder: the unit's folder
+        """
         self.running[unit] = folder, time.monotonic()
         if not self.live:
             self.say(f'{time.strftime("%H:%M:%S")}  started   {unit}')
 
-    def end(
-        self,
-        unit: str,
-        status: str,
-        note: str = '',  # why, where it failed
-    ) -> None:
-        "A unit has ended."
+    def end(self, unit: str, status: str, note: str = '') -> None:
+        """A unit has ended.
+
+        note: why, where it failed
+        """
         self.ended += 1
         seconds = time.monotonic() - self.running.pop(unit, (None, time.monotonic()))[1]
         self.say(

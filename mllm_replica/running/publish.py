@@ -41,10 +41,14 @@ def write_records(
     paper: str,
     table: str,
     scale: Scale,
-    units: Sequence[tuple[Recipe, Order]],  # the row's recipe and the finished unit behind it
-    own: bool = True,  # into the run folder; else into the project's own results
+    units: Sequence[tuple[Recipe, Order]],
+    own: bool = True,
 ) -> Path:
-    "Add finished units to the table's result file."
+    """Add finished units to the table's result file.
+
+    units: the row's recipe and the finished unit behind it
+    own: into the run folder; else into the project's own results
+    """
     from mllm_replica.tables.results import read_results, results_path, write_results
     from mllm_replica.tables.validity import outdated
 
@@ -124,13 +128,11 @@ class Published:
         write_atomic(self.folder / 'seal.json', json.dumps(self.seal_content))
 
 
-def is_published(
-    paper: str,
-    table: str,
-    scale: Scale,
-    units: Sequence[tuple[Recipe, str]],  # the rows' recipes and unit keys
-) -> bool:
-    "Whether the table's report contains these units and nothing it was made from has changed."
+def is_published(paper: str, table: str, scale: Scale, units: Sequence[tuple[Recipe, str]]) -> bool:
+    """Whether the table's report contains these units and nothing it was made from has changed.
+
+    units: the rows' recipes and unit keys
+    """
     wanted = {key for recipe, key in units if reportable(recipe)}
     if not wanted:
         return True
@@ -174,11 +176,16 @@ def publish(
     paper: str,
     table: str,
     scale: Scale,
-    units: Sequence[tuple[Recipe, Order]],  # finished ones
-    timeout: float = 600.0,  # seconds for the notebook
-    also: bool = False,  # into the project's own results, too
+    units: Sequence[tuple[Recipe, Order]],
+    timeout: float = 600.0,
+    also: bool = False,
 ) -> Published | None:
-    "Write the units' records and have the table reported; None when no unit may be reported."
+    """Write the units' records and have the table reported; None when no unit may be reported.
+
+    units: finished ones
+    timeout: seconds for the notebook
+    also: into the project's own results, too
+    """
     units = [(recipe, order) for recipe, order in units if reportable(recipe)]
     if not units:
         return None

@@ -33,7 +33,12 @@ from ..tables.reporting import comparison
 # %% ../../nbs/foundations/running/72_runner.ipynb #4ae39ff4
 @dataclass
 class Plan:
-    "What a command means: units, and rows that cannot run."
+    """What a command means: units, and rows that cannot run.
+
+    places: unit key -> one recipe for every row that shows it
+    not_run: 'table/row' -> reason
+    study: name of the study that asks for these rows; empty for tables
+    """
 
     paper: str
     scale: str
@@ -52,12 +57,18 @@ class Plan:
 
 def make_plan(
     paper: str,
-    tables: Sequence[str] | None = None,  # all that have a runnable row by default
-    scale: str | None = None,  # as in settings.ini by default
-    rows: Sequence[str] | None = None,  # all by default; one may carry changes, as in `wide+stages.0.lr=0.003`
-    seeds: Sequence[int] | None = None,  # as in settings.ini by default, at smoke only the first of them
+    tables: Sequence[str] | None = None,
+    scale: str | None = None,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Plan:
-    "Find the units; an unknown table, row or scale is an error that names the known ones."
+    """Find the units; an unknown table, row or scale is an error that names the known ones.
+
+    tables: all that have a runnable row by default
+    scale: as in settings.ini by default
+    rows: all by default; one may carry changes, as in `wide+stages.0.lr=0.003`
+    seeds: as in settings.ini by default, at smoke only the first of them
+    """
     module, scale = registry.recipes_of(paper), scale or settings().scale
     if seeds is None:
         seeds = settings().seeds[:1] if scale == 'smoke' else settings().seeds
@@ -80,11 +91,11 @@ def make_plan(
     return plan
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #5375cc3f
-def start_orders(
-    paper: str,
-    todo: Sequence[Order],  # units of the paper to run
-) -> list[Order]:
-    "A job for each thing that these units start from and that is not trained yet."
+def start_orders(paper: str, todo: Sequence[Order]) -> list[Order]:
+    """A job for each thing that these units start from and that is not trained yet.
+
+    todo: units of the paper to run
+    """
     chapter = registry.recipes_of(paper)
     if not todo or chapter.starts is None:
         return []
@@ -102,10 +113,11 @@ Submit = Callable[[Order], Future]
 
 
 @contextmanager
-def local_engine(
-    workers: int,  # units side by side
-) -> Iterator[Submit]:
-    "Units as processes of this machine."
+def local_engine(workers: int) -> Iterator[Submit]:
+    """Units as processes of this machine.
+
+    workers: units side by side
+    """
     stop, pool = threading.Event(), ThreadPoolExecutor(workers)
     try:
         yield lambda order: pool.submit(supervise, order, stop)
@@ -117,10 +129,11 @@ def local_engine(
 
 
 @contextmanager
-def ray_engine(
-    workers: int,  # not used: the cluster's resources bound the number of tasks
-) -> Iterator[Submit]:
-    "Units as Ray tasks: a CPU for each of their threads and the GPUs that the recipe's model names in `num_gpus`."
+def ray_engine(workers: int) -> Iterator[Submit]:
+    """Units as Ray tasks: a CPU for each of their threads and the GPUs that the recipe's model names in `num_gpus`.
+
+    workers: not used: the cluster's resources bound the number of tasks
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -147,13 +160,19 @@ ENGINES = {'local': local_engine, 'ray': ray_engine}
 # %% ../../nbs/foundations/running/72_runner.ipynb #96c19a1c
 def run_orders(
     orders: Sequence[Order],
-    engine: str,  # key of `ENGINES`
+    engine: str,
     workers: int,
-    started: Callable[[Order], None],  # called when a unit begins
-    ended: Callable[[Order, Outcome], None],  # called when it has ended
-    tick: Callable[[], None] = lambda: None,  # called a few times a second
+    started: Callable[[Order], None],
+    ended: Callable[[Order, Outcome], None],
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
-    "Run all orders; one that fails disturbs no other."
+    """Run all orders; one that fails disturbs no other.
+
+    engine: key of `ENGINES`
+    started: called when a unit begins
+    ended: called when it has ended
+    tick: called a few times a second
+    """
     if engine not in ENGINES:
         raise ValueError(f'unknown engine {engine!r}; known: {", ".join(ENGINES)}')
     with ENGINES[engine](workers) as submit:
@@ -176,16 +195,13 @@ def run_orders(
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #1306aad6
 class Books:
-    "Keeps the tracker's runs of one plan."
+    """Keeps the tracker's runs of one plan.
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        plan: Plan,
-        tables: Sequence[str],  # those of the plan in which there is something to do
-        run_folder: Path,
-        problems: list[str],  # what went wrong is appended
-    ):
+    tables: those of the plan in which there is something to do
+    problems: what went wrong is appended
+    """
+
+    def __init__(self, tracker: Tracker, plan: Plan, tables: Sequence[str], run_folder: Path, problems: list[str]):
         self.tracker, self.plan, self.problems, self.journal, self.runs = (
             tracker,
             plan,
@@ -214,12 +230,11 @@ class Books:
             except OSError as full:
                 self.problems.append(f'{self.journal.path} is not written: {full}')  # the units go on
 
-    def start(
-        self,
-        order: Order,
-        places: Sequence[Recipe] | None = None,  # rows that show the unit; all by default
-    ) -> None:
-        "Open the unit's run under every table that shows it."
+    def start(self, order: Order, places: Sequence[Recipe] | None = None) -> None:
+        """Open the unit's run under every table that shows it.
+
+        places: rows that show the unit; all by default
+        """
         for recipe in places or self._places(order):
             with self._guarded(recipe.label):
                 self.runs[order.unit_key, recipe.label] = self.tracker.start_unit(
@@ -249,11 +264,11 @@ class Books:
             recipe.paper, recipe.table, recipe.row, recipe.scale, {name: m.value for name, m in result.metrics.items()}
         )
 
-    def catch_up(
-        self,
-        orders: Sequence[Order],  # finished ones
-    ) -> None:
-        "Track finished units that this table's run does not have yet, e.g. because another table or an earlier run made them."
+    def catch_up(self, orders: Sequence[Order]) -> None:
+        """Track finished units that this table's run does not have yet, e.g. because another table or an earlier run made them.
+
+        orders: finished ones
+        """
         known = {table: self.tracker.finished_units(parent, self.plan.paper) for table, parent in self.parents.items()}
         for order in orders:
             missing = [r for r in self._places(order) if (order.unit_key, r.row) not in known[r.table]]
@@ -265,7 +280,12 @@ class Books:
 # %% ../../nbs/foundations/running/72_runner.ipynb #a20e1b80
 @dataclass
 class Summary:
-    "What a command did."
+    """What a command did.
+
+    outcomes: of the units that were started
+    skipped: units that were finished before
+    problems: with tracker or report
+    """
 
     plan: Plan
     outcomes: list[Outcome] = field(default_factory=list)  # of the units that were started
@@ -321,22 +341,34 @@ TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # sec
 
 def run_tables(
     paper: str,
-    tables: Sequence[str] | None = None,  # all that have a runnable row by default
+    tables: Sequence[str] | None = None,
     scale: str | None = None,
     *,
     rows: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    workers: int | None = None,  # units side by side
-    engine: str = 'local',  # key of `ENGINES`
-    timeout: float | None = None,  # seconds a unit; `TIMEOUTS` by default
-    threads: int = 1,  # per unit
-    pipeline: Path | None = None,  # notebook of a unit; `replicate_row.ipynb` by default
-    report: bool = True,  # write results and have the tables reported
-    publishing: bool = False,  # into the project's own results, too
-    study: str = '',  # name of the study that asks for these rows; the tracker keeps them under it
-    console: Console | None = None,  # where progress is shown
+    workers: int | None = None,
+    engine: str = 'local',
+    timeout: float | None = None,
+    threads: int = 1,
+    pipeline: Path | None = None,
+    report: bool = True,
+    publishing: bool = False,
+    study: str = '',
+    console: Console | None = None,
 ) -> Summary:
-    "Run what is not finished of some tables, track it and report it."
+    """Run what is not finished of some tables, track it and report it.
+
+    tables: all that have a runnable row by default
+    workers: units side by side
+    engine: key of `ENGINES`
+    timeout: seconds a unit; `TIMEOUTS` by default
+    threads: per unit
+    pipeline: notebook of a unit; `replicate_row.ipynb` by default
+    report: write results and have the tables reported
+    publishing: into the project's own results, too
+    study: name of the study that asks for these rows; the tracker keeps them under it
+    console: where progress is shown
+    """
     begin, chosen = time.monotonic(), settings()
     if publishing:
         clone("publishing into the project's own results")

@@ -45,11 +45,11 @@ def _grid(
     return fig
 
 
-def samples_figure(
-    samples: Any,  # a data set with the canonical columns
-    count: int = 4,
-) -> 'Figure':
-    "The first samples: images, and the conversation beside them."
+def samples_figure(samples: Any, count: int = 4) -> 'Figure':
+    """The first samples: images, and the conversation beside them.
+
+    samples: a data set with the canonical columns
+    """
     chosen = [samples[i] for i in range(min(count, len(samples)))]
 
     def said(s) -> 'str':
@@ -59,10 +59,11 @@ def samples_figure(
     return _grid([(s['images'], said(s)) for s in chosen])
 
 # %% ../../nbs/foundations/running/76_show.ipynb #28af24ca
-def curve_figure(
-    points: Sequence[Any],  # with step, stage and loss
-) -> 'Figure':
-    "Loss per step on a logarithmic scale, one colour per stage."
+def curve_figure(points: Sequence[Any]) -> 'Figure':
+    """Loss per step on a logarithmic scale, one colour per stage.
+
+    points: with step, stage and loss
+    """
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 2.4), layout='constrained')
@@ -75,12 +76,12 @@ def curve_figure(
     return fig
 
 
-def predictions_figure(
-    samples: Any,  # the benchmark's source
-    predictions: Path,  # a file of predictions: lines with id, prediction, answer, correct
-    count: int = 4,
-) -> 'Figure':
-    "Some answers of the model beside the right ones, wrong answers first."
+def predictions_figure(samples: Any, predictions: Path, count: int = 4) -> 'Figure':
+    """Some answers of the model beside the right ones, wrong answers first.
+
+    samples: the benchmark's source
+    predictions: a file of predictions: lines with id, prediction, answer, correct
+    """
     lines = [json.loads(line) for line in Path(predictions).read_text(encoding='utf-8').splitlines()]
     lines.sort(key=lambda p: p['correct'])
     chosen = {p['id']: p for p in lines[: count // 2] + lines[::-1][: count - count // 2]}

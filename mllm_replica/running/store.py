@@ -17,14 +17,12 @@ from ..core.settings import Trouble
 
 # %% ../../nbs/foundations/running/69b_store.ipynb #e5d494c3
 class TrackerError(Trouble):
-    "A tracker that cannot be used."
+    """A tracker that cannot be used.
 
-    def __init__(
-        self,
-        uri: str,
-        found: str,
-        advice: str,  # what to do
-    ):
+    advice: what to do
+    """
+
+    def __init__(self, uri: str, found: str, advice: str):
         self.found, self.advice = f'{re.sub("//[^/@]*@", "//…@", uri)}: {" ".join(found.split())}', advice
         super().__init__(f'tracker {self.found}; {advice}')
 
@@ -49,10 +47,11 @@ def _trouble(uri: str, found: str) -> TrackerError:
     return TrackerError(uri, found, next(do for word, do in _DATABASE.items() if word in found) if local else _AWAY)
 
 # %% ../../nbs/foundations/running/69b_store.ipynb #34ddfc86
-def check_database(
-    uri: str,  # sqlite:///FILE; the file need not be there yet
-) -> None:
-    "Raise a TrackerError unless the file is whole and can be written."
+def check_database(uri: str) -> None:
+    """Raise a TrackerError unless the file is whole and can be written.
+
+    uri: sqlite:///FILE; the file need not be there yet
+    """
     path = Path(uri.removeprefix('sqlite:///'))
     if not path.exists():
         return
@@ -140,10 +139,11 @@ def _asked_once(client: Client, seconds: float) -> None:
         raise _trouble(client.uri, _reason(answer[0])) from answer[0]
 
 
-def open_store(
-    uri: str,  # SQLite file or server
-) -> Client:
-    "A client of a store that has answered; a TrackerError where it does not, at once or after four seconds."
+def open_store(uri: str) -> Client:
+    """A client of a store that has answered; a TrackerError where it does not, at once or after four seconds.
+
+    uri: SQLite file or server
+    """
     if uri.startswith('sqlite:///'):
         check_database(uri)
         client = Client(uri)

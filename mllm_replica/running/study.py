@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/foundations/running/75_study.ipynb #03323f02
-def ablation(
-    base: Recipe,
-    factors: dict[str, Sequence[Any]],  # path into the recipe, like 'stages.0.lr' -> values
-) -> dict[str, Recipe]:
-    "Row name -> recipe: the base, and for every value that differs from the base's one recipe with only that change."
+def ablation(base: Recipe, factors: dict[str, Sequence[Any]]) -> dict[str, Recipe]:
+    """Row name -> recipe: the base, and for every value that differs from the base's one recipe with only that change.
+
+    factors: path into the recipe, like 'stages.0.lr' -> values
+    """
     varied = [vary(base, {path: value}) for path, values in factors.items() for value in values]
     changed = {recipe.row: recipe for recipe in varied if recipe.digest() != base.digest()}
     if not changed:
@@ -44,7 +44,12 @@ def ablation(
 # %% ../../nbs/foundations/running/75_study.ipynb #43145222
 @dataclass
 class Study:
-    "What a study came to."
+    """What a study came to.
+
+    frame: the effects on every metric, or the rounds of a search
+    summaries: of the runs behind it
+    file: the frame as CSV, the figure beside it
+    """
 
     name: str
     metric: str
@@ -129,23 +134,29 @@ def _keep(study: Study, recipe: Recipe, draw: Callable[[], 'Figure']) -> Study:
     return study
 
 
-def study_file(
-    paper: str,
-    name: str,  # of the study
-    scale: str,
-) -> Path:
-    "Where a study's frame is kept."
+def study_file(paper: str, name: str, scale: str) -> Path:
+    """Where a study's frame is kept.
+
+    name: of the study
+    """
     return settings().run_folder / 'studies' / paper / f'{re.sub(r"[^A-Za-z0-9.=_-]+", "_", name)[:150]}.{scale}.csv'
 
 # %% ../../nbs/foundations/running/75_study.ipynb #ed0c316d
 def run_ablation(
-    base: Recipe,  # a row as the registry makes it; its seed does not matter
-    factors: dict[str, Sequence[Any]],  # path into the recipe -> values
-    metric: str,  # the one that is shown; the frame has all
-    seeds: Sequence[int] | None = None,  # as in settings.ini by default
-    **options: Any,  # of `run_tables`: workers, engine, pipeline, console …
+    base: Recipe,
+    factors: dict[str, Sequence[Any]],
+    metric: str,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
 ) -> Study:
-    "Run the base and every change of one factor, and compare them."
+    """Run the base and every change of one factor, and compare them.
+
+    base: a row as the registry makes it; its seed does not matter
+    factors: path into the recipe -> values
+    metric: the one that is shown; the frame has all
+    seeds: as in settings.ini by default
+    options: of `run_tables`: workers, engine, pipeline, console …
+    """
     rows = ablation(base, factors)
     name = f'ablation of {base.table}/{base.row} by {", ".join(factors)}'
     summary, found = _run(list(rows.values()), name, seeds, options)
@@ -168,18 +179,24 @@ ROUNDS = ('round', 'added', 'set', 'metric', 'mean', 'low', 'high', 'seeds', 'ch
 
 
 def greedy_search(
-    candidates: Sequence[str],  # tried in every round while not chosen
-    start: Sequence[str],  # the first set, measured as round 0 unless it is empty
-    recipe_of: Callable[
-        [tuple[str, ...]], Recipe
-    ],  # a set, in the order in which it grew -> its recipe; the recipe's seed does not matter
+    candidates: Sequence[str],
+    start: Sequence[str],
+    recipe_of: Callable[ [tuple[str, ...]], Recipe ],
     metric: str,
-    rounds: int | None = None,  # as many as there are candidates by default
-    seeds: Sequence[int] | None = None,  # as in settings.ini by default
+    rounds: int | None = None,
+    seeds: Sequence[int] | None = None,
     better: Literal['higher', 'lower'] = 'higher',
-    **options: Any,  # of `run_tables`: workers, engine, pipeline, console …
+    **options: Any,
 ) -> Study:
-    "Add the best candidate again and again; the frame has a line for every set that was measured."
+    """Add the best candidate again and again; the frame has a line for every set that was measured.
+
+    candidates: tried in every round while not chosen
+    start: the first set, measured as round 0 unless it is empty
+    recipe_of: a set, in the order in which it grew -> its recipe; the recipe's seed does not matter
+    rounds: as many as there are candidates by default
+    seeds: as in settings.ini by default
+    options: of `run_tables`: workers, engine, pipeline, console …
+    """
     left, chosen, lines, summaries = list(candidates), tuple(start), [], []
     if len({*left, *chosen}) < len(left) + len(chosen):
         raise ValueError(f'candidates {left} and start {list(chosen)} name something twice')
@@ -210,13 +227,19 @@ def greedy_search(
 
 
 def run_search(
-    search: Search,  # what a chapter searches for
+    search: Search,
     scale: str,
-    seeds: Sequence[int] | None = None,  # the search's own development seeds by default
-    metric: str | None = None,  # the search's own by default
-    **options: Any,  # of `greedy_search`: rounds, and those of `run_tables`
+    seeds: Sequence[int] | None = None,
+    metric: str | None = None,
+    **options: Any,
 ) -> Study:
-    "Search as a chapter says."
+    """Search as a chapter says.
+
+    search: what a chapter searches for
+    seeds: the search's own development seeds by default
+    metric: the search's own by default
+    options: of `greedy_search`: rounds, and those of `run_tables`
+    """
     return greedy_search(
         search.candidates,
         search.start,
@@ -227,11 +250,11 @@ def run_search(
     )
 
 # %% ../../nbs/foundations/running/75_study.ipynb #113874b2
-def search_figure(
-    frame: pd.DataFrame,  # of `greedy_search`
-    title: str = '',
-) -> 'Figure':
-    "Every set that was measured, round by round, and the path of the chosen ones."
+def search_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
+    """Every set that was measured, round by round, and the path of the chosen ones.
+
+    frame: of `greedy_search`
+    """
     import matplotlib.pyplot as plt, seaborn as sns
 
     style, colour = {'axes.edgecolor': '0.8', 'grid.color': '0.92'}, sns.color_palette('deep')[0]

@@ -32,11 +32,11 @@ def _one_at_a_time(
         yield
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #ed7a0f7e
-def flat(
-    values: dict[str, Any],  # nested plain data
-    prefix: str = '',
-) -> dict[str, str]:
-    "Nested settings as `a.b.c` -> text, as MLflow wants parameters."
+def flat(values: dict[str, Any], prefix: str = '') -> dict[str, str]:
+    """Nested settings as `a.b.c` -> text, as MLflow wants parameters.
+
+    values: nested plain data
+    """
     found = {}
     for key, value in values.items():
         name = prefix + re.sub(r'[^A-Za-z0-9_\-. :/]+', '_', str(key))  # a key may be a regular expression
@@ -49,11 +49,12 @@ def flat(
     return found
 
 
-def read_curve(
-    path: Path,  # a `curve.csv`: a column `step`, other columns are numbers or text
-    most: int = 1000,  # numbers returned at most
-) -> list[tuple[str, int, float]]:
-    "(name, step, value) of the numeric columns, evenly thinned; the last row is always there."
+def read_curve(path: Path, most: int = 1000) -> list[tuple[str, int, float]]:
+    """(name, step, value) of the numeric columns, evenly thinned; the last row is always there.
+
+    path: a `curve.csv`: a column `step`, other columns are numbers or text
+    most: numbers returned at most
+    """
     with open(path, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     columns = [c for c in (rows[0] if rows else ()) if c not in ('step', 'stage')]
@@ -66,13 +67,13 @@ def read_curve(
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #9200f163
 class Tracker:
-    "Writes tables and units to an MLflow store; one per run, in the runner's process."
+    """Writes tables and units to an MLflow store; one per run, in the runner's process.
 
-    def __init__(
-        self,
-        uri: str,  # SQLite file or server
-        run_folder: Path,  # artifacts of a SQLite store go to its `artifacts`
-    ):
+    uri: SQLite file or server
+    run_folder: artifacts of a SQLite store go to its `artifacts`
+    """
+
+    def __init__(self, uri: str, run_folder: Path):
         self.mlflow, self.uri, self.artifacts = import_mlflow(), uri, Path(run_folder) / 'artifacts'
         self.open_runs, self.experiments = set(), {}
         with _one_at_a_time(uri):
@@ -86,11 +87,11 @@ class Tracker:
         for run in sorted(self.open_runs):
             self.end(run, status)
 
-    def experiment(
-        self,
-        paper: str,  # key of `registry.PAPERS`
-    ) -> str:
-        "The paper's experiment, created or restored where needed."
+    def experiment(self, paper: str) -> str:
+        """The paper's experiment, created or restored where needed.
+
+        paper: key of `registry.PAPERS`
+        """
         if paper in self.experiments:
             return self.experiments[paper]
         name = registry.PAPERS[paper]
@@ -130,15 +131,12 @@ from fastcore.basics import patch
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #10793241
 @patch
-def start_table(
-    self: Tracker,
-    paper: str,
-    table: str,
-    scale: str,
-    code: str,  # hash of the code that makes the numbers
-    study: str = '',  # name of a study that varies the table's rows
-) -> str:
-    "Open the parent run of a table, or of a study; returns its id."
+def start_table(self: Tracker, paper: str, table: str, scale: str, code: str, study: str = '') -> str:
+    """Open the parent run of a table, or of a study; returns its id.
+
+    code: hash of the code that makes the numbers
+    study: name of a study that varies the table's rows
+    """
     identity = dict(kind='study' if study else 'table', paper=paper, table=table, scale=scale, code=code) | (
         {'study': study} if study else {}
     )
@@ -146,13 +144,12 @@ def start_table(
 
 
 @patch
-def start_unit(
-    self: Tracker,
-    parent: str,  # id of the table's run
-    recipe: Recipe,
-    key: str,  # the unit's key
-) -> str:
-    "Open the child run of a unit and log its settings; returns its id."
+def start_unit(self: Tracker, parent: str, recipe: Recipe, key: str) -> str:
+    """Open the child run of a unit and log its settings; returns its id.
+
+    parent: id of the table's run
+    key: the unit's key
+    """
     identity = {'kind': 'unit', 'unit_key': key, 'row': recipe.row, 'mlflow.parentRunId': parent}
     tags = dict(
         paper=recipe.paper, table=recipe.table, scale=recipe.scale, seed=str(recipe.seed), digest=recipe.digest()
@@ -179,13 +176,11 @@ def params(
 
 
 @patch
-def metrics(
-    self: Tracker,
-    run: str,
-    values: dict[str, float],
-    curve: list[tuple[str, int, float]] = (),  # name, step, value
-) -> None:
-    "Log numbers and a curve in one call; a number that is not finite is an error and nothing is logged."
+def metrics(self: Tracker, run: str, values: dict[str, float], curve: list[tuple[str, int, float]] = ()) -> None:
+    """Log numbers and a curve in one call; a number that is not finite is an error and nothing is logged.
+
+    curve: name, step, value
+    """
     check_finite(values | {f'{name} at step {step}': value for name, step, value in curve})
     now = int(time.time() * 1000)
     make = self.mlflow.entities.Metric
@@ -197,25 +192,22 @@ def metrics(
 
 
 @patch
-def end(
-    self: Tracker,
-    run: str,
-    status: str,  # FINISHED, FAILED or KILLED
-) -> None:
-    "End a run."
+def end(self: Tracker, run: str, status: str) -> None:
+    """End a run.
+
+    status: FINISHED, FAILED or KILLED
+    """
     self.client.set_terminated(run, status)
     self.open_runs.discard(run)
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #7878d132
 @patch
-def finish_unit(
-    self: Tracker,
-    run: str,
-    result: Result,
-    folder: Path,  # the unit's folder
-    numbers: dict[str, float],  # `replicated/…`, `published/…`, `difference/…`
-) -> None:
-    "Log all that a unit left and end its run."
+def finish_unit(self: Tracker, run: str, result: Result, folder: Path, numbers: dict[str, float]) -> None:
+    """Log all that a unit left and end its run.
+
+    folder: the unit's folder
+    numbers: `replicated/…`, `published/…`, `difference/…`
+    """
     numbers = numbers | {
         'seconds': result.seconds,
         'train_seconds': result.train_seconds,
@@ -235,12 +227,17 @@ def finish_unit(
 def finish_table(
     self: Tracker,
     run: str,
-    numbers: dict[str, float],  # e.g. `replicated/<row>/<metric>`
-    verdicts: dict[str, str],  # claim -> verdict
-    files: list[Path],  # figure, rendered table, report notebook
+    numbers: dict[str, float],
+    verdicts: dict[str, str],
+    files: list[Path],
     status: str = 'FINISHED',
 ) -> None:
-    "Log what a table came to and end its run."
+    """Log what a table came to and end its run.
+
+    numbers: e.g. `replicated/<row>/<metric>`
+    verdicts: claim -> verdict
+    files: figure, rendered table, report notebook
+    """
     self.metrics(run, numbers)
     for claim, verdict in verdicts.items():
         self.client.set_tag(run, f'verdict.{claim}', verdict)
@@ -252,12 +249,11 @@ def finish_table(
 
 
 @patch
-def finished_units(
-    self: Tracker,
-    parent: str,  # id of the table's run
-    paper: str,
-) -> set[tuple[str, str]]:
-    "(unit key, row) of the children that are completely logged."
+def finished_units(self: Tracker, parent: str, paper: str) -> set[tuple[str, str]]:
+    """(unit key, row) of the children that are completely logged.
+
+    parent: id of the table's run
+    """
     where = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'"
     runs = self.client.search_runs([self.experiment(paper)], where, max_results=10_000)
     return {(r.data.tags['unit_key'], r.data.tags['row']) for r in runs}
@@ -284,11 +280,11 @@ def reconcile(
     return [r.info.run_name for r in orphans]
 
 # %% ../../nbs/foundations/running/70_tracking.ipynb #b24a6351
-def serve(
-    uri: str,  # the store, as in `settings().tracking_uri`
-    port: int = 5000,
-) -> int:
-    "Show the store in MLflow's web page on this machine until Ctrl-C; returns the server's exit code."
+def serve(uri: str, port: int = 5000) -> int:
+    """Show the store in MLflow's web page on this machine until Ctrl-C; returns the server's exit code.
+
+    uri: the store, as in `settings().tracking_uri`
+    """
     if uri.startswith(('http://', 'https://')):
         raise ValueError(f'{uri} is a server already: open it in a browser')
     path = Path(uri.removeprefix('sqlite:///'))

@@ -33,7 +33,13 @@ from ..training.optimiser import trainable_names
 # %% ../../nbs/foundations/running/68_unit.ipynb #29800d50
 @dataclass
 class Unit:
-    "A unit at work."
+    """A unit at work.
+
+    folder: gets everything it writes
+    sources: name -> datasets.Dataset
+    encoded: sources that are trained on
+    features: of the frozen encoder
+    """
 
     recipe: Recipe
     folder: Path  # gets everything it writes
@@ -54,15 +60,11 @@ class Unit:
         return self._progress
 
 
-def open_unit(
-    paper: str,
-    table: str,
-    row: str,
-    scale: str,
-    seed: int,
-    out_dir: str,  # the unit's folder, absolute or under the run folder
-) -> Unit:
-    "The unit of these parameters; the recipe must be the one in the folder, if there is one."
+def open_unit(paper: str, table: str, row: str, scale: str, seed: int, out_dir: str) -> Unit:
+    """The unit of these parameters; the recipe must be the one in the folder, if there is one.
+
+    out_dir: the unit's folder, absolute or under the run folder
+    """
     recipe, folder = registry.recipes_of(paper).recipe(table, row, scale, seed), settings().run_folder / out_dir
     folder.mkdir(parents=True, exist_ok=True)
     ordered = folder / 'recipe.json'
@@ -107,11 +109,11 @@ def encode(
         unit.encoded[name] = truncate_all(whole, length, limit)
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #127862df
-def encoder_is_frozen(
-    model: Any,  # perhaps with `vision_model`
-    recipe: Recipe,
-) -> bool:
-    "Whether the model has a vision encoder that no stage trains."
+def encoder_is_frozen(model: Any, recipe: Recipe) -> bool:
+    """Whether the model has a vision encoder that no stage trains.
+
+    model: perhaps with `vision_model`
+    """
     encoder = getattr(model, 'vision_model', None)
     if encoder is None:
         return False
@@ -233,11 +235,11 @@ def finish(
     return result
 
 
-def run_unit(
-    recipe: Recipe,
-    out_dir: Path,  # the unit's folder
-) -> Result:
-    "A whole unit, without a notebook."
+def run_unit(recipe: Recipe, out_dir: Path) -> Result:
+    """A whole unit, without a notebook.
+
+    out_dir: the unit's folder
+    """
     unit = open_unit(recipe.paper, recipe.table, recipe.row, recipe.scale, recipe.seed, str(out_dir))
     for step in (load, encode, cache_features):
         step(unit)

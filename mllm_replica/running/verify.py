@@ -45,11 +45,11 @@ def _distinct(paper: str, scale: str) -> list[Recipe]:
     return list(found.values())
 
 
-def canaries(
-    paper: str,
-    quick: bool = False,  # without the tiny ones
-) -> list[Recipe]:
-    "The units that stand for a paper."
+def canaries(paper: str, quick: bool = False) -> list[Recipe]:
+    """The units that stand for a paper.
+
+    quick: without the tiny ones
+    """
     tiny = [] if quick else _distinct(paper, 'tiny')
     return _distinct(paper, 'smoke') + ([tiny[0], tiny[-1]] if len(tiny) > 1 else tiny)
 
@@ -125,19 +125,22 @@ def _listen(process: subprocess.Popen, folder: Path, said: Callable[[], None]) -
 
 @dataclass
 class Seen:
-    "What the canaries of one checkout did."
+    """What the canaries of one checkout did.
+
+    tree: paper -> its code
+    """
 
     tree: Callable[[str], Tree]  # paper -> its code
     units: Observed
     hooks: dict[str, list[str]]
 
 
-def observe_all(
-    roots: Sequence[Path],  # checkouts
-    units: Sequence[Unit],
-    said: Callable[[], None] = lambda: None,  # called whenever a unit has ended
-) -> list[Seen]:
-    "Run the same units in several checkouts side by side."
+def observe_all(roots: Sequence[Path], units: Sequence[Unit], said: Callable[[], None] = lambda: None) -> list[Seen]:
+    """Run the same units in several checkouts side by side.
+
+    roots: checkouts
+    said: called whenever a unit has ended
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,11 +155,11 @@ def observe_all(
     return [Seen(lambda paper, root=root: tree_of_paper(paper, root), *what) for root, what in zip(roots, found)]
 
 # %% ../../nbs/foundations/running/73_verify.ipynb #95478622
-def executed(
-    tree: Tree,
-    ran: Collection[tuple[str, int]],  # file and first line of functions
-) -> set[Part]:
-    "The parts behind these places, and what they name that is no function."
+def executed(tree: Tree, ran: Collection[tuple[str, int]]) -> set[Part]:
+    """The parts behind these places, and what they name that is no function.
+
+    ran: file and first line of functions
+    """
     modules = {str(file): name for name, file in tree.files.items()}
     todo = []
     for file, line in ran:
@@ -191,11 +194,11 @@ def executed(
     return found | {p for p, named in known.items() if not found.isdisjoint(named)}
 
 
-def difference(
-    then: dict[str, Any] | None,  # of `Observed`
-    now: dict[str, Any] | None,
-) -> str:
-    "What is not the same; nothing if all is."
+def difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """What is not the same; nothing if all is.
+
+    then: of `Observed`
+    """
     if not then or not now or 'error' in then or 'error' in now:
         told = [(x or {}).get('error', 'ran' if x else 'did not run') for x in (then, now)]
         return f'then: {told[0]}; now: {told[1]}'
@@ -213,7 +216,15 @@ def difference(
 # %% ../../nbs/foundations/running/73_verify.ipynb #1cdfcd4e
 @dataclass
 class Finding:
-    "What a verification says of some rows of a paper."
+    """What a verification says of some rows of a paper.
+
+    before: their code
+    rows: 'table/row'
+    changed: names of what means something else, is new or gone
+    uncovered: of these what no canary executed
+    differs: canary -> what is not the same
+    canaries: that executed something of what has changed
+    """
 
     paper: str
     before: str  # their code
@@ -255,13 +266,13 @@ def _comparable(then: dict[str, Any] | None, now: dict[str, Any] | None) -> bool
     return bool(then and now) and 'error' not in then and now.get('recipe', then['recipe']) == then['recipe']
 
 
-def judge(
-    paper: str,
-    recipes: Sequence[Recipe],  # rows with one code before and one now
-    seen: Sequence[Seen],  # before and now
-    ran: dict[Unit, set[Part]],  # canary -> what it executed now
-) -> Finding:
-    "What the canaries of both checkouts say of these rows; those of other papers where the paper's own did not execute a function."
+def judge(paper: str, recipes: Sequence[Recipe], seen: Sequence[Seen], ran: dict[Unit, set[Part]]) -> Finding:
+    """What the canaries of both checkouts say of these rows; those of other papers where the paper's own did not execute a function.
+
+    recipes: rows with one code before and one now
+    seen: before and now
+    ran: canary -> what it executed now
+    """
     before, after = (reach(recipes[0], s.tree(paper)) for s in seen)
     then, now = meanings(before), meanings(after)
     changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
@@ -293,12 +304,17 @@ def last_verified(
 
 def verify(
     papers: Sequence[str],
-    against: str | None = None,  # a commit; None: for each paper the last one that was verified
-    quick: bool = False,  # without the tiny canaries
-    only: Collection[Unit] | None = None,  # of the canaries; all by default
+    against: str | None = None,
+    quick: bool = False,
+    only: Collection[Unit] | None = None,
     said: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    "Compare the present tree with a commit, row by row; what passes is in the ledgers then, fresh rows are not among the findings."
+    """Compare the present tree with a commit, row by row; what passes is in the ledgers then, fresh rows are not among the findings.
+
+    against: a commit; None: for each paper the last one that was verified
+    quick: without the tiny canaries
+    only: of the canaries; all by default
+    """
     together: dict[str, list[str]] = {}
     for paper in papers:
         commit = _git('rev-parse', '--short=12', f'{against or last_verified(paper)}^{{commit}}')
@@ -359,7 +375,12 @@ def check(
 # %% ../../nbs/foundations/running/73_verify.ipynb #bf419580
 @dataclass
 class Audit:
-    "One published unit beside the same unit run now."
+    """One published unit beside the same unit run now.
+
+    processor: of the published one
+    equal: numbers that agree to the bit
+    largest: difference
+    """
 
     unit: Unit
     processor: str  # of the published one
@@ -370,11 +391,14 @@ class Audit:
 
 
 def audit(
-    count: int,  # units
+    count: int,
     papers: Sequence[str],
     said: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Audit]:
-    "Run published units again in the present tree."
+    """Run published units again in the present tree.
+
+    count: units
+    """
     units: dict[Unit, list[Record]] = {}
     for paper in papers:
         for table in tables_of(paper):

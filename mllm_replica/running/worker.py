@@ -29,7 +29,14 @@ from .progress import ProgressFile
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #9995081f
 class Order(Strict):
-    "One unit to execute, or something that units start from."
+    """One unit to execute, or something that units start from.
+
+    notebook: the pipeline
+    run_folder: shared by all machines
+    timeout: seconds
+    threads: of the process
+    start: of the unit's starts, if only that is asked for
+    """
 
     recipe: Recipe
     unit_key: str
@@ -66,7 +73,13 @@ class Order(Strict):
 
 
 class Outcome(Strict):
-    "How an execution ended."
+    """How an execution ended.
+
+    status: found: another run had finished it meanwhile
+    signal: of the process or of its kernel
+    cell: the last one that began, from 1
+    peak_memory_mb: of the process and its kernel together
+    """
 
     label: str
     unit_key: str
@@ -85,11 +98,12 @@ class Outcome(Strict):
         return self.status in ('finished', 'found')
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #81938118
-def environment(
-    threads: int,  # per process
-    run_folder: Path,  # where the unit finds data and features
-) -> dict[str, str]:
-    "Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise."
+def environment(threads: int, run_folder: Path) -> dict[str, str]:
+    """Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise.
+
+    threads: per process
+    run_folder: where the unit finds data and features
+    """
     wishes = {
         'HF_HUB_OFFLINE': '1',
         'IPYTHONDIR': str(run_folder / 'ipython'),
@@ -118,10 +132,14 @@ def _tree_memory(pid: int) -> float:
 
 def watch(
     process: subprocess.Popen,
-    timeout: float | None = None,  # seconds
-    stop: threading.Event | None = None,  # set to end it
+    timeout: float | None = None,
+    stop: threading.Event | None = None,
 ) -> tuple[str, float]:
-    "Wait for a process; returns why it ended ('', 'timeout' or 'killed') and its peak memory in MB."
+    """Wait for a process; returns why it ended ('', 'timeout' or 'killed') and its peak memory in MB.
+
+    timeout: seconds
+    stop: set to end it
+    """
     start, peak, why, beat = time.monotonic(), 0.0, '', 0
     while process.poll() is None:
         if stop is not None and stop.is_set():
@@ -142,13 +160,12 @@ def watch(
     return why, peak
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #b4cd0d67
-def start_job(
-    job: Job,
-    log: Path,  # appended to
-    env: dict[str, str],
-    keep_open: tuple[int, ...] = (),  # file descriptors, e.g. of a lock
-) -> subprocess.Popen:
-    "Start a notebook in a process of its own."
+def start_job(job: Job, log: Path, env: dict[str, str], keep_open: tuple[int, ...] = ()) -> subprocess.Popen:
+    """Start a notebook in a process of its own.
+
+    log: appended to
+    keep_open: file descriptors, e.g. of a lock
+    """
     file = job.output.with_suffix('.job.json')
     write_atomic(file, job.model_dump_json())
     command = [sys.executable, '-m', 'mllm_replica.running.engine', str(file), '--supervised']
@@ -228,11 +245,11 @@ def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
     return outcome
 
 
-def supervise(
-    order: Order,
-    stop: threading.Event | None = None,  # set to end it
-) -> Outcome:
-    "Execute one unit in a process of its own, at most once at a time, and say how it ended."
+def supervise(order: Order, stop: threading.Event | None = None) -> Outcome:
+    """Execute one unit in a process of its own, at most once at a time, and say how it ended.
+
+    stop: set to end it
+    """
     order.folder.mkdir(parents=True, exist_ok=True)
     while True:
         with unit_lock(order.folder) as lock:

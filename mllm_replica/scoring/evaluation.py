@@ -25,23 +25,23 @@ _ROWS = ('input_ids', 'attention_mask')
 _IMAGES = ('pixel_values', 'image_features')
 
 
-def left_padded(
-    batch: Mapping[
-        str, Any
-    ],  # input_ids and attention_mask [B,T] padded on any side, perhaps pixel_values or image_features
-) -> dict[str, Tensor]:
-    "What a model needs to answer, with the padding of every row moved to the left."
+def left_padded(batch: Mapping[ str, Any ]) -> dict[str, Tensor]:
+    """What a model needs to answer, with the padding of every row moved to the left.
+
+    batch: input_ids and attention_mask [B,T] padded on any side, perhaps pixel_values or image_features
+    """
     order = batch['attention_mask'].argsort(dim=1, stable=True)
     rows = {key: batch[key].gather(1, order) for key in _ROWS}
     return rows | {key: batch[key] for key in _IMAGES if batch.get(key) is not None}
 
 
-def collate_prompts(
-    encoded: Sequence[Encoded],  # prompts
-    processor: Any,  # its tokenizer pads, its `image_tensor` makes pixel_values
-    features: Any = None,  # `FeatureCache`: image ids -> [N,S,D]; None: pixels
-) -> dict[str, Tensor]:
-    "Prompts → input_ids and attention_mask [B,T], padded on the left, and their images in reading order."
+def collate_prompts(encoded: Sequence[Encoded], processor: Any, features: Any = None) -> dict[str, Tensor]:
+    """Prompts → input_ids and attention_mask [B,T], padded on the left, and their images in reading order.
+
+    encoded: prompts
+    processor: its tokenizer pads, its `image_tensor` makes pixel_values
+    features: `FeatureCache`: image ids -> [N,S,D]; None: pixels
+    """
     length = max(len(e.input_ids) for e in encoded)
     pad = processor.tokenizer.pad_token_id
     batch = dict(
@@ -61,12 +61,12 @@ def _end_tokens(model: Any) -> set[int]:
 
 
 @torch.inference_mode()
-def greedy(
-    model: Any,  # a model with `generate`
-    batch: Mapping[str, Any],  # prompts, padded on any side
-    max_new_tokens: int,
-) -> list[list[int]]:
-    "The most likely next tokens of every row, without end and padding."
+def greedy(model: Any, batch: Mapping[str, Any], max_new_tokens: int) -> list[list[int]]:
+    """The most likely next tokens of every row, without end and padding.
+
+    model: a model with `generate`
+    batch: prompts, padded on any side
+    """
     batch, ends = left_padded(batch), _end_tokens(model)
     ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[
         :, batch['input_ids'].shape[1] :
@@ -75,12 +75,13 @@ def greedy(
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #8794da10
 @torch.inference_mode()
-def log_probabilities(
-    model: Any,  # a causal language model
-    batch: Mapping[str, Any],  # prompt + option rows, padded on any side
-    lengths: Tensor,  # [B] tokens of each row's option
-) -> Tensor:
-    "Log-probability of each row's last `lengths` tokens given what is before them: [B,T] → [B]."
+def log_probabilities(model: Any, batch: Mapping[str, Any], lengths: Tensor) -> Tensor:
+    """Log-probability of each row's last `lengths` tokens given what is before them: [B,T] → [B].
+
+    model: a causal language model
+    batch: prompt + option rows, padded on any side
+    lengths: [B] tokens of each row's option
+    """
     batch, keep = left_padded(batch), int(lengths.max())
     positions = (batch['attention_mask'].cumsum(1) - 1).clamp(min=0)
     out = model(**batch, position_ids=positions, logits_to_keep=keep + 1, use_cache=False)
@@ -93,12 +94,12 @@ def log_probabilities(
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #c0a3a1c9
 class Predictions:
-    "An append-only JSON-lines file: id, prediction, answer, correct."
+    """An append-only JSON-lines file: id, prediction, answer, correct.
 
-    def __init__(
-        self,
-        path: Path,  # made with its folders if it does not exist
-    ) -> None:
+    path: made with its folders if it does not exist
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path, self.rows = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().split(b'\n') if self.path.exists() else [b'']
@@ -117,11 +118,11 @@ class Predictions:
         if lines[-1]:
             os.truncate(self.path, sum(len(line) + 1 for line in lines[:-1]))
 
-    def append(
-        self,
-        rows: Sequence[dict[str, Any]],  # new predictions
-    ) -> None:
-        "Write the rows and flush them to the disk."
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows and flush them to the disk.
+
+        rows: new predictions
+        """
         with open(self.path, 'ab') as file:
             file.write(b''.join(json.dumps(row, ensure_ascii=False).encode() + b'\n' for row in rows))
             file.flush()
@@ -194,15 +195,20 @@ def _with_options(processor: Any, sample: Mapping[str, Any], prompt: Encoded) ->
 
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #4a087918
 class Answerer:
-    "Answers prompts with one model, by one method."
+    """Answers prompts with one model, by one method.
+
+    benchmark: method, max_new_tokens, batch_size
+    collate: encoded prompts -> a batch, padded on any side
+    mean: options by their mean instead of summed log-probability
+    """
 
     def __init__(
         self,
         model: Any,
         processor: Any,
-        benchmark: Benchmark,  # method, max_new_tokens, batch_size
-        collate: Callable[[list[Encoded]], Mapping[str, Any]],  # encoded prompts -> a batch, padded on any side
-        mean: bool,  # options by their mean instead of summed log-probability
+        benchmark: Benchmark,
+        collate: Callable[[list[Encoded]], Mapping[str, Any]],
+        mean: bool,
     ) -> None:
         self.model, self.processor, self.benchmark, self.collate, self.mean = model, processor, benchmark, collate, mean
 
@@ -213,22 +219,21 @@ class Answerer:
             if isinstance(value, Tensor)
         }
 
-    def generate(
-        self,
-        prompts: list[Encoded],  # at most batch_size
-    ) -> list[str]:
-        "The greedy answer to each prompt."
+    def generate(self, prompts: list[Encoded]) -> list[str]:
+        """The greedy answer to each prompt.
+
+        prompts: at most batch_size
+        """
         return [
             self.processor.decode(ids).strip()
             for ids in greedy(self.model, self._batch(prompts), self.benchmark.max_new_tokens)
         ]
 
-    def choose(
-        self,
-        prompts: list[Encoded],
-        samples: list[Mapping[str, Any]],  # with options
-    ) -> list[str]:
-        "The most likely option of each sample, the first among equals."
+    def choose(self, prompts: list[Encoded], samples: list[Mapping[str, Any]]) -> list[str]:
+        """The most likely option of each sample, the first among equals.
+
+        samples: with options
+        """
         rows = [
             (i, e, len(e.input_ids) - len(prompts[i].input_ids))
             for i, sample in enumerate(samples)
@@ -254,18 +259,28 @@ class Score(Strict):
 
 
 def evaluate(
-    model: Any,  # generates text from `collate`'s batches
-    processor: Any,  # `encode`, `decode`, `tokenizer`, `image_tensor`
+    model: Any,
+    processor: Any,
     benchmark: Benchmark,
-    samples: Iterable[Mapping[str, Any]],  # canonical samples; other tasks are left out
-    out_file: Path,  # predictions; those already there are kept
+    samples: Iterable[Mapping[str, Any]],
+    out_file: Path,
     *,
-    features: Any = None,  # `FeatureCache` of a frozen encoder
-    collate: Callable[[list[Encoded]], Mapping[str, Any]] | None = None,  # instead of `collate_prompts`
-    mean: bool = False,  # options: mean instead of summed log-probability
-    progress: Callable[[int, int], None] | None = None,  # called with (answered, all)
+    features: Any = None,
+    collate: Callable[[list[Encoded]], Mapping[str, Any]] | None = None,
+    mean: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    "Answer what is not answered yet, append it to the file, and score all."
+    """Answer what is not answered yet, append it to the file, and score all.
+
+    model: generates text from `collate`'s batches
+    processor: `encode`, `decode`, `tokenizer`, `image_tensor`
+    samples: canonical samples; other tasks are left out
+    out_file: predictions; those already there are kept
+    features: `FeatureCache` of a frozen encoder
+    collate: instead of `collate_prompts`
+    mean: options: mean instead of summed log-probability
+    progress: called with (answered, all)
+    """
     chosen, score, predictions = _checked(benchmark, samples), metric(benchmark.metric), Predictions(out_file)
     prompts = {key: processor.encode(sample, training=False) for key, sample in chosen.items()}
     todo = sorted(_unfinished(chosen, predictions), key=lambda key: -len(prompts[key].input_ids))

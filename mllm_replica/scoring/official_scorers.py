@@ -55,10 +55,11 @@ MME_TASKS = {
 }
 
 
-def mme_answer(
-    prediction: str,  # the model's text
-) -> str:
-    "'yes', 'no' or 'other', from the first four characters in lower case."
+def mme_answer(prediction: str) -> str:
+    """'yes', 'no' or 'other', from the first four characters in lower case.
+
+    prediction: the model's text
+    """
     start = prediction.lower()[:4]
     return 'yes' if 'yes' in start else 'no' if 'no' in start else 'other'
 
@@ -84,10 +85,11 @@ def _mme_rows(lines: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def mme_task(
-    lines: Sequence[str],  # tab-separated: image, question, answer, prediction; two per image
-) -> tuple[float, float, float]:
-    "Score, accuracy and accuracy+ of one subtask, in percent."
+def mme_task(lines: Sequence[str]) -> tuple[float, float, float]:
+    """Score, accuracy and accuracy+ of one subtask, in percent.
+
+    lines: tab-separated: image, question, answer, prediction; two per image
+    """
     rows = _mme_rows(lines)
     right = [_yes_or_no(row[2], f'MME: the answer of {row[0]}') == mme_answer(row[3]) for row in rows]
     accuracy = sum(right) / len(right) * 100
@@ -95,10 +97,11 @@ def mme_task(
     return accuracy + accuracy_plus, accuracy, accuracy_plus
 
 
-def mme(
-    results: dict[str, Sequence[str]],  # subtask -> lines
-) -> dict[str, Any]:
-    "MME: per subtask, per half (perception at most 2000, cognition 800) and in total."
+def mme(results: dict[str, Sequence[str]]) -> dict[str, Any]:
+    """MME: per subtask, per half (perception at most 2000, cognition 800) and in total.
+
+    results: subtask -> lines
+    """
     missing = [task for tasks in MME_TASKS.values() for task in tasks if task not in results]
     if missing:
         raise ValueError(f'MME: no results for the subtasks {missing}')
@@ -112,19 +115,21 @@ def mme(
     return scores | {'Total': (accuracy + plus, accuracy, plus)}
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #308f4ac9
-def pope_answer(
-    prediction: str,  # the model's text
-) -> str:
-    "'no' if the first sentence has the word No, no or not, else 'yes'."
+def pope_answer(prediction: str) -> str:
+    """'no' if the first sentence has the word No, no or not, else 'yes'.
+
+    prediction: the model's text
+    """
     words = prediction.split('.')[0].replace(',', '').split(' ')
     return 'no' if {'No', 'not', 'no'} & set(words) else 'yes'
 
 
-def pope(
-    predictions: Sequence[str],  # the model's texts
-    labels: Sequence[str],  # 'yes' or 'no'
-) -> dict[str, float]:
-    "POPE of one category: accuracy, precision, recall and F1 of yes, ratio of yes, and the four counts."
+def pope(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """POPE of one category: accuracy, precision, recall and F1 of yes, ratio of yes, and the four counts.
+
+    predictions: the model's texts
+    labels: 'yes' or 'no'
+    """
     if len(predictions) != len(labels):
         raise ValueError(f'POPE: {len(predictions)} predictions for {len(labels)} labels')
     if not labels:
@@ -147,18 +152,20 @@ def pope(
     )
 
 
-def pope_average(
-    categories: dict[str, dict[str, float]],  # adversarial, popular, random -> the result of `pope`
-) -> dict[str, float]:
-    "The plain mean over categories of every number but the counts."
+def pope_average(categories: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The plain mean over categories of every number but the counts.
+
+    categories: adversarial, popular, random -> the result of `pope`
+    """
     names = ('accuracy', 'precision', 'recall', 'f1', 'yes_ratio')
     return {name: sum(scores[name] for scores in categories.values()) / len(categories) for name in names}
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #80032a87
-def seed(
-    results: Sequence[dict[str, Any]],  # pred, answer, question_type, question_type_id, perhaps question_id
-) -> dict[str, dict[str, float]]:
-    "SEED: total, correct and accuracy in percent per question type, and in total."
+def seed(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """SEED: total, correct and accuracy in percent per question type, and in total.
+
+    results: pred, answer, question_type, question_type_id, perhaps question_id
+    """
     _complete('SEED', [row.get('question_id', number) for number, row in enumerate(results)])
     names = {row['question_type_id']: row['question_type'] for row in results}
     right: dict[str, list[bool]] = {names[i]: [] for i in sorted(names)}
@@ -185,11 +192,12 @@ _AFFIXES = (
 )
 
 
-def infer(
-    answer: str,  # the model's text
-    choices: dict[str, str],  # letter -> option text; an empty text is contained in every answer
-) -> str | None:
-    "The letter that the answer means, None if it cannot be told."
+def infer(answer: str, choices: dict[str, str]) -> str | None:
+    """The letter that the answer means, None if it cannot be told.
+
+    answer: the model's text
+    choices: letter -> option text; an empty text is contained in every answer
+    """
     words = answer.split()
     for before, after in _AFFIXES:
         found = [letter for letter in 'ABCDE' if before + letter + after in words]
@@ -203,11 +211,12 @@ def infer(
 _PREFIX = 'The answer is '
 
 
-def mmbench_hit(
-    rotations: Sequence[dict[str, Any]],  # options_dict, answer, pred of each rotation
-    chance: random.Random,  # draws for unreadable answers
-) -> bool:
-    "Whether all rotations of one question are answered right."
+def mmbench_hit(rotations: Sequence[dict[str, Any]], chance: random.Random) -> bool:
+    """Whether all rotations of one question are answered right.
+
+    rotations: options_dict, answer, pred of each rotation
+    chance: draws for unreadable answers
+    """
     right, read = [row['answer'] for row in rotations], []
     for row in rotations:
         text = row['pred'][len(_PREFIX) :].replace('.', '') if _PREFIX in row['pred'] else row['pred']
@@ -234,10 +243,11 @@ def _check_rotations(questions: dict[int, list[dict[str, Any]]]) -> None:
         raise ValueError(f'MMBench: the right letter does not move in the rotations of the questions {fixed[:5]}')
 
 
-def mmbench(
-    results: Sequence[dict[str, Any]],  # index, category, l2_category, options_dict, answer, pred
-) -> dict[str, Any]:
-    "MMBench: samples, correct and accuracy per parent and child category, and in total (percentages as texts; official key names)."
+def mmbench(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """MMBench: samples, correct and accuracy per parent and child category, and in total (percentages as texts; official key names).
+
+    results: index, category, l2_category, options_dict, answer, pred
+    """
     questions: dict[int, list[dict[str, Any]]] = {}
     for row in results:
         questions.setdefault(row['index'] % 10**6, []).append(row)
@@ -264,11 +274,16 @@ def mmbench(
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #b73dd20b
 def scienceqa(
-    problems: dict[str, dict[str, Any]],  # question id -> choices, answer (index); of the split that was asked
-    predictions: Sequence[dict[str, Any]],  # question_id, pred, image_path (None or 'None' without image)
-    chance_seed: int = 0,  # for unreadable answers
+    problems: dict[str, dict[str, Any]],
+    predictions: Sequence[dict[str, Any]],
+    chance_seed: int = 0,
 ) -> dict[str, float]:
-    "ScienceQA: accuracy in percent over all questions, those with and those without an image."
+    """ScienceQA: accuracy in percent over all questions, those with and those without an image.
+
+    problems: question id -> choices, answer (index); of the split that was asked
+    predictions: question_id, pred, image_path (None or 'None' without image)
+    chance_seed: for unreadable answers
+    """
     chance = random.Random(chance_seed)
     right: dict[bool, list[bool]] = {True: [], False: []}
     _complete('ScienceQA', [row['question_id'] for row in predictions], problems)
@@ -304,10 +319,11 @@ _NUMBERS = (
 _INDICATORS = ('could be ', 'so ', 'is ', 'thus ', 'therefore ', 'final ', 'answer ', 'result ')
 
 
-def mmmu_normalise(
-    text: str,  # one candidate answer
-) -> list[str | float]:
-    "A number rounded to two decimals, or the text in lower case (one character: with a blank before and after)."
+def mmmu_normalise(text: str) -> list[str | float]:
+    """A number rounded to two decimals, or the text in lower case (one character: with a blank before and after).
+
+    text: one candidate answer
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(',', '')), 2)]
@@ -316,10 +332,11 @@ def mmmu_normalise(
     return [' ' + text, text + ' '] if len(text) == 1 else [text]
 
 
-def mmmu_parse(
-    response: str,  # the model's text
-) -> list[str | float]:
-    "What an open answer may mean: the tails after indicator words, and the numbers in them."
+def mmmu_parse(response: str) -> list[str | float]:
+    """What an open answer may mean: the tails after indicator words, and the numbers in them.
+
+    response: the model's text
+    """
     response = response.strip().strip('.').lower()
     lines, tails = response.split('\n'), []
     for i, line in enumerate(lines):
@@ -334,11 +351,12 @@ def mmmu_parse(
     return list(dict.fromkeys(value for candidate in candidates for value in mmmu_normalise(candidate)))
 
 
-def mmmu_open(
-    gold: str | list[str],  # the right answer or answers
-    parsed: list[str | float],  # the result of `mmmu_parse`
-) -> bool:
-    "Whether any parsed text contains an expected text or any parsed number equals an expected number."
+def mmmu_open(gold: str | list[str], parsed: list[str | float]) -> bool:
+    """Whether any parsed text contains an expected text or any parsed number equals an expected number.
+
+    gold: the right answer or answers
+    parsed: the result of `mmmu_parse`
+    """
     expected = [value for answer in (gold if isinstance(gold, list) else [gold]) for value in mmmu_normalise(answer)]
     texts = [value for value in expected if isinstance(value, str)]
     return any(
@@ -346,13 +364,12 @@ def mmmu_open(
     )
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #e7e69d6c
-def mmmu(
-    results: Sequence[
-        dict[str, Any]
-    ],  # question_type, answer, pred, perhaps id; choices: all_choices, num_option_images
-    chance_seed: int = 0,  # for unreadable letters
-) -> float:
-    "MMMU: the fraction of right answers, subjects taken together."
+def mmmu(results: Sequence[ dict[str, Any] ], chance_seed: int = 0) -> float:
+    """MMMU: the fraction of right answers, subjects taken together.
+
+    results: question_type, answer, pred, perhaps id; choices: all_choices, num_option_images
+    chance_seed: for unreadable letters
+    """
     _complete('MMMU', [row.get('id', number) for number, row in enumerate(results)])
     chance, right = random.Random(chance_seed), 0
     for row in results:

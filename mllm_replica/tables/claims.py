@@ -74,10 +74,11 @@ class Test:
     terms: tuple[ast.expr, ...]
 
 
-def parse(
-    text: str,  # an expression of the language
-) -> Test:
-    "Parse and check an expression; knows no table yet."
+def parse(text: str) -> Test:
+    """Parse and check an expression; knows no table yet.
+
+    text: an expression of the language
+    """
     try:
         body = ast.parse(text, mode='eval').body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -115,7 +116,10 @@ def _check(node: ast.AST, text: str) -> None:
 # %% ../../nbs/foundations/tables/56_claims.ipynb #ecfc2897
 @dataclass(frozen=True)
 class Comparison:
-    "An elementary statement: the larger side exceeds the smaller one."
+    """An elementary statement: the larger side exceeds the smaller one.
+
+    op: '>', '>=' or '=='
+    """
 
     text: str
     larger: ast.expr
@@ -129,11 +133,11 @@ class Comparison:
         found = [tuple(ast.unparse(n).split('.')) for n in nodes]
         return [c for c in dict.fromkeys(found) if len(c) == 3 or not any(d[:2] == c for d in found if len(d) == 3)]
 
-    def statistic(
-        self,
-        value: Callable[..., float],  # called with the parts of a cell
-    ) -> float:
-        "Larger side minus smaller side: positive when the statement holds."
+    def statistic(self, value: Callable[..., float]) -> float:
+        """Larger side minus smaller side: positive when the statement holds.
+
+        value: called with the parts of a cell
+        """
         return _number(self.larger, value) - _number(self.smaller, value)
 
 
@@ -229,12 +233,11 @@ class _Resolve:
         raise ClaimError(f'{ast.unparse(node)!r} is not a number')
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #212cb26a
-def comparisons(
-    test: Test,
-    table: Table,
-    names: dict[str, str] | None = None,  # column -> measured metric; None: as printed
-) -> list[Comparison]:
-    "The elementary comparisons of a test on a table; unknown rows, columns and settings are errors."
+def comparisons(test: Test, table: Table, names: dict[str, str] | None = None) -> list[Comparison]:
+    """The elementary comparisons of a test on a table; unknown rows, columns and settings are errors.
+
+    names: column -> measured metric; None: as printed
+    """
     resolve, found = _Resolve(table, names), []
     try:
         for term in test.terms:
@@ -302,11 +305,11 @@ def _lower(table: Table, column: str) -> bool:
     return next(c for c in known if c.key == column).better == 'lower'
 
 # %% ../../nbs/foundations/tables/56_claims.ipynb #bdbbad88
-def holds(
-    text: str,  # expression
-    table: Table,
-) -> bool | None:
-    "Whether a test is true of the printed numbers; None when cells it needs are not printed and the others don't refute it."
+def holds(text: str, table: Table) -> bool | None:
+    """Whether a test is true of the printed numbers; None when cells it needs are not printed and the others don't refute it.
+
+    text: expression
+    """
 
     def printed(*cell: str) -> float:
         "The number that the paper prints, an error where it prints none."

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/foundations/tables/61_effects.ipynb #85c0ff95
 class Factor(NamedTuple):
-    "A setting of a table's rows, or several that change together."
+    """A setting of a table's rows, or several that change together.
+
+    values: row -> value of the first of them; None where the row has none
+    """
 
     name: str
     values: dict[str, Any]  # row -> value of the first of them; None where the row has none
@@ -49,10 +52,11 @@ class Factor(NamedTuple):
         return list(dict.fromkeys(json.dumps(v) for v in sorted(self.values.values(), key=rank)))
 
 
-def factors(
-    params: dict[str, dict[str, Any]],  # row -> setting -> value
-) -> list[Factor]:
-    "What varies between the rows."
+def factors(params: dict[str, dict[str, Any]]) -> list[Factor]:
+    """What varies between the rows.
+
+    params: row -> setting -> value
+    """
     found: dict[tuple[int, ...], list[str]] = {}
     for setting in dict.fromkeys(k for p in params.values() for k in p if k != 'default'):
         column = [json.dumps(p.get(setting)) for p in params.values()]
@@ -69,7 +73,14 @@ def factors(
 
 # %% ../../nbs/foundations/tables/61_effects.ipynb #efd7a365
 class Pair(NamedTuple):
-    "Two rows that differ in one factor."
+    """Two rows that differ in one factor.
+
+    change: '36 → 144'
+    where: 'connector average'
+    before: row
+    after: row
+    together: pairs whose mean has a meaning
+    """
 
     factor: str
     change: str  # '36 → 144'
@@ -79,17 +90,19 @@ class Pair(NamedTuple):
     together: str  # pairs whose mean has a meaning
 
 
-def value_text(
-    value: Any,  # of a setting
-) -> str:
-    "A value as readers see it."
+def value_text(value: Any) -> str:
+    """A value as readers see it.
+
+    value: of a setting
+    """
     return '–' if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def pairs(
-    params: dict[str, dict[str, Any]],  # row -> setting -> value
-) -> list[Pair]:
-    "All pairs of rows that differ in one factor, factor by factor."
+def pairs(params: dict[str, dict[str, Any]]) -> list[Pair]:
+    """All pairs of rows that differ in one factor, factor by factor.
+
+    params: row -> setting -> value
+    """
     known, found = factors(params), []
     for factor in known:
         levels, here = factor.levels, []
@@ -112,12 +125,12 @@ def pairs(
 COLUMNS = ('factor', 'change', 'where', 'before', 'after', 'metric', 'mean', 'low', 'high', 'seeds')
 
 
-def differences(
-    found: list[Pair],
-    metric: str,  # for the frame
-    values: dict[str, dict[int, float]],  # row -> seed -> value
-) -> pd.DataFrame:
-    "One line per pair, `after` − `before`, and one for the mean of several; pairs without a common seed are left out."
+def differences(found: list[Pair], metric: str, values: dict[str, dict[int, float]]) -> pd.DataFrame:
+    """One line per pair, `after` − `before`, and one for the mean of several; pairs without a common seed are left out.
+
+    metric: for the frame
+    values: row -> seed -> value
+    """
     groups: dict[tuple[str, str], list[tuple[Pair, dict[int, float]]]] = {}
     for pair in found:
         before, after = values.get(pair.before, {}), values.get(pair.after, {})
@@ -135,14 +148,12 @@ def differences(
     return pd.DataFrame(lines, columns=COLUMNS)
 
 # %% ../../nbs/foundations/tables/61_effects.ipynb #4db9d5bc
-def effects(
-    paper: str,
-    table: str,
-    scale: Scale,
-    metric: str | None = None,  # one of the results; None: all that stand for a published column
-    own: bool = False,  # this clone's own results
-) -> pd.DataFrame:
-    "The differences between all pairs of rows that differ in one factor; empty when there is no such pair."
+def effects(paper: str, table: str, scale: Scale, metric: str | None = None, own: bool = False) -> pd.DataFrame:
+    """The differences between all pairs of rows that differ in one factor; empty when there is no such pair.
+
+    metric: one of the results; None: all that stand for a published column
+    own: this clone's own results
+    """
     t, found = load_table(paper, table), samples(read_results(paper, table, scale, own))
     if not found:
         raise ValueError(f'{paper} table {table} has no results at scale {scale}: run it first')
@@ -164,10 +175,11 @@ def effects(
     )
 
 # %% ../../nbs/foundations/tables/61_effects.ipynb #d040e3ea
-def effects_table(
-    frame: pd.DataFrame,  # of `effects` or `differences`
-) -> pd.DataFrame:
-    "The frame as readers see it."
+def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame as readers see it.
+
+    frame: of `effects` or `differences`
+    """
 
     def number(x) -> 'str':
         "A signed number."
@@ -186,11 +198,11 @@ def effects_table(
     return shown.assign(seeds=frame['seeds'])
 
 # %% ../../nbs/foundations/tables/61_effects.ipynb #1f352d00
-def effects_figure(
-    frame: pd.DataFrame,  # of `effects` or `differences`, for one metric
-    title: str = '',
-) -> 'Figure':
-    "Differences with their intervals, grouped by factor."
+def effects_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
+    """Differences with their intervals, grouped by factor.
+
+    frame: of `effects` or `differences`, for one metric
+    """
     import matplotlib.pyplot as plt, seaborn as sns
 
     metrics = list(frame['metric'].unique())

@@ -15,10 +15,11 @@ from .validity import stale
 from .verdicts import Verdict, cell_verdict
 
 # %% ../../nbs/foundations/tables/63_plain.ipynb #094616a8
-def as_json(
-    paper: str | None = None,  # one paper; None: all
-) -> dict:
-    "Papers -> tables -> published and replicated cells, claims with verdicts, provenance; plain data for `json.dumps`."
+def as_json(paper: str | None = None) -> dict:
+    """Papers -> tables -> published and replicated cells, claims with verdicts, provenance; plain data for `json.dumps`.
+
+    paper: one paper; None: all
+    """
     chosen = [paper] if paper else list(PAPERS)
     return {
         p: {'title': load_paper(p).title, 'tables': {key: _table_json(p, key) for key in tables_of(p)}} for p in chosen

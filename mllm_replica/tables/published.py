@@ -26,7 +26,14 @@ Value = float | int | str | bool | None  # a printed cell; None: not printed or 
 
 
 class Column(Strict):
-    "One column: what is measured and how to read it."
+    """One column: what is measured and how to read it.
+
+    name: as printed
+    max: upper end of the range
+    min: lower end
+    metric: where it differs within a table, e.g. CIDEr beside accuracy
+    mean_of: of our own columns: it is their mean within a unit, not a measurement
+    """
 
     key: str
     name: str  # as printed
@@ -39,7 +46,11 @@ class Column(Strict):
 
 
 class Row(Strict):
-    "One row: what was varied, and its cells."
+    """One row: what was varied, and its cells.
+
+    values: column key -> cell
+    cells_from: column key -> model, where one row collects several models' cells
+    """
 
     key: str
     label: str
@@ -49,7 +60,12 @@ class Row(Strict):
 
 
 class Erratum(Strict):
-    "A place where the printed number is wrong or another place prints another number."
+    """A place where the printed number is wrong or another place prints another number.
+
+    cell: `row.column`, empty when it concerns the text
+    printed: what the table prints, equal to the cell
+    elsewhere: what the other place prints
+    """
 
     cell: str = ''  # `row.column`, empty when it concerns the text
     printed: Value = None  # what the table prints, equal to the cell
@@ -58,7 +74,12 @@ class Erratum(Strict):
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #504a0acf
 class Scope(Strict):
-    "Whether, and as what, a claim is testable at one scale."
+    """Whether, and as what, a claim is testable at one scale.
+
+    note: the reason why not, or what to keep in mind beside the verdict
+    test: replaces the claim's test at this scale
+    stands_for: published column -> measured metric, over the table's own map
+    """
 
     testable: bool
     note: str = ''  # the reason why not, or what to keep in mind beside the verdict
@@ -67,7 +88,12 @@ class Scope(Strict):
 
 
 class Claim(Strict):
-    "What the paper concludes from a table."
+    """What the paper concludes from a table.
+
+    test: expression; None with a `reason`
+    reason: why there is no test
+    holds_on_published_numbers: None: a cell it needs is not printed, or there is no test
+    """
 
     id: str = Field(pattern=r'^[A-Za-z0-9.\-]+$')
     statement: str
@@ -100,14 +126,22 @@ class Claim(Strict):
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #a6e75787
 class Reading(Strict):
-    "Other measurements that stand for published columns; claims are judged on them once more."
+    """Other measurements that stand for published columns; claims are judged on them once more.
+
+    stands_for: published column -> key of one of our columns
+    """
 
     stands_for: dict[str, str]  # published column -> key of one of our columns
     note: str = ''
 
 
 class Replication(Strict):
-    "The columns that we measure at one scale."
+    """The columns that we measure at one scale.
+
+    control: key of the column that every row must solve, else the others say nothing
+    stands_for: published column -> key of one of `columns`
+    also: name of a further reading, as it is shown
+    """
 
     columns: list[Column]
     control: str | None = None  # key of the column that every row must solve, else the others say nothing
@@ -115,22 +149,22 @@ class Replication(Strict):
     also: dict[str, Reading] = {}  # name of a further reading, as it is shown
     note: str = ''
 
-    def names(
-        self,
-        reading: str | None = None,  # one of `also`; None: the main one
-    ) -> dict[str, str]:
-        "Published column -> measured metric under a reading."
+    def names(self, reading: str | None = None) -> dict[str, str]:
+        """Published column -> measured metric under a reading.
+
+        reading: one of `also`; None: the main one
+        """
         if reading is None:
             return self.stands_for
         if reading not in self.also:
             raise KeyError(f'no reading {reading!r}; there is {", ".join(self.also) or "only the main one"}')
         return self.also[reading].stands_for
 
-    def means(
-        self,
-        values: dict[str, float],  # measured metric -> value
-    ) -> dict[str, float]:
-        "The columns that are means of others, as far as their parts are given."
+    def means(self, values: dict[str, float]) -> dict[str, float]:
+        """The columns that are means of others, as far as their parts are given.
+
+        values: measured metric -> value
+        """
         return {
             c.key: fmean(values[part] for part in c.mean_of)
             for c in self.columns
@@ -148,7 +182,14 @@ def _unique(
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #7b21a2b5
 class Table(Strict):
-    "One published table or figure."
+    """One published table or figure.
+
+    key: short name, from the file name: '3', '5a', 'fig9'
+    table: number as printed
+    arxiv: id with version, or where else it was published
+    source: where the numbers were read
+    default_setting: what holds unless a row says otherwise
+    """
 
     key: str  # short name, from the file name: '3', '5a', 'fig9'
     paper: str
@@ -266,7 +307,10 @@ class Code(Strict):
 
 
 class Checkpoint(Strict):
-    "An official checkpoint."
+    """An official checkpoint.
+
+    id: hub id or the authors' own name
+    """
 
     id: str  # hub id or the authors' own name
     what: str
@@ -304,10 +348,11 @@ def _read(path: Path, model: type[Strict], changed: int, **known: str) -> Strict
         raise Trouble(f'{path}: {error}') from error
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #432e70a6
-def paper_folder(
-    paper: str,  # key of `registry.PAPERS`
-) -> Path:
-    "The folder of a paper's tables and results."
+def paper_folder(paper: str) -> Path:
+    """The folder of a paper's tables and results.
+
+    paper: key of `registry.PAPERS`
+    """
     if paper not in PAPERS:
         raise KeyError(f'unknown paper {paper!r}; known: {", ".join(PAPERS)}')
     return project_root() / 'papers' / paper
@@ -327,11 +372,11 @@ def tables_of(
     )
 
 
-def load_table(
-    paper: str,
-    table: str,  # one of `tables_of(paper)`
-) -> Table:
-    "Read and check one table."
+def load_table(paper: str, table: str) -> Table:
+    """Read and check one table.
+
+    table: one of `tables_of(paper)`
+    """
     path = paper_folder(paper) / 'tables' / f'table_{table}.yaml'
     if not path.is_file():
         raise KeyError(f'{PAPERS[paper]} has no table {table!r}; it has {", ".join(tables_of(paper))}')
@@ -355,12 +400,14 @@ Tables = Callable[[str], list[str]]  # scale -> tables
 
 def runnable(
     paper: str,
-    reason: Callable[[str, Row, str], str | None],  # table, row, scale -> why it cannot run; None if it can
-    made: Callable[
-        [str, str, dict[str, Any], str, int], Recipe
-    ],  # table, row, its params, scale, seed; of one that can
+    reason: Callable[[str, Row, str], str | None],
+    made: Callable[ [str, str, dict[str, Any], str, int], Recipe ],
 ) -> tuple[Rows, Tables, Callable[[str, str, str, int], Recipe]]:
-    "A chapter's `rows`, `tables` and `recipe`."
+    """A chapter's `rows`, `tables` and `recipe`.
+
+    reason: table, row, scale -> why it cannot run; None if it can
+    made: table, row, its params, scale, seed; of one that can
+    """
 
     def rows(table: str, scale: str) -> dict[str, str | None]:
         "Every row of the table: None where it can run at that scale, else the reason why not."

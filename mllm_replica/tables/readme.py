@@ -15,10 +15,11 @@ from nbformat import NotebookNode
 from ..core.settings import project_root
 
 # %% ../../nbs/foundations/tables/64_readme.ipynb #02ee407b
-def executed(
-    notebook: NotebookNode,  # as read by nbformat; not changed
-) -> NotebookNode:
-    "The notebook with fresh outputs, without counts and timings."
+def executed(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with fresh outputs, without counts and timings.
+
+    notebook: as read by nbformat; not changed
+    """
     from nbclient import NotebookClient
     from nbdev.clean import clean_nb
 
@@ -31,10 +32,11 @@ def executed(
     return fresh
 
 # %% ../../nbs/foundations/tables/64_readme.ipynb #39046a4f
-def as_markdown(
-    path: Path,  # an executed notebook
-) -> tuple[str, dict[str, bytes]]:
-    "The page, and its pictures by the path (from the project's root) under which it links to them."
+def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
+    """The page, and its pictures by the path (from the project's root) under which it links to them.
+
+    path: an executed notebook
+    """
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
 
@@ -55,10 +57,11 @@ def as_markdown(
     ).rstrip() + '\n', pictures
 
 # %% ../../nbs/foundations/tables/64_readme.ipynb #a5342cc2
-def write_readme(
-    root: Path | None = None,  # the project's folder; None: this one
-) -> Path:
-    "Run `nbs/index.ipynb`, keep its outputs, write `README.md` and its pictures."
+def write_readme(root: Path | None = None) -> Path:
+    """Run `nbs/index.ipynb`, keep its outputs, write `README.md` and its pictures.
+
+    root: the project's folder; None: this one
+    """
     root = root or project_root()
     index = root / 'nbs' / 'index.ipynb'
     notebook = executed(nbformat.read(index, 4))

@@ -56,13 +56,11 @@ def interval_text(
     return _short(found.mean) + (f' [{_short(found.low)}, {_short(found.high)}]' if found.low < found.high else '')
 
 
-def table_frame(
-    paper: str,
-    table: str,
-    scale: Scale,
-    own: bool = False,  # this clone's own results
-) -> pd.DataFrame:
-    "Published beside replicated: one line per row, stale rows marked with a dagger."
+def table_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd.DataFrame:
+    """Published beside replicated: one line per row, stale rows marked with a dagger.
+
+    own: this clone's own results
+    """
     t, records = load_table(paper, table), read_results(paper, table, scale, own)
     found, old, measured = summary(records), stale(paper, records), t.measured(scale)
     heading, lines = f'replicated at {scale}', []
@@ -86,11 +84,11 @@ def escape(
     return ' '.join(text.replace('<', '&lt;').split())
 
 
-def markdown(
-    frame: pd.DataFrame,
-    index: bool = True,  # show the index as the first column
-) -> str:
-    "A frame as a Markdown table."
+def markdown(frame: pd.DataFrame, index: bool = True) -> str:
+    """A frame as a Markdown table.
+
+    index: show the index as the first column
+    """
     heads = [': '.join(c) if isinstance(c, tuple) else str(c) for c in frame.columns]
     lines = [[str(x) for x in line] for line in frame.itertuples(index=False)]
     if index:
@@ -100,14 +98,12 @@ def markdown(
     )
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #fd5db706
-def verdicts(
-    paper: str,
-    table: str,
-    scale: Scale,
-    reading: str | None = None,  # a further reading of the table; None: the main one
-    own: bool = False,  # from this clone's own results
-) -> list[Verdict]:
-    "What the results say about each claim of the table."
+def verdicts(paper: str, table: str, scale: Scale, reading: str | None = None, own: bool = False) -> list[Verdict]:
+    """What the results say about each claim of the table.
+
+    reading: a further reading of the table; None: the main one
+    own: from this clone's own results
+    """
     return judged(paper, table, scale, reading, lambda name: read_results(paper, name, scale, own))
 
 
@@ -116,9 +112,12 @@ def judged(
     table: str,
     scale: Scale,
     reading: str | None,
-    records_of: Callable[[str], list[Record]],  # of a table of the paper, by its key
+    records_of: Callable[[str], list[Record]],
 ) -> list[Verdict]:
-    "What these records say about each claim."
+    """What these records say about each claim.
+
+    records_of: of a table of the paper, by its key
+    """
     t = load_table(paper, table)
     tests = ' '.join(c.scope(scale).test or c.test or '' for c in t.claims)
     elsewhere = {other: samples(records_of(other)) for other in tables_of(paper) if f'table_{other}.' in tests}
@@ -153,13 +152,11 @@ def _evidence(*found: Verdict) -> str:
 _PUBLISHED = {True: 'holds', False: 'contradicted by its own table', None: 'cells not printed'}
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #0d4fa377
-def verdict_frame(
-    paper: str,
-    table: str,
-    scale: Scale,
-    own: bool = False,  # this clone's own results
-) -> pd.DataFrame:
-    "Claims, whether the paper's own numbers bear them out, our verdicts and the differences behind them."
+def verdict_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd.DataFrame:
+    """Claims, whether the paper's own numbers bear them out, our verdicts and the differences behind them.
+
+    own: this clone's own results
+    """
     names = readings(load_table(paper, table), scale)
     lines = []
     for v, *others in zip(*(verdicts(paper, table, scale, name, own) for name in (None, *names))):
@@ -307,13 +304,11 @@ def _draw_ours(
     _axis(ax, column, f'replicated at scale {scale}: {count}{legend}', values)
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #5f37c510
-def figure(
-    paper: str,
-    table: str,
-    scale: Scale,
-    own: bool = False,  # this clone's own results
-) -> 'Figure':
-    "Published values and replicated ones with intervals, side by side."
+def figure(paper: str, table: str, scale: Scale, own: bool = False) -> 'Figure':
+    """Published values and replicated ones with intervals, side by side.
+
+    own: this clone's own results
+    """
     import matplotlib.pyplot as plt, seaborn as sns
 
     t, records = load_table(paper, table), read_results(paper, table, scale, own)
@@ -367,12 +362,11 @@ def png(
     return small.getvalue()
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #a47d00df
-def scales_run(
-    paper: str,
-    table: str,
-    own: bool = False,  # this clone's own results count, too
-) -> list[Scale]:
-    "Scales with results, without `smoke` when there is another."
+def scales_run(paper: str, table: str, own: bool = False) -> list[Scale]:
+    """Scales with results, without `smoke` when there is another.
+
+    own: this clone's own results count, too
+    """
     found = [s for s in SCALES if any(results_path(paper, table, s, mine).is_file() for mine in {False, own})]
     return found if found in ([], ['smoke']) else [s for s in found if s != 'smoke']
 

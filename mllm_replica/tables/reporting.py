@@ -25,10 +25,14 @@ def comparison(
     table: str,
     row: str,
     scale: Scale,
-    replicated: dict[str, float],  # our metric -> value
-    prefix: str = '',  # put before the names, e.g. `<row>/`
+    replicated: dict[str, float],
+    prefix: str = '',
 ) -> dict[str, float]:
-    "The numbers of one row as the tracker gets them: `replicated/…`, `published/…`, `difference/…`."
+    """The numbers of one row as the tracker gets them: `replicated/…`, `published/…`, `difference/…`.
+
+    replicated: our metric -> value
+    prefix: put before the names, e.g. `<row>/`
+    """
     published = load_table(paper, table)
     cells = next((r.values for r in published.rows if r.key == row), {})
     if measured := published.measured(scale):
@@ -52,7 +56,11 @@ def report_folder(
 
 
 class TableReport(Strict):
-    "What the report notebook leaves in `report.json`."
+    """What the report notebook leaves in `report.json`.
+
+    numbers: as `comparison` names them, `<row>/` before the column
+    verdicts: claim, or reading/claim -> verdict
+    """
 
     numbers: dict[str, FiniteFloat]  # as `comparison` names them, `<row>/` before the column
     verdicts: dict[str, str]  # claim, or reading/claim -> verdict

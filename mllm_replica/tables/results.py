@@ -24,7 +24,19 @@ LOST = 'lost'  # in place of what is not known any more
 
 
 class Record(Strict):
-    "One measured value of one unit."
+    """One measured value of one unit.
+
+    unit: key of the unit in `runs/units`
+    digest: of the recipe
+    code: hash of the meaning of the code that the unit could execute, or `LOST`
+    commit: of this repository, empty outside git, or `LOST`
+    date: ISO, UTC
+    seconds: the whole unit took
+    n_eval: questions behind the value; None for a count
+    processor: its kind, or `LOST`
+    threads: of the unit, or `LOST`
+    torch: its version, or `LOST`
+    """
 
     table: str
     row: str
@@ -50,13 +62,11 @@ class Record(Strict):
         return value
 
 
-def results_path(
-    paper: str,
-    table: str,
-    scale: Scale,
-    own: bool = False,  # of this clone's own runs
-) -> Path:
-    "Where the results of a table at a scale are kept: published ones in `papers`, own ones and all of smoke in the run folder."
+def results_path(paper: str, table: str, scale: Scale, own: bool = False) -> Path:
+    """Where the results of a table at a scale are kept: published ones in `papers`, own ones and all of smoke in the run folder.
+
+    own: of this clone's own runs
+    """
     if scale not in SCALES:
         raise KeyError(f'unknown scale {scale!r}; known: {", ".join(SCALES)}')
     name = f'{load_table(paper, table).key}.{scale}.csv'
@@ -67,13 +77,11 @@ def results_path(
     )
 
 # %% ../../nbs/foundations/tables/58_results.ipynb #cc9af52d
-def read_results(
-    paper: str,
-    table: str,
-    scale: Scale,
-    own: bool = False,  # of this clone's own runs
-) -> list[Record]:
-    "The records of a table at a scale; none when it was not run."
+def read_results(paper: str, table: str, scale: Scale, own: bool = False) -> list[Record]:
+    """The records of a table at a scale; none when it was not run.
+
+    own: of this clone's own runs
+    """
     path = results_path(paper, table, scale, own)
     if not path.is_file():
         return []
@@ -98,11 +106,16 @@ def write_results(
     paper: str,
     table: str,
     scale: Scale,
-    records: list[Record],  # all metrics of one or more units
-    dropped: Collection[tuple[str, int]] = (),  # row and seed of further units that go
-    own: bool = False,  # of this clone's own runs
+    records: list[Record],
+    dropped: Collection[tuple[str, int]] = (),
+    own: bool = False,
 ) -> Path:
-    "Merge records into the table's result file: units that are given replace their older values."
+    """Merge records into the table's result file: units that are given replace their older values.
+
+    records: all metrics of one or more units
+    dropped: row and seed of further units that go
+    own: of this clone's own runs
+    """
     path, order = results_path(paper, table, scale, own), [r.key for r in load_table(paper, table).rows]
     wrong = [r for r in records if (r.table, r.scale) != (table, scale) or r.row not in order]
     if wrong:

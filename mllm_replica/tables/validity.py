@@ -21,7 +21,17 @@ from .results import LOST, Record
 
 # %% ../../nbs/foundations/tables/59_validity.ipynb #8d86d9f5
 class Verification(Strict):
-    "One line of the ledger."
+    """One line of the ledger.
+
+    before: code of some rows
+    after: their code later
+    commit: of the later tree
+    processor: kind of the machine on which both ran
+    torch: version
+    canaries: units that executed something of what has changed
+    uncovered: functions that have changed and were not executed
+    date: ISO, UTC
+    """
 
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, populate_by_name=True)
     before: str = Field(alias='from')  # code of some rows
@@ -77,12 +87,12 @@ def append_ledger(
         writer.writerows(line.model_dump(by_alias=True) for line in lines)
 
 # %% ../../nbs/foundations/tables/59_validity.ipynb #7f53c4ee
-def chain(
-    ledger: list[Verification],
-    code: str,  # that gave a number
-    today: str,  # the row's code now
-) -> list[Verification] | None:
-    "The verifications that lead from one code to the other, the fewest; None where none do."
+def chain(ledger: list[Verification], code: str, today: str) -> list[Verification] | None:
+    """The verifications that lead from one code to the other, the fewest; None where none do.
+
+    code: that gave a number
+    today: the row's code now
+    """
     ways: dict[str, list[Verification]] = {code: []}
     fresh = [code]
     while fresh and today not in ways:

@@ -23,7 +23,11 @@ VERDICTS = ('supported', 'contradicted', 'inconclusive', 'not run', 'not testabl
 
 
 class Interval(NamedTuple):
-    "Mean over seeds with its 95 % interval."
+    """Mean over seeds with its 95 % interval.
+
+    low: None for a single seed
+    n: number of seeds
+    """
 
     mean: float
     low: float | None  # None for a single seed
@@ -31,10 +35,11 @@ class Interval(NamedTuple):
     n: int  # number of seeds
 
 
-def interval(
-    values: list[float],  # one per seed
-) -> Interval:
-    "Student's 95 % interval of the mean; a point when there is no spread."
+def interval(values: list[float]) -> Interval:
+    """Student's 95 % interval of the mean; a point when there is no spread.
+
+    values: one per seed
+    """
     n, mean = len(values), statistics.fmean(values)
     if not all(map(math.isfinite, values)):
         raise ValueError(f'values {values} are not all finite')
@@ -46,7 +51,10 @@ def interval(
 # %% ../../nbs/foundations/tables/57_verdicts.ipynb #c1071e17
 @dataclass(frozen=True)
 class Evidence:
-    "One comparison on our runs."
+    """One comparison on our runs.
+
+    word: one of `VERDICTS`
+    """
 
     text: str
     word: str  # one of `VERDICTS`
@@ -55,7 +63,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    "What our runs say about a claim."
+    """What our runs say about a claim.
+
+    word: one of `VERDICTS`
+    note: why it was not judged, or what to keep in mind
+    """
 
     claim: Claim
     scale: Scale
@@ -69,10 +81,14 @@ def verdict(
     table: Table,
     scale: Scale,
     samples: Samples,
-    elsewhere: dict[str, Samples] = {},  # samples of other tables that the claim reads
-    reading: str | None = None,  # one of the table's further readings; None: the main one
+    elsewhere: dict[str, Samples] = {},
+    reading: str | None = None,
 ) -> Verdict:
-    "Judge a claim on replicated values, row -> metric -> seed -> value."
+    """Judge a claim on replicated values, row -> metric -> seed -> value.
+
+    elsewhere: samples of other tables that the claim reads
+    reading: one of the table's further readings; None: the main one
+    """
     scope, measured = claim.scope(scale), table.measured(scale)
     text = scope.test or claim.test
     if not scope.testable or text is None:
@@ -158,12 +174,11 @@ def _decide(op: str, found: Interval) -> str:
     return 'contradicted' if found.high < 0 else 'inconclusive'
 
 # %% ../../nbs/foundations/tables/57_verdicts.ipynb #423b9b1c
-def cell_verdict(
-    column: Column,
-    published: Value,
-    found: Interval | None,  # ours at scale `paper`
-) -> str:
-    "`match`, `near`, `differs` or `not run`."
+def cell_verdict(column: Column, published: Value, found: Interval | None) -> str:
+    """`match`, `near`, `differs` or `not run`.
+
+    found: ours at scale `paper`
+    """
     if found is None or isinstance(published, (str, bool)) or published is None:
         return 'not run'
     span = column.max - (column.min or 0) if column.max is not None else abs(published)

@@ -23,11 +23,16 @@ from ..core.writing import read_json, replacing
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #3b3b5ada
 def pack_state(
-    model: nn.Module,  # the bare model, not its distributed wrapper
-    trained: Iterable[str],  # names of the parameters that training has changed
-    optimizer: torch.optim.Optimizer | None = None,  # None: between two stages, where no optimiser is alive
+    model: nn.Module,
+    trained: Iterable[str],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Tensor]:
-    "Everything that training changes, by name; the tensors are not copied."
+    """Everything that training changes, by name; the tensors are not copied.
+
+    model: the bare model, not its distributed wrapper
+    trained: names of the parameters that training has changed
+    optimizer: None: between two stages, where no optimiser is alive
+    """
     parameters = dict(model.named_parameters())
     state = {f'model.{name}': parameters[name] for name in trained}
     state |= {
@@ -49,11 +54,16 @@ def _is_buffer(model: nn.Module, name: str) -> bool:
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #422b2017
 @torch.no_grad()
 def unpack_state(
-    tensors: Mapping[str, Tensor],  # from `pack_state`
-    model: nn.Module,  # the bare model
-    optimizer: torch.optim.Optimizer | None = None,  # None: leave the optimiser's part alone
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    "Put a packed state back into the model and its optimiser."
+    """Put a packed state back into the model and its optimiser.
+
+    tensors: from `pack_state`
+    model: the bare model
+    optimizer: None: leave the optimiser's part alone
+    """
     parameters = dict(model.named_parameters())
     places = parameters | dict(model.named_buffers())
     for name, tensor in tensors.items():
@@ -107,13 +117,20 @@ def _write(partial: Path, step: int, tensors: Mapping[str, Tensor], state: Mappi
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #8c24c19e
 def save_checkpoint(
-    folder: Path,  # where this run's checkpoints lie
-    step: int,  # optimiser steps done
-    tensors: Mapping[str, Tensor],  # from `pack_state`
-    state: Mapping[str, Any],  # whatever else must come back; JSON values
-    keep: int = 2,  # newest checkpoints that stay
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int = 2,
 ) -> Path:
-    "Write `step-NNNNNNNN` atomically, delete the oldest beyond `keep`, return the new folder."
+    """Write `step-NNNNNNNN` atomically, delete the oldest beyond `keep`, return the new folder.
+
+    folder: where this run's checkpoints lie
+    step: optimiser steps done
+    tensors: from `pack_state`
+    state: whatever else must come back; JSON values
+    keep: newest checkpoints that stay
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob('.step-*'):
         shutil.rmtree(left_over)
@@ -153,7 +170,13 @@ def _complete(folder: Path) -> list[Path]:
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #f4d79d15
 @dataclass(frozen=True)
 class Checkpoint:
-    "One checkpoint as read from disk."
+    """One checkpoint as read from disk.
+
+    step: optimiser steps done
+    tensors: see `pack_state`
+    state: as given to `save_checkpoint`
+    path: its folder
+    """
 
     step: int  # optimiser steps done
     tensors: dict[str, Tensor]  # see `pack_state`
@@ -161,10 +184,11 @@ class Checkpoint:
     path: Path  # its folder
 
 
-def load_checkpoint(
-    path: Path,  # a folder `step-NNNNNNNN`
-) -> Checkpoint:
-    "Read one checkpoint; a missing, cut or altered file is an error that names it."
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint; a missing, cut or altered file is an error that names it.
+
+    path: a folder `step-NNNNNNNN`
+    """
     state, file = path / 'state.json', path / 'tensors.safetensors'
     try:
         content = read_json(state.read_bytes())
@@ -179,10 +203,11 @@ def load_checkpoint(
     return Checkpoint(body['step'], load_file(file), body['state'], path)
 
 
-def load_latest(
-    folder: Path,  # where a run's checkpoints lie; may not exist
-) -> Checkpoint | None:
-    "The newest intact checkpoint, or None; partial and damaged ones are passed over with a warning."
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint, or None; partial and damaged ones are passed over with a warning.
+
+    folder: where a run's checkpoints lie; may not exist
+    """
     for partial in sorted(folder.glob('.step-*')):
         warnings.warn(f'{partial} was never finished (the run died while writing it); ignored')
     for path in reversed(_complete(folder)):
@@ -193,12 +218,13 @@ def load_latest(
     return None
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #dde916af
-def differences(
-    saved: Any,  # JSON values
-    given: Any,  # JSON values
-    where: str = '',  # path of the field, for the message
-) -> list[str]:
-    "The fields in which two configurations differ, each as `name: saved → given`."
+def differences(saved: Any, given: Any, where: str = '') -> list[str]:
+    """The fields in which two configurations differ, each as `name: saved → given`.
+
+    saved: JSON values
+    given: JSON values
+    where: path of the field, for the message
+    """
     if isinstance(saved, dict) and isinstance(given, dict):
         keys = sorted({*saved, *given})
         return [
@@ -212,7 +238,14 @@ def differences(
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #d273da0b
 class Point(NamedTuple):
-    "One optimiser step."
+    """One optimiser step.
+
+    step: counted from 1 over all stages
+    loss: mean over the step's supervised tokens
+    lr: before the groups' factors
+    grad_norm: of the whole gradient, before clipping
+    tokens: supervised tokens
+    """
 
     step: int  # counted from 1 over all stages
     stage: str
@@ -222,10 +255,11 @@ class Point(NamedTuple):
     tokens: int  # supervised tokens
 
 
-def read_curve(
-    path: Path,  # a curve.csv; may not exist
-) -> list[Point]:
-    "All complete lines of a curve; a damaged one is an error that names its line."
+def read_curve(path: Path) -> list[Point]:
+    """All complete lines of a curve; a damaged one is an error that names its line.
+
+    path: a curve.csv; may not exist
+    """
     whole = path.read_bytes().rpartition(b'\n')[0] if path.exists() else b''
     points, lines = [], csv.reader(io.StringIO(whole.decode(errors='replace')), strict=True)
     try:
@@ -254,14 +288,14 @@ def _point(row: list[str], number: int) -> Point:
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #1b26382e
 class Curve:
-    "A curve that grows; holds all points, writes them in batches."
+    """A curve that grows; holds all points, writes them in batches.
 
-    def __init__(
-        self,
-        path: Path,  # the file; complete lines in it are kept …
-        steps: int,  # … up to this step
-        write: bool = True,  # False: only read (all processes but the first)
-    ):
+    path: the file; complete lines in it are kept …
+    steps: … up to this step
+    write: False: only read (all processes but the first)
+    """
+
+    def __init__(self, path: Path, steps: int, write: bool = True):
         self.path, self.write = path, write
         self.points = read_curve(path)[:steps]
         if len(self.points) < steps:
@@ -280,11 +314,11 @@ class Curve:
         if self.write and len(self.waiting) >= 100:
             self.flush()
 
-    def flush(
-        self,
-        mode: str = 'a',  # 'w': write the file anew
-    ) -> None:
-        "Bring all points to disk."
+    def flush(self, mode: str = 'a') -> None:
+        """Bring all points to disk.
+
+        mode: 'w': write the file anew
+        """
         if not self.write:
             return
         with replacing(self.path) if mode == 'w' else nullcontext(self.path) as target:

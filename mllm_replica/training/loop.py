@@ -40,7 +40,12 @@ from .optimiser import freeze_all_but, lr_at, lr_factors, make_optimizer, traina
 # %% ../../nbs/foundations/training/47_loop.ipynb #ad0bebc9
 @dataclass(frozen=True)
 class History:
-    "What `train` returns."
+    """What `train` returns.
+
+    points: the whole curve, earlier runs included
+    seconds: spent training, earlier runs included
+    notes: why the last bits may not be those of an uninterrupted run; none if they are
+    """
 
     points: list[Point]  # the whole curve, earlier runs included
     seconds: float  # spent training, earlier runs included
@@ -57,24 +62,27 @@ class History:
         return [point.loss for point in self.points]
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #1d331608
-def supervised(
-    labels: Tensor,  # [B,T]
-) -> int:
-    "Labels that enter the loss: the first position of a row predicts nothing."
+def supervised(labels: Tensor) -> int:
+    """Labels that enter the loss: the first position of a row predicts nothing.
+
+    labels: [B,T]
+    """
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def derived_seed(
-    *parts: int,  # seed, stage, step, process …
-) -> int:
-    "A seed of its own for each combination of numbers."
+def derived_seed(*parts: int) -> int:
+    """A seed of its own for each combination of numbers.
+
+    parts: seed, stage, step, process …
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], 'big')
 
 
-def data_digest(
-    samples: Sequence[Encoded],  # one encoded source
-) -> str:
-    "Hash of the number of samples and of at most 4,096 of them, evenly spaced."
+def data_digest(samples: Sequence[Encoded]) -> str:
+    """Hash of the number of samples and of at most 4,096 of them, evenly spaced.
+
+    samples: one encoded source
+    """
     digest = hashlib.sha256(str(len(samples)).encode())
     for index in range(0, len(samples), max(1, -(-len(samples) // 4096))):
         sample = samples[index]
@@ -319,18 +327,26 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #d4efd810
 def train(
-    model: nn.Module,  # called as model(**batch), returns .loss: mean over the batch's supervised tokens
-    stages: Sequence[Stage],  # in order
-    datasets: Mapping[str, Sequence[Encoded]],  # source name → encoded samples
-    collate: Callable[
-        [list[Encoded]], dict[str, Any]
-    ],  # samples → the model's arguments with 'labels' [B,T], and 'ids'
-    out_dir: Path,  # gets curve.csv, order-N.json and checkpoints/; a run found there is continued
-    seed: int,  # order of samples, dropout
-    progress: Callable[[int, int, float], None] | None = None,  # called with (steps done, steps in all, loss)
-    draw: type[Mixture] = Mixture,  # which samples each step sees
+    model: nn.Module,
+    stages: Sequence[Stage],
+    datasets: Mapping[str, Sequence[Encoded]],
+    collate: Callable[ [list[Encoded]], dict[str, Any] ],
+    out_dir: Path,
+    seed: int,
+    progress: Callable[[int, int, float], None] | None = None,
+    draw: type[Mixture] = Mixture,
 ) -> History:
-    "Train all stages, or what is left of them; leaves the model in evaluation mode."
+    """Train all stages, or what is left of them; leaves the model in evaluation mode.
+
+    model: called as model(**batch), returns .loss: mean over the batch's supervised tokens
+    stages: in order
+    datasets: source name → encoded samples
+    collate: samples → the model's arguments with 'labels' [B,T], and 'ids'
+    out_dir: gets curve.csv, order-N.json and checkpoints/; a run found there is continued
+    seed: order of samples, dropout
+    progress: called with (steps done, steps in all, loss)
+    draw: which samples each step sees
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw)
     first = 0

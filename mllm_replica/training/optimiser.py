@@ -15,14 +15,15 @@ from torch import nn
 from ..core.recipe import Stage
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #88faea15
-def lr_at(
-    step: int,  # optimiser steps already done in this stage
-    lr: float,  # highest rate
-    min_lr: float,  # first and last rate
-    warmup_steps: int,  # steps to reach `lr`
-    total_steps: int,  # steps of the stage
-) -> float:
-    "Learning rate of the step after `step` others: linear warm-up, then a cosine."
+def lr_at(step: int, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of the step after `step` others: linear warm-up, then a cosine.
+
+    step: optimiser steps already done in this stage
+    lr: highest rate
+    min_lr: first and last rate
+    warmup_steps: steps to reach `lr`
+    total_steps: steps of the stage
+    """
     if step < warmup_steps:
         height = step / warmup_steps
     else:
@@ -38,11 +39,11 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     return {names[0]: names for names in aliases.values()}
 
 
-def matching(
-    model: nn.Module,
-    pattern: str,  # regular expression, `re.search`ed in parameter names
-) -> list[str]:
-    "Names of the parameters that the pattern matches; none is an error that shows similar names."
+def matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the parameters that the pattern matches; none is an error that shows similar names.
+
+    pattern: regular expression, `re.search`ed in parameter names
+    """
     try:
         search = re.compile(pattern).search
     except re.error as error:
@@ -56,11 +57,11 @@ def matching(
     raise ValueError(f'{pattern!r} matches no parameter; similar names: {", ".join(near or sorted(parts)[:4])}')
 
 
-def trainable_names(
-    model: nn.Module,
-    patterns: Sequence[str],  # regular expressions of a stage
-) -> list[str]:
-    "Names of all parameters that the stage trains, in the model's order."
+def trainable_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of all parameters that the stage trains, in the model's order.
+
+    patterns: regular expressions of a stage
+    """
     found = {name for pattern in patterns for name in matching(model, pattern)}
     if not found:
         raise ValueError(
@@ -69,11 +70,11 @@ def trainable_names(
     return [name for name in _names(model) if name in found]
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #8010a91c
-def freeze_all_but(
-    model: nn.Module,
-    names: Iterable[str],  # parameters that train
-) -> None:
-    "Set gradients and modes: the named parameters train, modules without any of them are put in evaluation mode."
+def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
+    """Set gradients and modes: the named parameters train, modules without any of them are put in evaluation mode.
+
+    names: parameters that train
+    """
     chosen = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -84,12 +85,12 @@ def freeze_all_but(
             module.eval()
 
 # %% ../../nbs/foundations/training/45_optimiser.ipynb #6ec1265a
-def lr_factors(
-    model: nn.Module,
-    names: Sequence[str],  # parameters that train
-    stage: Stage,  # `lr_scale`, `layer_decay`, `decayed_layers`
-) -> dict[str, float]:
-    "Each trainable parameter's factor on the learning rate."
+def lr_factors(model: nn.Module, names: Sequence[str], stage: Stage) -> dict[str, float]:
+    """Each trainable parameter's factor on the learning rate.
+
+    names: parameters that train
+    stage: `lr_scale`, `layer_decay`, `decayed_layers`
+    """
     factors = dict.fromkeys(names, 1.0)
     for pattern, factor in stage.lr_scale.items():
         for name in set(matching(model, pattern)) & set(names):
@@ -111,12 +112,11 @@ def lr_factors(
     return {name: factor * stage.layer_decay ** (top - layers.get(name, top)) for name, factor in factors.items()}
 
 
-def make_optimizer(
-    model: nn.Module,
-    names: Sequence[str],  # parameters that train
-    stage: Stage,
-) -> torch.optim.AdamW:
-    "AdamW with one group per (rate factor, weight decay); each group keeps its `factor` and the `names` of its parameters."
+def make_optimizer(model: nn.Module, names: Sequence[str], stage: Stage) -> torch.optim.AdamW:
+    """AdamW with one group per (rate factor, weight decay); each group keeps its `factor` and the `names` of its parameters.
+
+    names: parameters that train
+    """
     parameters, groups = dict(model.named_parameters()), {}
     for name, factor in lr_factors(model, names, stage).items():
         decay = stage.weight_decay if parameters[name].dim() > 1 else 0.0

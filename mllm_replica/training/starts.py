@@ -25,13 +25,20 @@ from .loop import train
 
 # %% ../../nbs/foundations/training/48_starts.ipynb #d2d50ca4
 def pretrained(
-    recipe: Recipe,  # of the unit that needs the model; its seed, paper and sources count
-    model: nn.Module,  # freshly initialised
-    stages: Sequence[Stage],  # their mixtures name sources of the recipe
-    processor: Any,  # encodes samples, knows the padding
-    **settings_of: Any,  # whatever else decides the result, e.g. the processor's image size
+    recipe: Recipe,
+    model: nn.Module,
+    stages: Sequence[Stage],
+    processor: Any,
+    **settings_of: Any,
 ) -> nn.Module:
-    "The model after its stages, trained on first use; one interrupted is gone on with."
+    """The model after its stages, trained on first use; one interrupted is gone on with.
+
+    recipe: of the unit that needs the model; its seed, paper and sources count
+    model: freshly initialised
+    stages: their mixtures name sources of the recipe
+    processor: encodes samples, knows the padding
+    settings_of: whatever else decides the result, e.g. the processor's image size
+    """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise NotImplementedError(
             f'{recipe.label}: what a small model starts from is trained by one process; run this scale without a launcher'

@@ -27,28 +27,32 @@ DECODER = dict(
 )
 
 # %% ../../nbs/foundations/training/49_tiny.ipynb #7fc0e368
-def world_source(
-    name: str,  # a key of `WORLDS`
-    scale: str,
-    size: int,  # samples at scale `tiny`
-    split: str = 'train',  # or 'test'
-    few: int = 16,  # samples at scale `smoke`
-    **options: Any,  # of the world
-) -> Source:
-    "Samples of a procedural world."
+def world_source(name: str, scale: str, size: int, split: str = 'train', few: int = 16, **options: Any) -> Source:
+    """Samples of a procedural world.
+
+    name: a key of `WORLDS`
+    size: samples at scale `tiny`
+    split: or 'test'
+    few: samples at scale `smoke`
+    options: of the world
+    """
     return Source(kind='world', name=name, split=split, size=size if scale == 'tiny' else few, options=options)
 
 
 def tiny_stage(
     name: str,
-    trainable: tuple[str, ...],  # regular expressions
+    trainable: tuple[str, ...],
     mixture: dict[str, float],
     steps: int,
     batch_size: int,
     lr: float,
-    **more: Any,  # other fields of a stage; they win
+    **more: Any,
 ) -> Stage:
-    "A stage of a tiny model: one step in fifteen warms up, the rate falls to a tenth."
+    """A stage of a tiny model: one step in fifteen warms up, the rate falls to a tenth.
+
+    trainable: regular expressions
+    more: other fields of a stage; they win
+    """
     usual = dict(min_lr=lr / 10, warmup_steps=steps // 15, max_length=256)
     return Stage(
         name=name, trainable=trainable, mixture=mixture, steps=steps, batch_size=batch_size, lr=lr, **usual | more

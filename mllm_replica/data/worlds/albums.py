@@ -17,13 +17,13 @@ from .scenes import CLIPS, SHAPES, ask_mover, paint_shape
 from .world import COLORS, SPLITS, TONES, Scene, World, pick, split_of, texture
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #25bb7d77
-def draw_picture(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # grid, colors, shapes, fill
-    color: str,  # of the first shape
-    split: str,  # key of `SPLITS`
-) -> Scene:
-    "A ground with shapes of different kinds in different cells, or with a tile in every cell."
+def draw_picture(rng: np.random.Generator, options: dict[str, Any], color: str, split: str) -> Scene:
+    """A ground with shapes of different kinds in different cells, or with a tile in every cell.
+
+    options: grid, colors, shapes, fill
+    color: of the first shape
+    split: key of `SPLITS`
+    """
     size, palette = options['grid'], list(COLORS)[: options['colors']]
     count = size * size if options['fill'] else options['shapes']
     while True:
@@ -54,11 +54,11 @@ def _colors(rng: np.random.Generator, count: int, palette: list[str], asked: str
     return colors
 
 
-def draw_album(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # images [low, high], grid, colors, shapes, fill, tasks
-) -> Scene:
-    "Pictures of one split and the palette."
+def draw_album(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Pictures of one split and the palette.
+
+    options: images [low, high], grid, colors, shapes, fill, tasks
+    """
     images, asked = options['images'], ' '.join(options['tasks'])
     if len(images) != 2 or not 1 + ('same' in asked) <= images[0] <= images[1] <= 100:
         raise ValueError(f"images is {images}; expected [low, high], 1 to 100 pictures (from 2 if 'same' is asked)")
@@ -79,12 +79,11 @@ def draw_album(
     }
 
 # %% ../../../nbs/foundations/data/worlds/26_albums.ipynb #3bff3f5f
-def render_album(
-    scene: Scene,
-    options: dict[str, Any],  # pixels (side of a picture), grid, style
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One image per picture; a shape or tile never leaves its cell."
+def render_album(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One image per picture; a shape or tile never leaves its cell.
+
+    options: pixels (side of a picture), grid, style
+    """
     side, cell, images = options['pixels'], options['pixels'] // options['grid'], []
     if side % options['grid'] or cell < 8:
         raise ValueError(f'{side} pixels cannot hold {options["grid"]} cells of 8 or more; choose a multiple')
@@ -114,10 +113,11 @@ def _picture(scene: Scene, rng: np.random.Generator) -> tuple[int, list[Scene]]:
     return number + 1, scene['pictures'][number]['shapes']
 
 
-def picture_colors(
-    scene: Scene,  # an album
-) -> list[str]:
-    "The colour of each picture, which is that of its one shape."
+def picture_colors(scene: Scene) -> list[str]:
+    """The colour of each picture, which is that of its one shape.
+
+    scene: an album
+    """
     counts = [len(picture['shapes']) for picture in scene['pictures']]
     if max(counts) > 1:
         raise ValueError(

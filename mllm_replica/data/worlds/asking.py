@@ -18,10 +18,11 @@ from .world import SPLITS, Ask, Scene, World, split_of
 LETTERS = ('a', 'b', 'c', 'd')
 
 
-def multiple_choice(
-    ask: Ask,  # must return candidate answers
-) -> Ask:
-    "The same question with lettered candidates; the answer is a letter."
+def multiple_choice(ask: Ask) -> Ask:
+    """The same question with lettered candidates; the answer is a letter.
+
+    ask: must return candidate answers
+    """
 
     def asked(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[str]]:
         "Question, answer and candidates."
@@ -40,24 +41,22 @@ def multiple_choice(
     return asked
 
 
-def find_task(
-    world: World,
-    task: str,  # a key of `world.tasks`, or 'choice:' and such a key
-) -> Ask:
-    "The function that asks this kind of question."
+def find_task(world: World, task: str) -> Ask:
+    """The function that asks this kind of question.
+
+    task: a key of `world.tasks`, or 'choice:' and such a key
+    """
     kind, _, name = task.rpartition(':')
     if name not in world.tasks or kind not in ('', 'choice'):
         raise ValueError(f"unknown task {task!r}; known: {sorted(world.tasks)}, each also as 'choice:NAME'")
     return multiple_choice(world.tasks[name]) if kind else world.tasks[name]
 
 # %% ../../../nbs/foundations/data/worlds/28_asking.ipynb #3584a6bf
-def draw_scene(
-    world: World,
-    options: dict[str, Any],
-    split: str,  # key of `SPLITS`
-    rng: np.random.Generator,
-) -> Scene:
-    "A random scene that belongs to the split."
+def draw_scene(world: World, options: dict[str, Any], split: str, rng: np.random.Generator) -> Scene:
+    """A random scene that belongs to the split.
+
+    split: key of `SPLITS`
+    """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {sorted(SPLITS)}')
     for _ in range(1000):
@@ -72,10 +71,13 @@ def draw_scene(
 def ask_all(
     world: World,
     scene: Scene,
-    options: dict[str, Any],  # tasks, questions, dedup
+    options: dict[str, Any],
     rng: np.random.Generator,
 ) -> list[tuple[str, str, str, list[str]]]:
-    "Different questions about one scene: (task, question, answer, candidates)."
+    """Different questions about one scene: (task, question, answer, candidates).
+
+    options: tasks, questions, dedup
+    """
     weights = np.array(list(options['tasks'].values()), dtype=float)
     names, asked = list(options['tasks']), {}
     for _ in range(30 * options['questions']):
@@ -98,12 +100,17 @@ def ask_all(
 # %% ../../../nbs/foundations/data/worlds/28_asking.ipynb #2c2e66e6
 def conversation(
     id: str,
-    images: list[dict],  # undecoded
-    asked: list[tuple[str, str, str, list[str]]],  # from `ask_all`
-    prefix: str,  # before each image if there are several; {} becomes its number
+    images: list[dict],
+    asked: list[tuple[str, str, str, list[str]]],
+    prefix: str,
     meta: dict[str, Any],
 ) -> dict[str, Any]:
-    "A sample with one turn per question; the images come before the first."
+    """A sample with one turn per question; the images come before the first.
+
+    images: undecoded
+    asked: from `ask_all`
+    prefix: before each image if there are several; {} becomes its number
+    """
     if len(images) == 1:
         head = IMAGE_MARK + '\n'
     else:

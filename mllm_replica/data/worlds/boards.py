@@ -22,19 +22,20 @@ WAYS = ('by', 'in', 'with', 'from', 'as')  # with two nouns each: the ten wordin
 FILES, MARKS = 'abcdefgh', ('white', 'black')
 
 
-def place(
-    row: int,  # from the top, 0-based
-    column: int,  # from the left, 0-based
-) -> str:
-    "The name of a tile: a letter for the column, a number from 1 for the row."
+def place(row: int, column: int) -> str:
+    """The name of a tile: a letter for the column, a number from 1 for the row.
+
+    row: from the top, 0-based
+    column: from the left, 0-based
+    """
     return f'{FILES[column]}{row + 1}'
 
 
-def draw_board(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # grid, colors
-) -> Scene:
-    "Tile and dot colours, the two marked tiles (never in one row or column), and the ground."
+def draw_board(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Tile and dot colours, the two marked tiles (never in one row or column), and the ground.
+
+    options: grid, colors
+    """
     size, palette = options['grid'], list(COLORS)[: options['colors']]
     if not 2 <= size <= len(FILES):
         raise ValueError(f'grid is {size}; a board has 2 to {len(FILES)} rows')
@@ -58,12 +59,11 @@ def draw_board(
     }
 
 # %% ../../../nbs/foundations/data/worlds/23_boards.ipynb #6d0080c9
-def render_board(
-    scene: Scene,
-    options: dict[str, Any],  # pixels: side of the picture
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture with light and noise."
+def render_board(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture with light and noise.
+
+    options: pixels: side of the picture
+    """
     side, size = options['pixels'], len(scene['tiles'])
     if side % (2 * size):
         raise ValueError(

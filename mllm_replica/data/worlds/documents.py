@@ -22,11 +22,11 @@ Asked = tuple[str, str, list[str]]  # question, answer, candidates
 TENS = [str(digit) for digit in range(10)]
 
 
-def number_of(
-    *parts: str,
-    below: int,  # of how many numbers
-) -> str:
-    "The number that belongs to these words, the same in every run, without a rule to be found."
+def number_of(*parts: str, below: int) -> str:
+    """The number that belongs to these words, the same in every run, without a rule to be found.
+
+    below: of how many numbers
+    """
     return str(hashlib.sha256(' '.join(parts).encode()).digest()[0] % below)
 
 
@@ -55,11 +55,11 @@ TOPICS = dict(ground=list(COLORS), sign=LETTERS, height=list(HEIGHTS))
 WORDS = [word for words in TOPICS.values() for word in words]
 
 
-def draw_picture(
-    rng: np.random.Generator,
-    split: str,  # key of `SPLITS`
-) -> Scene:
-    "A poster of one split."
+def draw_picture(rng: np.random.Generator, split: str) -> Scene:
+    """A poster of one split.
+
+    split: key of `SPLITS`
+    """
     while True:
         height, column = int(rng.integers(len(HEIGHTS))), int(rng.integers(5))
         picture = {
@@ -72,11 +72,11 @@ def draw_picture(
             return picture
 
 
-def draw_page(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # kind, images [low, high], noise, prose
-) -> Scene:
-    "Pictures of one split, the topic, and the text as a document."
+def draw_page(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Pictures of one split, the topic, and the text as a document.
+
+    options: kind, images [low, high], noise, prose
+    """
     if options['kind'] not in ('caption', 'interleaved', 'text'):
         raise ValueError(f'kind is {options["kind"]!r}; known: caption, interleaved, text')
     low, high = options['images']
@@ -151,11 +151,11 @@ PAGES = World(
 )
 
 # %% ../../../nbs/foundations/data/worlds/27_documents.ipynb #9dc5fb64
-def draw_sheet(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # grid, colors
-) -> Scene:
-    "Ground and sign of every cell, in reading order."
+def draw_sheet(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Ground and sign of every cell, in reading order.
+
+    options: grid, colors
+    """
     if not 2 <= options['colors'] <= 6:
         raise ValueError(f'colors is {options["colors"]}; black and white are for the signs, so 2 to 6')
     count, palette = options['grid'] ** 2, list(COLORS)[: options['colors']]
@@ -165,12 +165,11 @@ def draw_sheet(
     }
 
 
-def render_sheet(
-    scene: Scene,
-    options: dict[str, Any],  # grid
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture with light and noise."
+def render_sheet(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture with light and noise.
+
+    options: grid
+    """
     cells = np.empty((len(scene['signs']), 12, 12, 3), np.uint8)
     for cell, ground, sign in zip(cells, scene['grounds'], scene['signs']):
         cell[:] = COLORS[ground]
@@ -205,11 +204,11 @@ SHEETS = World(
 )
 
 # %% ../../../nbs/foundations/data/worlds/27_documents.ipynb #00c8a871
-def draw_facts(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # limit
-) -> Scene:
-    "Two numbers."
+def draw_facts(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Two numbers.
+
+    options: limit
+    """
     first, second = rng.integers(options['limit'], size=2).tolist()
     return {'numbers': [str(first), str(second)], 'limit': options['limit']}
 

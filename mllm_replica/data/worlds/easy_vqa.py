@@ -28,13 +28,20 @@ def _easy_vqa_folder() -> Path:
 
 
 def easy_vqa(
-    split: str,  # 'train' (4,000 pictures) or 'test' (1,000)
-    size: int | None = None,  # number of samples, None for all
-    turns: int = 1,  # questions per sample
-    dedup: bool = False,  # keep one question per answer and picture
-    seed: int = 0,  # decides which samples `size` keeps
+    split: str,
+    size: int | None = None,
+    turns: int = 1,
+    dedup: bool = False,
+    seed: int = 0,
 ) -> 'datasets.Dataset':
-    "Questions about real picture files; images are paths."
+    """Questions about real picture files; images are paths.
+
+    split: 'train' (4,000 pictures) or 'test' (1,000)
+    size: number of samples, None for all
+    turns: questions per sample
+    dedup: keep one question per answer and picture
+    seed: decides which samples `size` keeps
+    """
     from datasets import Dataset
 
     if split not in SPLITS:

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     import datasets
 
 # %% ../../../nbs/foundations/data/worlds/31_making.ipynb #aba1842e
-def samples(
-    name: str,  # key of `WORLDS`
-    split: str,  # 'train' or 'test'
-    seed: int,
-    size: int,  # number of samples
-    **options: Any,  # see `world_options`
-) -> Iterator[dict[str, Any]]:
-    "Conversations about random scenes, images as PNG bytes."
+def samples(name: str, split: str, seed: int, size: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """Conversations about random scenes, images as PNG bytes.
+
+    name: key of `WORLDS`
+    split: 'train' or 'test'
+    size: number of samples
+    options: see `world_options`
+    """
     world, options = world_options(name, options)
     known, made, index = {*vocabulary(), IMAGE_MARK}, 0, -1
     stream = [seed, world.version, zlib.crc32(f'{name} {split}'.encode())]
@@ -64,14 +64,14 @@ def _code(world: World) -> str:
     return code_of_functions(world.draw, world.render, *world.tasks.values(), World, samples)
 
 
-def build_world(
-    name: str,  # key of `WORLDS`
-    split: str,  # 'train' or 'test'
-    seed: int,
-    size: int,  # number of samples
-    **options: Any,  # see `world_options`
-) -> Path:
-    "The parquet file of a procedural data set, made on first use."
+def build_world(name: str, split: str, seed: int, size: int, **options: Any) -> Path:
+    """The parquet file of a procedural data set, made on first use.
+
+    name: key of `WORLDS`
+    split: 'train' or 'test'
+    size: number of samples
+    options: see `world_options`
+    """
     import pyarrow.parquet as pq
     from datasets import Dataset
 
@@ -89,10 +89,11 @@ def build_world(
     return path
 
 
-def read_world(
-    path: Path,  # from `build_world`
-) -> 'datasets.Dataset':
-    "The samples of a world, held in memory, images undecoded."
+def read_world(path: Path) -> 'datasets.Dataset':
+    """The samples of a world, held in memory, images undecoded.
+
+    path: from `build_world`
+    """
     import pyarrow.parquet as pq
     from datasets import Dataset, DatasetInfo
     from datasets.table import InMemoryTable

@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 from .world import COLORS, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #14095af4
-def draw_mosaic(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # rows, columns, colors, tasks
-) -> Scene:
-    "The colour of every cell, in reading order."
+def draw_mosaic(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """The colour of every cell, in reading order.
+
+    options: rows, columns, colors, tasks
+    """
     palette, count = list(COLORS)[: options['colors']], options['rows'] * options['columns']
     if not 2 <= options['colors'] <= len(COLORS):
         raise ValueError(f'colors is {options["colors"]}; there are 2 to {len(COLORS)}')
@@ -40,12 +40,11 @@ def leader(
     return counts[0][1] if len(counts) == 1 or counts[0][0] > counts[1][0] else None
 
 
-def render_mosaic(
-    scene: Scene,
-    options: dict[str, Any],  # rows, columns, cell (pixels)
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture with light and noise."
+def render_mosaic(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture with light and noise.
+
+    options: rows, columns, cell (pixels)
+    """
     colors = np.array([COLORS[name] for name in scene['cells']], np.uint8).reshape(
         options['rows'], options['columns'], 3
     )
@@ -79,11 +78,11 @@ def ask_next(scene: Scene, rng: np.random.Generator) -> Asked:
     return f': right of {cells[at]}', cells[at + 1], scene['palette']
 
 
-def askable(
-    cells: list[str],
-    tasks: dict[str, float],  # that may be asked
-) -> bool:
-    "Whether every question has an answer: someone leads, someone is alone and has a right neighbour."
+def askable(cells: list[str], tasks: dict[str, float]) -> bool:
+    """Whether every question has an answer: someone leads, someone is alone and has a right neighbour.
+
+    tasks: that may be asked
+    """
     return ('most' not in tasks or leader(cells) is not None) and (
         'next' not in tasks or any(cells.count(value) == 1 for value in cells[:-1])
     )
@@ -119,11 +118,11 @@ SIGNS = {  # 5 × 7 bitmaps, rows from the top, most significant bit left
 LETTERS, DIGITS = [sign for sign in SIGNS if sign.isalpha()], [sign for sign in SIGNS if sign.isdigit()]
 
 
-def draw_poster(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # digits: instead of letters
-) -> Scene:
-    "Ground, sign and its place."
+def draw_poster(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Ground, sign and its place.
+
+    options: digits: instead of letters
+    """
     return {
         'ground': pick(rng, list(COLORS)),
         'sign': pick(rng, DIGITS if options['digits'] else LETTERS),
@@ -163,11 +162,11 @@ def ask_sign(scene: Scene, rng: np.random.Generator) -> Asked:
 POSTERS = World(draw_poster, render_poster, dict(ground=ask_ground, sign=ask_sign), dict(digits=False))
 
 # %% ../../../nbs/foundations/data/worlds/24_mosaics.ipynb #ca27ef7d
-def draw_list(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # length, kinds, picture, tasks
-) -> Scene:
-    "Digits or colours and, perhaps, the stripes of an unrelated picture."
+def draw_list(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Digits or colours and, perhaps, the stripes of an unrelated picture.
+
+    options: length, kinds, picture, tasks
+    """
     palettes = {'digits': [str(digit) for digit in range(10)], 'colors': list(COLORS)}
     if not options['kinds'] or set(options['kinds']) - set(palettes):
         raise ValueError(f'kinds are {options["kinds"]}; expected some of {list(palettes)}')

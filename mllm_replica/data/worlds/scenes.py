@@ -23,14 +23,14 @@ SHAPES = ('circle', 'square', 'triangle')
 PAINTS = ('red', 'blue', 'green', 'yellow', 'purple', 'orange')
 
 
-def paint_shape(
-    draw: ImageDraw.ImageDraw,
-    kind: str,  # one of `SHAPES`
-    color: str,  # key of `COLORS`
-    center: tuple[float, float],  # pixels
-    radius: float,  # pixels
-) -> None:
-    "One filled shape."
+def paint_shape(draw: ImageDraw.ImageDraw, kind: str, color: str, center: tuple[float, float], radius: float) -> None:
+    """One filled shape.
+
+    kind: one of `SHAPES`
+    color: key of `COLORS`
+    center: pixels
+    radius: pixels
+    """
     x, y, fill = *center, COLORS[color]
     box = (x - radius, y - radius, x + radius, y + radius)
     if kind == 'circle':
@@ -41,11 +41,11 @@ def paint_shape(
         draw.polygon(((x, y - radius), (x - radius, y + radius), (x + radius, y + radius)), fill=fill)
 
 
-def draw_shapes(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # objects
-) -> Scene:
-    "Different shapes on different places of a 3 x 3 board, a little off the middle of their cell."
+def draw_shapes(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Different shapes on different places of a 3 x 3 board, a little off the middle of their cell.
+
+    options: objects
+    """
     if not 2 <= options['objects'] <= 9:
         raise ValueError(f'objects is {options["objects"]}; a 3 x 3 board holds 2 to 9')
     kinds = rng.permutation(len(SHAPES) * len(PAINTS))[: options['objects']].tolist()
@@ -60,12 +60,11 @@ def draw_shapes(
     return {'shapes': shapes, 'tint': pick(rng, list(TONES))}
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #f6ec5689
-def render_shapes(
-    scene: Scene,
-    options: dict[str, Any],  # pixels
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture; a shift of 100 is one cell."
+def render_shapes(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture; a shift of 100 is one cell.
+
+    options: pixels
+    """
     image = Image.new('RGB', (options['pixels'],) * 2, TONES[scene['tint']])
     draw, cell = ImageDraw.Draw(image), options['pixels'] / 3
     for s in scene['shapes']:
@@ -160,11 +159,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def draw_glyphs(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # length
-) -> Scene:
-    "A row of 1 to `length` signs, their ink, their place (per cent of the free room) and the ground."
+def draw_glyphs(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """A row of 1 to `length` signs, their ink, their place (per cent of the free room) and the ground.
+
+    options: length
+    """
     signs = [GLYPHS[i] for i in rng.integers(len(GLYPHS), size=int(rng.integers(1, options['length'] + 1)))]
     return {
         'signs': signs,
@@ -174,12 +173,11 @@ def draw_glyphs(
     }
 
 
-def render_glyphs(
-    scene: Scene,
-    options: dict[str, Any],  # pixels
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture with capital letters, as large as the picture allows, at most half its height."
+def render_glyphs(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture with capital letters, as large as the picture allows, at most half its height.
+
+    options: pixels
+    """
     side, text = options['pixels'], ''.join(scene['signs']).upper()
     image = Image.new('RGB', (side, side), TONES[scene['tint']])
     draw, wide = ImageDraw.Draw(image), _font(100).getlength(text)
@@ -221,11 +219,11 @@ PAGE = World(
 )
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #61bae785
-def draw_pairs(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # images
-) -> Scene:
-    "Pictures with different numbers of shapes; two colours in all, no kind and colour twice."
+def draw_pairs(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """Pictures with different numbers of shapes; two colours in all, no kind and colour twice.
+
+    options: images
+    """
     if not 2 <= options['images'] <= 4:
         raise ValueError(f'images is {options["images"]}; this world compares 2 to 4')
     counts = (rng.permutation(6)[: options['images']] + 1).tolist()
@@ -235,12 +233,11 @@ def draw_pairs(
     return {'pictures': [dict(kind=SHAPES[k % 3], color=palette[k // 3], cells=c) for k, c in zip(kinds, cells)]}
 
 
-def render_pairs(
-    scene: Scene,
-    options: dict[str, Any],  # pixels
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture each."
+def render_pairs(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture each.
+
+    options: pixels
+    """
     boards = [
         [dict(kind=p['kind'], color=p['color'], row=c // 3, column=c % 3, shift=[0, 0]) for c in p['cells']]
         for p in scene['pictures']
@@ -295,11 +292,11 @@ PAIRS = World(
 MOVES = dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))  # x and y step
 
 
-def draw_clip(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # frames
-) -> Scene:
-    "A moving shape: where it is in the middle of the clip and how far it gets, per cent of the picture."
+def draw_clip(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """A moving shape: where it is in the middle of the clip and how far it gets, per cent of the picture.
+
+    options: frames
+    """
     if not 4 <= options['frames'] <= 8:
         raise ValueError(f'frames is {options["frames"]}; a clip has 4 to 8')
     return dict(
@@ -311,12 +308,11 @@ def draw_clip(
     )
 
 
-def render_clip(
-    scene: Scene,
-    options: dict[str, Any],  # pixels, frames
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture per frame; a fast shape crosses 60 % of the picture, a slow one 25 %."
+def render_clip(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture per frame; a fast shape crosses 60 % of the picture, a slow one 25 %.
+
+    options: pixels, frames
+    """
     side, way, frames = options['pixels'], {'slow': 0.25, 'fast': 0.6}[scene['speed']], []
     for part in np.linspace(-0.5, 0.5, options['frames']) * way:
         image = Image.new('RGB', (side, side), TONES['bright'])
@@ -352,11 +348,11 @@ CLIPS = World(
 )
 
 # %% ../../../nbs/foundations/data/worlds/22_scenes.ipynb #c17aadb6
-def draw_text(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # length, numbers
-) -> Scene:
-    "A row of 2 to `length` signs and two numbers up to `numbers`, the larger first."
+def draw_text(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """A row of 2 to `length` signs and two numbers up to `numbers`, the larger first.
+
+    options: length, numbers
+    """
     signs = [GLYPHS[i] for i in rng.integers(len(GLYPHS), size=int(rng.integers(2, options['length'] + 1)))]
     if not 1 <= options['numbers'] <= 50:
         raise ValueError(f'numbers is {options["numbers"]}; sums up to 100 can be said, so at most 50')

@@ -24,11 +24,11 @@ GROUNDS, SHAPES, QUARTERS = (
 TOPICS = ('color', 'shape', 'letter', 'place')  # words of a cell, in this order
 
 
-def draw_shelf(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # side
-) -> Scene:
-    "The words of every cell in reading order, and how far its shape and its letter are moved."
+def draw_shelf(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """The words of every cell in reading order, and how far its shape and its letter are moved.
+
+    options: side
+    """
     if not 1 <= options['side'] <= 4:
         raise ValueError(f'side is {options["side"]}; a shelf has 1 to 4 rows and columns')
     words = dict(color=GROUNDS, shape=SHAPES, letter=LETTERS, place=QUARTERS)
@@ -52,12 +52,11 @@ def _box(kind: str, x: int, y: int) -> list[tuple[int, int]]:
     return [(x, y), (right, bottom)] if kind == 'circle' else [(x, y), (right, y), (right, bottom), (x, bottom)]
 
 
-def render_shelf(
-    scene: Scene,
-    options: dict[str, Any],  # side
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture with light and noise."
+def render_shelf(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture with light and noise.
+
+    options: side
+    """
     side = options['side']
     image = Image.new('RGB', (side * CELL,) * 2)
     draw = ImageDraw.Draw(image)

@@ -39,11 +39,12 @@ WORLDS = {
 }
 
 # %% ../../../nbs/foundations/data/worlds/29_table.ipynb #e2955346
-def world_options(
-    name: str,  # key of `WORLDS`
-    given: dict[str, Any],  # from the recipe
-) -> tuple[World, dict[str, Any]]:
-    "The world and its complete options; unknown or wrong-typed ones are errors."
+def world_options(name: str, given: dict[str, Any]) -> tuple[World, dict[str, Any]]:
+    """The world and its complete options; unknown or wrong-typed ones are errors.
+
+    name: key of `WORLDS`
+    given: from the recipe
+    """
     if name not in WORLDS:
         raise ValueError(f'unknown world {name!r}; known: {sorted(WORLDS)}')
     world = WORLDS[name]

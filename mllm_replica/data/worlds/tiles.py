@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 from .world import COLORS, HEIGHTS, SIDES, TONES, WIDTHS, Ask, Scene, World, pick, texture
 
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #af348d95
-def draw_tiles(
-    rng: np.random.Generator,
-    options: dict[str, Any],  # grid, colors, missing, mark, tasks
-) -> Scene:
-    "A grid of colour names, its palette and the tone of the ground."
+def draw_tiles(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
+    """A grid of colour names, its palette and the tone of the ground.
+
+    options: grid, colors, missing, mark, tasks
+    """
     asked = ' '.join(options['tasks'])
     missing = options['missing'] if options['missing'] is not None else 0.5 * ('existence' in asked)
     mark = options['mark'] if options['mark'] is not None else 'locate' in asked
@@ -33,12 +33,11 @@ def draw_tiles(
     return {'grid': grid, 'palette': palette, 'tint': pick(rng, list(TONES))}
 
 # %% ../../../nbs/foundations/data/worlds/21_tiles.ipynb #514aae99
-def render_tiles(
-    scene: Scene,
-    options: dict[str, Any],  # pixels (side of the picture), style
-    rng: np.random.Generator,
-) -> list[Image.Image]:
-    "One picture: tiles with a margin of one pixel on each side, textured by noise and uneven light if wanted."
+def render_tiles(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
+    """One picture: tiles with a margin of one pixel on each side, textured by noise and uneven light if wanted.
+
+    options: pixels (side of the picture), style
+    """
     side, count = options['pixels'], len(scene['grid'])
     if side % count or side < 4 * count:
         raise ValueError(

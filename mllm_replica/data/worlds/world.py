@@ -34,7 +34,15 @@ Ask = Callable[
 
 @dataclass(frozen=True)
 class World:
-    "How scenes are drawn at random, rendered and asked about."
+    """How scenes are drawn at random, rendered and asked about.
+
+    draw: options -> scene
+    render: generator: texture only
+    options: name -> default; the type binds
+    prefix: before each image but a lone one
+    parts: what train and test must not share
+    version: raise it when pictures or questions change
+    """
 
     draw: Callable[[np.random.Generator, dict[str, Any]], Scene]  # options -> scene
     render: Callable[[Scene, dict[str, Any], np.random.Generator], list[Image.Image]]  # generator: texture only
@@ -78,9 +86,10 @@ HEIGHTS, WIDTHS = ('top', 'middle', 'bottom'), ('left', 'center', 'right')
 SPLITS = {'train': (0, 1, 2), 'test': (3,)}  # residues of the scene's hash modulo 4
 
 
-def split_of(
-    part: Any,  # a scene or a part of it
-) -> str:
-    "The split in which this may occur."
+def split_of(part: Any) -> str:
+    """The split in which this may occur.
+
+    part: a scene or a part of it
+    """
     residue = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest()[0] % 4
     return next(split for split, residues in SPLITS.items() if residue in residues)

@@ -16,14 +16,14 @@ from ...models.vision import resize_positions
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #1a1a4745
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, N = h·w cells, C channels.
 class ClipExpert(Expert):
-    "CLIP without class token: the last layer's patches."
+    """CLIP without class token: the last layer's patches.
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # of transformers' `CLIPVisionConfig`; its image_size is the position table's
-        image_size: int | None = None,  # None: the position table's
-        **kwargs: Any,  # `own_statistics`
-    ) -> None:
+    config: of transformers' `CLIPVisionConfig`; its image_size is the position table's
+    image_size: None: the position table's
+    kwargs: `own_statistics`
+    """
+
+    def __init__(self, config: dict[str, Any], image_size: int | None = None, **kwargs: Any) -> None:
         fields = CLIPVisionConfig(**config)
         super().__init__(image_size or fields.image_size, fields.patch_size, fields.hidden_size, **kwargs)
         self.vision_tower = nn.ModuleDict({'vision_model': quicken(CLIPVisionModel(fields))})
@@ -55,16 +55,16 @@ class ClipExpert(Expert):
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #0208d35a
 class Dinov2Expert(Expert):
-    "DINOv2: the last norm's patches."
+    """DINOv2: the last norm's patches.
+
+    config: of transformers' `Dinov2Config`; its image_size is the position table's
+    image_size: None: the position table's
+    kwargs: `own_statistics`
+    """
 
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # of transformers' `Dinov2Config`; its image_size is the position table's
-        image_size: int | None = None,  # None: the position table's
-        **kwargs: Any,  # `own_statistics`
-    ) -> None:
+    def __init__(self, config: dict[str, Any], image_size: int | None = None, **kwargs: Any) -> None:
         fields = Dinov2Config(**config)
         super().__init__(image_size or fields.image_size, fields.patch_size, fields.hidden_size, **kwargs)
         self.vision_tower = quicken(Dinov2Model(fields))

@@ -54,14 +54,14 @@ CONVNEXT = dict(depths=(3, 4, 30, 3), dims=(384, 768, 1536, 3072), norm_eps=1e-5
 
 
 class ConvNextExpert(Expert):
-    "ConvNeXt: the last stage, without norm."
+    """ConvNeXt: the last stage, without norm.
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # settings of `CONVNEXT`, under timm's names
-        image_size: int = 1024,  # pixels
-        **kwargs: Any,  # `own_statistics`
-    ) -> None:
+    config: settings of `CONVNEXT`, under timm's names
+    image_size: pixels
+    kwargs: `own_statistics`
+    """
+
+    def __init__(self, config: dict[str, Any], image_size: int = 1024, **kwargs: Any) -> None:
         fields = complete(config, CONVNEXT, 'convnext')
         dims, depths, eps = fields['dims'], fields['depths'], fields['norm_eps']
         if len(dims) != len(depths):

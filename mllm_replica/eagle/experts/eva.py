@@ -20,13 +20,14 @@ from ...models.vision import resize_positions
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #efbec1b3
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, C channels, H heads, d head
 # width, B' windows of all images, T cells of a window.
-def rotation(
-    height: int,  # rows of the map or window
-    width: int,  # columns
-    d: int,  # head width
-    cells: int = 16,  # in a row of the map of pre-training: the steps from edge to edge
-) -> Tensor:
-    "The unit number by which every cell turns each pair of channels: → [T,d/2], complex."
+def rotation(height: int, width: int, d: int, cells: int = 16) -> Tensor:
+    """The unit number by which every cell turns each pair of channels: → [T,d/2], complex.
+
+    height: rows of the map or window
+    width: columns
+    d: head width
+    cells: in a row of the map of pre-training: the steps from edge to edge
+    """
     frequencies = 10000.0 ** (-torch.arange(0, d // 2, 2).float() / (d // 2))
     rows, columns = (torch.arange(n).float() / n * cells for n in (height, width))
     angles = torch.cat(
@@ -39,11 +40,12 @@ def rotation(
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(
-    x: Tensor,  # [B',H,T,d]
-    table: Tensor,  # [T,d/2], complex
-) -> Tensor:
-    "Turn each pair of channels, in fp32: [B',H,T,d] → [B',H,T,d]."
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of channels, in fp32: [B',H,T,d] → [B',H,T,d].
+
+    x: [B',H,T,d]
+    table: [T,d/2], complex
+    """
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table).flatten(-2).to(x.dtype)
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #4c14d7fc
@@ -104,16 +106,16 @@ EVA = dict(
 
 
 class EvaExpert(Expert):
-    "The EVA-02 backbone of a detector: the last block, without norm."
+    """The EVA-02 backbone of a detector: the last block, without norm.
+
+    config: settings of `EVA`, under the official names
+    image_size: pixels
+    kwargs: `own_statistics`
+    """
 
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # settings of `EVA`, under the official names
-        image_size: int = 1024,  # pixels
-        **kwargs: Any,  # `own_statistics`
-    ) -> None:
+    def __init__(self, config: dict[str, Any], image_size: int = 1024, **kwargs: Any) -> None:
         fields = complete(config, EVA, 'eva')
         width, patch, heads = fields['embed_dim'], fields['patch_size'], fields['num_heads']
         if width % (4 * heads):
@@ -160,11 +162,11 @@ class EvaExpert(Expert):
         return x.permute(0, 3, 1, 2)
 
 
-def check_rotations(
-    expert: EvaExpert,
-    weights: Mapping[str, Tensor],  # of a file, under any prefix; they name every channel, not every pair
-) -> None:
-    "The rotations of a file must be ours."
+def check_rotations(expert: EvaExpert, weights: Mapping[str, Tensor]) -> None:
+    """The rotations of a file must be ours.
+
+    weights: of a file, under any prefix; they name every channel, not every pair
+    """
     ours = {len(table): table for table in expert.tables(torch.empty(1, expert.grid, expert.grid, 1)).values()}
     for name in (name for name in weights if '.freqs_' in name):
         found, table = weights[name].float(), ours.get(len(weights[name]), torch.empty(0, 0, dtype=torch.complex64))

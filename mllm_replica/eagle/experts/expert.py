@@ -17,17 +17,24 @@ from ...models.vision import CLIP_MEAN, CLIP_STD
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, N = h·w cells, C channels, H
 # heads, d head width, B' windows of all images, T cells of a window, L side of a window.
 class Expert(nn.Module):
-    "A vision expert: images → feature maps. Its network is `vision_tower`, under the official names."
+    """A vision expert: images → feature maps. Its network is `vision_tower`, under the official names.
+
+    image_size: pixels, of the images it wants to see
+    patch_size: pixels; sides of images are multiples of it
+    channels: C
+    grid: cells in a row of its map; None: one per patch
+    own_statistics: convert pixels to MEAN and STD first
+    """
 
     MEAN, STD = CLIP_MEAN, CLIP_STD  # statistics of the images it was trained on
 
     def __init__(
         self,
-        image_size: int,  # pixels, of the images it wants to see
-        patch_size: int,  # pixels; sides of images are multiples of it
-        channels: int,  # C
-        grid: int | None = None,  # cells in a row of its map; None: one per patch
-        own_statistics: bool = False,  # convert pixels to MEAN and STD first
+        image_size: int,
+        patch_size: int,
+        channels: int,
+        grid: int | None = None,
+        own_statistics: bool = False,
     ) -> None:
         super().__init__()
         if image_size < 1 or image_size % patch_size:
@@ -60,11 +67,11 @@ class Expert(nn.Module):
         "[B,3,s,s] in the expert's statistics → [B,C,h,w]."
         raise NotImplementedError(f'{type(self).__name__} must say how it makes features')
 
-    def forward(
-        self,
-        pixels: Tensor,  # [B,3,s,s], normalised with CLIP's statistics
-    ) -> Tensor:
-        "[B,3,s,s] → [B,C,h,w]."
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B,3,s,s] → [B,C,h,w].
+
+        pixels: [B,3,s,s], normalised with CLIP's statistics
+        """
         height, width = pixels.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -75,32 +82,33 @@ class Expert(nn.Module):
         return self.features(self.prepare(pixels).to(self.dtype))
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #e3b957a5
-def complete(
-    given: Mapping[str, Any],  # settings of an expert
-    defaults: Mapping[str, Any],  # all there are
-    what: str,  # the expert's name, for the error
-) -> dict[str, Any]:
-    "All settings; an unknown one is an error."
+def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """All settings; an unknown one is an error.
+
+    given: settings of an expert
+    defaults: all there are
+    what: the expert's name, for the error
+    """
     if unknown := sorted(set(given) - set(defaults)):
         raise ValueError(f'{what}: settings {unknown} are unknown; expected some of {list(defaults)}')
     return {**defaults, **given}
 
 
 class PerShape:
-    "Fixed tables: made once for each shape, device and dtype (complex ones keep theirs)."
+    """Fixed tables: made once for each shape, device and dtype (complex ones keep theirs).
 
-    def __init__(
-        self,
-        make: Callable[..., Tensor],  # shape → table
-    ) -> None:
+    make: shape → table
+    """
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
         self.make, self.made = make, {}
 
-    def __call__(
-        self,
-        *shape: int,  # what the table depends on
-        like: Tensor,  # of the wanted device and dtype
-    ) -> Tensor:
-        "The table of a shape."
+    def __call__(self, *shape: int, like: Tensor) -> Tensor:
+        """The table of a shape.
+
+        shape: what the table depends on
+        like: of the wanted device and dtype
+        """
         key = (*shape, like.device, like.dtype)
         if key not in self.made:
             with torch.inference_mode(False):
@@ -109,39 +117,43 @@ class PerShape:
         return self.made[key]
 
 
-def quicken(
-    module: nn.Module,  # changed in place
-) -> nn.Module:
-    "Its linear maps through `layers.affine`; weights and names stay."
+def quicken(module: nn.Module) -> nn.Module:
+    """Its linear maps through `layers.affine`; weights and names stay.
+
+    module: changed in place
+    """
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = Linear
     return module
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #e44f4324
-def tokens_of(
-    x: Tensor,  # [B,C,h,w]
-) -> Tensor:
-    "Cells in reading order, no copy for a map stored channels last: [B,C,h,w] → [B,h·w,C]."
+def tokens_of(x: Tensor) -> Tensor:
+    """Cells in reading order, no copy for a map stored channels last: [B,C,h,w] → [B,h·w,C].
+
+    x: [B,C,h,w]
+    """
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def map_of(
-    tokens: Tensor,  # [B,N,C]
-    height: int | None = None,  # h; None: the map is a square
-) -> Tensor:
-    "The map of tokens, stored channels last: [B,N,C] → [B,C,h,w]."
+def map_of(tokens: Tensor, height: int | None = None) -> Tensor:
+    """The map of tokens, stored channels last: [B,N,C] → [B,C,h,w].
+
+    tokens: [B,N,C]
+    height: h; None: the map is a square
+    """
     if height is None:
         height = side_of(tokens.shape[1], 'number of tokens')
     return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
-def to_windows(
-    x: Tensor,  # [B,h,w,C]
-    side: int,  # L
-    fill: Tensor,  # [C], value of the padding cells (below and on the right)
-) -> Tensor:
-    "[B,h,w,C] → [B',T,C], row by row."
+def to_windows(x: Tensor, side: int, fill: Tensor) -> Tensor:
+    """[B,h,w,C] → [B',T,C], row by row.
+
+    x: [B,h,w,C]
+    side: L
+    fill: [C], value of the padding cells (below and on the right)
+    """
     height, width = x.shape[1:3]
     if height % side or width % side:
         padded = fill.to(x.dtype).expand(len(x), height + -height % side, width + -width % side, -1).contiguous()
@@ -150,37 +162,40 @@ def to_windows(
     return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def from_windows(
-    x: Tensor,  # [B',T,C]
-    side: int,  # L
-    height: int,  # h
-    width: int,  # w
-) -> Tensor:
-    "[B',T,C] → [B,h,w,C], without the padding."
+def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
+    """[B',T,C] → [B,h,w,C], without the padding.
+
+    x: [B',T,C]
+    side: L
+    height: h
+    width: w
+    """
     rows, columns = -(-height // side), -(-width // side)
     x = x.reshape(-1, rows, columns, side, side, x.shape[-1]).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-def project_heads(
-    x: Tensor,  # [B,h,w,C]
-    weight: Tensor,  # [3C,C] of queries, keys and values
-    bias: Tensor,  # [3C]
-    num_heads: int,  # H
-    side: int,  # L; 0: no windows, the whole map
-) -> tuple[Tensor, Tensor, Tensor]:
-    "Query, key and value: [B,h,w,C] → [B',H,T,d] three times."
+def project_heads(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value: [B,h,w,C] → [B',H,T,d] three times.
+
+    x: [B,h,w,C]
+    weight: [3C,C] of queries, keys and values
+    bias: [3C]
+    num_heads: H
+    side: L; 0: no windows, the whole map
+    """
     x = affine(x, weight, bias)
     x = to_windows(x, side, bias) if side else x.flatten(1, 2)
     return x.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def merge_heads(
-    context: Tensor,  # [B',H,T,d]
-    side: int,  # L, or 0
-    height: int,  # h
-    width: int,  # w
-) -> Tensor:
-    "[B',H,T,d] → [B,h,w,C]."
+def merge_heads(context: Tensor, side: int, height: int, width: int) -> Tensor:
+    """[B',H,T,d] → [B,h,w,C].
+
+    context: [B',H,T,d]
+    side: L, or 0
+    height: h
+    width: w
+    """
     x = context.transpose(1, 2).flatten(2)
     return from_windows(x, side, height, width) if side else x.unflatten(1, (height, width))

@@ -28,17 +28,17 @@ PIX2STRUCT = dict(
 
 
 class Pix2StructExpert(Expert):
-    "Pix2Struct's encoder: last norm."
+    """Pix2Struct's encoder: last norm.
+
+    config: of transformers' `Pix2StructVisionConfig`; `PIX2STRUCT` are the published settings
+    image_size: pixels, of the images it is given
+    max_patches: it reads the largest square with at most so many
+    kwargs: `own_statistics` changes nothing: it always has its own
+    """
 
     MEAN, STD = (0.0, 0.0, 0.0), (1 / 255,) * 3  # values of 0…255
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # of transformers' `Pix2StructVisionConfig`; `PIX2STRUCT` are the published settings
-        image_size: int = 1024,  # pixels, of the images it is given
-        max_patches: int = 2048,  # it reads the largest square with at most so many
-        **kwargs: Any,  # `own_statistics` changes nothing: it always has its own
-    ) -> None:
+    def __init__(self, config: dict[str, Any], image_size: int = 1024, max_patches: int = 2048, **kwargs: Any) -> None:
         fields = Pix2StructVisionConfig(**config)
         super().__init__(
             image_size, 1, fields.hidden_size, math.isqrt(max_patches), **kwargs | dict(own_statistics=True)

@@ -19,20 +19,22 @@ from ...models.layers import LayerNorm, Linear, affine
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #b21910f9
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, C channels, H heads, d head
 # width, B' windows of all images, L side of a window or of the map, T = L² cells of it.
-def cells(
-    side: int,  # L
-) -> Tensor:
-    "Row and column of every cell, one-hot: → [T,2L]."
+def cells(side: int) -> Tensor:
+    """Row and column of every cell, one-hot: → [T,2L].
+
+    side: L
+    """
     one = torch.eye(side)
     return torch.cat([one.repeat_interleave(side, 0), one.repeat(side, 1)], 1)
 
 
-def relative_terms(
-    query: Tensor,  # [B',H,T,d]
-    rel_pos_h: Tensor,  # [2L−1,d], by distance in rows, from −(L−1) to L−1
-    rel_pos_w: Tensor,  # [2L−1,d], in columns
-) -> Tensor:
-    "What each query adds to the scores of each row and each column: → [B',H,T,2L]."
+def relative_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """What each query adds to the scores of each row and each column: → [B',H,T,2L].
+
+    query: [B',H,T,d]
+    rel_pos_h: [2L−1,d], by distance in rows, from −(L−1) to L−1
+    rel_pos_w: [2L−1,d], in columns
+    """
     side = (len(rel_pos_h) + 1) // 2
     rows, columns = (
         table.flip(0).unfold(0, side, 1).flip(0) for table in (rel_pos_h, rel_pos_w)
@@ -92,16 +94,16 @@ SAM = dict(
 
 
 class SamExpert(Expert):
-    "SAM's encoder with a new neck; four cells become one."
+    """SAM's encoder with a new neck; four cells become one.
+
+    config: of transformers' `SamVisionConfig`; `SAM` are the published settings
+    image_size: None: the config's; there is no other, its positions belong to one size
+    kwargs: `own_statistics`
+    """
 
     MEAN, STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
-    def __init__(
-        self,
-        config: dict[str, Any],  # of transformers' `SamVisionConfig`; `SAM` are the published settings
-        image_size: int | None = None,  # None: the config's; there is no other, its positions belong to one size
-        **kwargs: Any,  # `own_statistics`
-    ) -> None:
+    def __init__(self, config: dict[str, Any], image_size: int | None = None, **kwargs: Any) -> None:
         fields = SamVisionConfig(**config)
         width, side = fields.hidden_size, fields.image_size // fields.patch_size
         if image_size not in (None, fields.image_size):

@@ -48,12 +48,18 @@ PUBLISHED: dict[
 
 
 def build_expert(
-    name: str,  # of `PUBLISHED` or `KINDS`
-    config: Mapping[str, Any] | None = None,  # settings; of a published expert only those that differ
-    image_size: int | None = None,  # None: the published, or the kind's
-    **kwargs: Any,  # `own_statistics`
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    **kwargs: Any,
 ) -> Expert:
-    "An expert with fresh weights."
+    """An expert with fresh weights.
+
+    name: of `PUBLISHED` or `KINDS`
+    config: settings; of a published expert only those that differ
+    image_size: None: the published, or the kind's
+    kwargs: `own_statistics`
+    """
     if name not in PUBLISHED and name not in KINDS:
         raise ValueError(f'unknown expert {name!r}; known: {", ".join([*PUBLISHED, *KINDS])}')
     kind, settings, size = PUBLISHED.get(name, (name, {}, None))
@@ -64,8 +70,9 @@ def build_expert(
 _UNREAD = re.compile(r'(^|\.)(head\.(norm|fc)\.(weight|bias)|(rope|rope_win|rope_glb)\.freqs_(cos|sin)|position_ids)$')
 
 
-def official_weights(
-    weights: Mapping[str, Tensor],  # of an expert or of a whole released model
-) -> dict[str, Tensor]:
-    "Without what nothing reads or what is computed (a classifier, rotations, indices): the rest is named as here."
+def official_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what nothing reads or what is computed (a classifier, rotations, indices): the rest is named as here.
+
+    weights: of an expert or of a whole released model
+    """
     return {name: tensor for name, tensor in weights.items() if not _UNREAD.search(name)}

@@ -19,19 +19,21 @@ from ...models.layers import Conv, LayerNorm, Linear, side_of
 # sampling points, p side of a window.
 
 
-def resize(
-    x: Tensor,  # [B,C,s,s], a map or pictures
-    side: int,  # wanted
-) -> Tensor:
-    "Bilinear with aligned corners, as released: [B,C,s,s] → [B,C,side,side]."
+def resize(x: Tensor, side: int) -> Tensor:
+    """Bilinear with aligned corners, as released: [B,C,s,s] → [B,C,side,side].
+
+    x: [B,C,s,s], a map or pictures
+    side: wanted
+    """
     return x if x.shape[-2:] == (side, side) else F.interpolate(x, (side, side), mode='bilinear', align_corners=True)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #5ea5ae12
-def align(
-    detail: Tensor,  # [B,s,s,C] channels last
-    side: int,  # of the tokens' grid
-) -> Tensor:
-    "Average pooling where the map is a multiple of the grid, else bilinear: [B,s,s,C] → [B,side,side,C]."
+def align(detail: Tensor, side: int) -> Tensor:
+    """Average pooling where the map is a multiple of the grid, else bilinear: [B,s,s,C] → [B,side,side,C].
+
+    detail: [B,s,s,C] channels last
+    side: of the tokens' grid
+    """
     if detail.shape[1] == side:
         return detail
     x, (factor, rest) = detail.permute(0, 3, 1, 2), divmod(detail.shape[1], side)
@@ -39,13 +41,13 @@ def align(
 
 # %% ../../../nbs/papers/04_eagle.ipynb #091dfd45
 class StageAdapter(nn.Module):
-    "Tokens mixed with their neighbours and with another map, under a gate; names as in LLaVA-HR."
+    """Tokens mixed with their neighbours and with another map, under a gate; names as in LLaVA-HR.
 
-    def __init__(
-        self,
-        width: int,  # D
-        detail_channels: int,  # C
-    ) -> None:
+    width: D
+    detail_channels: C
+    """
+
+    def __init__(self, width: int, detail_channels: int) -> None:
         super().__init__()
         self.slow_conv, self.slow_proj = (
             Conv(detail_channels, detail_channels, bias=True),
@@ -70,13 +72,13 @@ class StageAdapter(nn.Module):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #882a6bd5
 class FinalAlign(nn.Module):
-    "Tokens and the aligned map, both projected, added."
+    """Tokens and the aligned map, both projected, added.
 
-    def __init__(
-        self,
-        width: int,  # D
-        detail_channels: int,  # C
-    ) -> None:
+    width: D
+    detail_channels: C
+    """
+
+    def __init__(self, width: int, detail_channels: int) -> None:
         super().__init__()
         self.fast_proj, self.slow_proj = Linear(width, width), Linear(detail_channels, width)
 
@@ -87,13 +89,13 @@ class FinalAlign(nn.Module):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #bb54d0e4
 class PatchMining(nn.Module):
-    "What each token finds in its window of a finer map; names as in Mini-Gemini."
+    """What each token finds in its window of a finer map; names as in Mini-Gemini.
 
-    def __init__(
-        self,
-        width: int,  # D
-        detail_channels: int,  # C
-    ) -> None:
+    width: D
+    detail_channels: C
+    """
+
+    def __init__(self, width: int, detail_channels: int) -> None:
         super().__init__()
 
         def branch(channels: int) -> nn.Sequential:
@@ -124,15 +126,15 @@ class PatchMining(nn.Module):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #5fdb13b1
 class DeformableMining(nn.Module):
-    "What each token reads at points of its own choice."
+    """What each token reads at points of its own choice.
 
-    def __init__(
-        self,
-        width: int,  # D
-        detail_channels: int,  # C
-        num_heads: int = 4,  # H, a divisor of D
-        num_points: int = 4,  # K per head
-    ) -> None:
+    width: D
+    detail_channels: C
+    num_heads: H, a divisor of D
+    num_points: K per head
+    """
+
+    def __init__(self, width: int, detail_channels: int, num_heads: int = 4, num_points: int = 4) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f'width {width} is no multiple of {num_heads} heads; choose num_heads among its divisors')

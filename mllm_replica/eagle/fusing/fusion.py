@@ -29,10 +29,11 @@ class ExpertShape(NamedTuple):
     side: int
 
 
-def check_names(
-    names: Sequence[str],  # of experts, in their order
-) -> None:
-    "At least one expert, each once."
+def check_names(names: Sequence[str]) -> None:
+    """At least one expert, each once.
+
+    names: of experts, in their order
+    """
     if not names:
         raise ValueError('there is no expert; a mixture needs at least one')
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -41,15 +42,14 @@ def check_names(
 
 # %% ../../../nbs/papers/04_eagle.ipynb #98d7ef0d
 class Fusion(nn.Module):
-    "Maps of several experts → `num_tokens` visual tokens of `width` channels."
+    """Maps of several experts → `num_tokens` visual tokens of `width` channels.
+
+    grid: side of the common grid; N = grid²
+    """
 
     injects = False  # whether it changes the first expert's layers
 
-    def __init__(
-        self,
-        experts: Sequence[ExpertShape],
-        grid: int,  # side of the common grid; N = grid²
-    ) -> None:
+    def __init__(self, experts: Sequence[ExpertShape], grid: int) -> None:
         super().__init__()
         self.experts, self.grid = [ExpertShape(*expert) for expert in experts], grid
         check_names([expert.name for expert in self.experts])
@@ -57,11 +57,11 @@ class Fusion(nn.Module):
             raise ValueError(f'the common grid has side {grid}; expected at least 1')
         self.num_tokens, self.width = grid * grid, self.experts[0].channels
 
-    def check(
-        self,
-        maps: Sequence[Tensor],  # one [B,C,s,s] per expert
-    ) -> None:
-        "The maps are those that were announced."
+    def check(self, maps: Sequence[Tensor]) -> None:
+        """The maps are those that were announced.
+
+        maps: one [B,C,s,s] per expert
+        """
         names = ', '.join(expert.name for expert in self.experts)
         if len(maps) != len(self.experts):
             raise ValueError(
@@ -94,12 +94,12 @@ class Fusion(nn.Module):
         raise NotImplementedError(f'{type(self).__name__} does not say how it fuses')
 
     @contextmanager
-    def injected(
-        self,
-        base: nn.Module,  # the first expert
-        others: Sequence[Tensor],  # maps of the other experts
-    ) -> Iterator[None]:
-        "While open, the first expert's layers are changed as the fusion wants it; by default they are not."
+    def injected(self, base: nn.Module, others: Sequence[Tensor]) -> Iterator[None]:
+        """While open, the first expert's layers are changed as the fusion wants it; by default they are not.
+
+        base: the first expert
+        others: maps of the other experts
+        """
         yield
 
 # %% ../../../nbs/papers/04_eagle.ipynb #3c4fe077
@@ -115,12 +115,13 @@ class ChannelConcat(Fusion):
         return torch.cat([tokens_of(resize(x, self.grid)) for x in maps], -1)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #49b8ca04
-def build_projector(
-    kind: str,  # 'linear', 'identity', or 'mlp2x_gelu' with any number of layers
-    width: int,  # of the tokens
-    output_width: int,  # of the language model
-) -> nn.Module:
-    "[..., width] → [..., output_width]; `identity` keeps the width."
+def build_projector(kind: str, width: int, output_width: int) -> nn.Module:
+    """[..., width] → [..., output_width]; `identity` keeps the width.
+
+    kind: 'linear', 'identity', or 'mlp2x_gelu' with any number of layers
+    width: of the tokens
+    output_width: of the language model
+    """
     if kind == 'identity':
         return nn.Identity()
     if kind == 'linear':
@@ -137,14 +138,18 @@ def build_projector(
 
 # %% ../../../nbs/papers/04_eagle.ipynb #4b3aacb9
 class SequenceAppend(Fusion):
-    "Experts one behind the other, each through its own projector."
+    """Experts one behind the other, each through its own projector.
+
+    output_width: of the language model
+    projector: as for `build_projector`
+    """
 
     def __init__(
         self,
         experts: Sequence[ExpertShape],
         grid: int,
-        output_width: int,  # of the language model
-        projector: str = 'mlp2x_gelu',  # as for `build_projector`
+        output_width: int,
+        projector: str = 'mlp2x_gelu',
     ) -> None:
         super().__init__(experts, grid)
         narrow = [expert.name for expert in self.experts if expert.channels != output_width]
@@ -247,15 +252,12 @@ class MiniGemini(Injection):
 
 
 class Deformable(Injection):
-    "Each token reads the other map at points of its own choice."
+    """Each token reads the other map at points of its own choice.
 
-    def __init__(
-        self,
-        experts: Sequence[ExpertShape],
-        grid: int,
-        num_heads: int = 4,  # of `DeformableMining`
-        num_points: int = 4,
-    ) -> None:
+    num_heads: of `DeformableMining`
+    """
+
+    def __init__(self, experts: Sequence[ExpertShape], grid: int, num_heads: int = 4, num_points: int = 4) -> None:
         super().__init__(experts, grid)
         self.mining = DeformableMining(self.width, self.detail_channels, num_heads, num_points)
 
@@ -275,14 +277,22 @@ FUSIONS = {
 
 
 def build_fusion(
-    kind: str,  # a key of `FUSIONS`
-    experts: Sequence[ExpertShape],  # the first is read by the language model, where the fusion has a first one
-    grid: int,  # side of the common grid
-    output_width: int,  # of the language model
-    projector: str = 'mlp2x_gelu',  # as for `build_projector`
-    **options: int,  # `num_heads` and `num_points` of 'deformable'
+    kind: str,
+    experts: Sequence[ExpertShape],
+    grid: int,
+    output_width: int,
+    projector: str = 'mlp2x_gelu',
+    **options: int,
 ) -> tuple[Fusion, nn.Module]:
-    "Maps → tokens [B,M,width], and the projector [B,M,width] → [B,M,output_width]."
+    """Maps → tokens [B,M,width], and the projector [B,M,width] → [B,M,output_width].
+
+    kind: a key of `FUSIONS`
+    experts: the first is read by the language model, where the fusion has a first one
+    grid: side of the common grid
+    output_width: of the language model
+    projector: as for `build_projector`
+    options: `num_heads` and `num_points` of 'deformable'
+    """
     if kind not in FUSIONS:
         raise ValueError(f'fusion {kind!r} is unknown: {", ".join(FUSIONS)}')
     if kind == 'sequence':

@@ -17,21 +17,22 @@ from .fusion import ExpertShape, Fusion, check_names
 # Shapes: B images, C channels of a map of side s, M tokens of a fusion.
 
 
-def shapes_of(
-    experts: Mapping[str, nn.Module],  # name -> expert
-) -> list[ExpertShape]:
-    "What a fusion wants to know of experts."
+def shapes_of(experts: Mapping[str, nn.Module]) -> list[ExpertShape]:
+    """What a fusion wants to know of experts.
+
+    experts: name -> expert
+    """
     return [ExpertShape(name, expert.channels, expert.grid) for name, expert in experts.items()]
 
 
 class Towers:
     "Experts of the same pictures, for a module with `vision_towers`, `image_size` and `fusion` (None: not injected)."
 
-    def pixels(
-        self,
-        images: Tensor,  # [B,3,image_size,image_size]
-    ) -> list[Tensor]:
-        "The pictures as each expert wants them, every size made once."
+    def pixels(self, images: Tensor) -> list[Tensor]:
+        """The pictures as each expert wants them, every size made once.
+
+        images: [B,3,image_size,image_size]
+        """
         sizes = {size: self.sized(images, size) for size in {expert.image_size for expert in self.vision_towers}}
         return [sizes[expert.image_size] for expert in self.vision_towers]
 
@@ -41,11 +42,11 @@ class Towers:
             raise ValueError(f'pictures {list(images.shape)}; expected [B, 3, {self.image_size}, {self.image_size}]')
         return resize(images, size)
 
-    def maps(
-        self,
-        images: Tensor,  # [B,3,image_size,image_size]
-    ) -> list[Tensor]:
-        "The experts' maps in their order, the first one's computed last: a fusion may inject the others into it."
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The experts' maps in their order, the first one's computed last: a fusion may inject the others into it.
+
+        images: [B,3,image_size,image_size]
+        """
         (first, *towers), (pixels, *others) = self.vision_towers, self.pixels(images)
         others = [tower(x) for tower, x in zip(towers, others)]
         with self.fusion.injected(first, others) if self.fusion else nullcontext():
@@ -53,14 +54,14 @@ class Towers:
 
 
 class Mixture(Towers, nn.Module):
-    "Pictures → fused tokens."
+    """Pictures → fused tokens.
 
-    def __init__(
-        self,
-        experts: Mapping[str, nn.Module],  # name -> [B,3,size,size] → [B,C,s,s]
-        fusion: Fusion,  # of the same experts
-        image_size: int,  # side of the pictures that come in
-    ) -> None:
+    experts: name -> [B,3,size,size] → [B,C,s,s]
+    fusion: of the same experts
+    image_size: side of the pictures that come in
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module], fusion: Fusion, image_size: int) -> None:
         super().__init__()
         if shapes_of(experts) != fusion.experts:
             raise ValueError(f'the fusion was built for {fusion.experts}, not for {shapes_of(experts)}')
@@ -80,10 +81,11 @@ SIGNS = {  # weights that give a tower away, relative to `vision_towers.k.`
 }
 
 
-def tower_names(
-    towers: str,  # the field mm_vision_tower
-) -> list[str]:
-    "The experts of a released configuration, in their order."
+def tower_names(towers: str) -> list[str]:
+    """The experts of a released configuration, in their order.
+
+    towers: the field mm_vision_tower
+    """
     names = [name.strip() for name in towers.split(';') if name.strip()]
     check_names(names)
     unknown = [name for name in names if name.split('-')[0] not in SIGNS]
@@ -95,11 +97,12 @@ def tower_names(
     return names
 
 
-def check_towers(
-    names: Sequence[str],  # expected, as from `tower_names`
-    keys: Iterable[str],  # weights found, with `vision_towers.k.` in their names
-) -> None:
-    "The weights are those of these experts in this order, or an error says what is there."
+def check_towers(names: Sequence[str], keys: Iterable[str]) -> None:
+    """The weights are those of these experts in this order, or an error says what is there.
+
+    names: expected, as from `tower_names`
+    keys: weights found, with `vision_towers.k.` in their names
+    """
     found = {}
     for key in keys:
         number, _, rest = key.partition('vision_towers.')[2].partition('.')

@@ -18,7 +18,15 @@ from ...data.encoded import IGNORED
 
 
 class Layout(NamedTuple):
-    "A batch with a place for every visual token."
+    """A batch with a place for every visual token.
+
+    input_ids: [B,L] `image_token_id` at visual tokens
+    attention_mask: [B,L]
+    position_ids: [B,L] counted from the first real place, 0 at padding
+    labels: [B,L]
+    rows: visual tokens that were not cut off, in reading order
+    given: V, before the cut
+    """
 
     input_ids: Tensor  # [B,L] `image_token_id` at visual tokens
     attention_mask: Tensor  # [B,L]
@@ -28,11 +36,12 @@ class Layout(NamedTuple):
     given: int  # V, before the cut
 
 
-def _owners(
-    counts: Tensor,  # [B] placeholders of each sample
-    images: int,  # K
-) -> Tensor:
-    "First image of each sample: [B]. A sample without placeholder may own one image, as released, or none."
+def _owners(counts: Tensor, images: int) -> Tensor:
+    """First image of each sample: [B]. A sample without placeholder may own one image, as released, or none.
+
+    counts: [B] placeholders of each sample
+    images: K
+    """
     found = counts.sum().item()
     owned = counts if images == found else counts.clamp(min=1)
     if owned.sum() == images:
@@ -46,17 +55,24 @@ def _owners(
 
 # %% ../../../nbs/papers/04_eagle.ipynb #d52dbb7f
 def lay_out(
-    input_ids: Tensor,  # [B,T] with one `placeholder` per image
-    lengths: Sequence[int],  # [K] visual tokens of each image, of all its crops
-    attention_mask: Tensor | None = None,  # [B,T]; None: everything is real
-    labels: Tensor | None = None,  # [B,T]
-    max_length: int | None = None,  # places of a row
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    max_length: int | None = None,
     padding_side: str = 'right',
     placeholder: int = -200,
     image_token_id: int = -1,
     pad_token_id: int = 0,
 ) -> Layout:
-    "Room for every visual token, cut and padded as released: [B,T] → [B,L]."
+    """Room for every visual token, cut and padded as released: [B,T] → [B,L].
+
+    input_ids: [B,T] with one `placeholder` per image
+    lengths: [K] visual tokens of each image, of all its crops
+    attention_mask: [B,T]; None: everything is real
+    labels: [B,T]
+    max_length: places of a row
+    """
     if padding_side not in ('left', 'right'):
         raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -110,13 +126,19 @@ class _Spread(torch.autograd.Function):
 
 # %% ../../../nbs/papers/04_eagle.ipynb #6cff567d
 def splice(
-    embedding: nn.Module,  # [n] ids → [n,D]
-    input_ids: Tensor,  # [B,L] `image_token_id` at visual tokens
-    visual: Tensor,  # [V,D] visual tokens in reading order
-    attention_mask: Tensor | None = None,  # [B,L] zero vectors where it is 0; None: all places are real
+    embedding: nn.Module,
+    input_ids: Tensor,
+    visual: Tensor,
+    attention_mask: Tensor | None = None,
     image_token_id: int = -1,
 ) -> Tensor:
-    "Text embeddings and visual tokens in their places: [B,L], [V,D] → [B,L,D]."
+    """Text embeddings and visual tokens in their places: [B,L], [V,D] → [B,L,D].
+
+    embedding: [n] ids → [n,D]
+    input_ids: [B,L] `image_token_id` at visual tokens
+    visual: [V,D] visual tokens in reading order
+    attention_mask: [B,L] zero vectors where it is 0; None: all places are real
+    """
     flat, is_image = input_ids.flatten(), (input_ids == image_token_id).flatten()
     is_text = ~is_image if attention_mask is None else attention_mask.flatten().bool() & ~is_image
     at_text, at_visual = is_text.nonzero().flatten(), is_image.nonzero().flatten()
@@ -129,11 +151,12 @@ def splice(
     return _Spread.apply(text, visual.to(text.dtype), at_text, at_visual, len(flat)).view(*input_ids.shape, -1)
 
 # %% ../../../nbs/papers/04_eagle.ipynb #e5c82724
-def check_places(
-    places: Sequence[int],  # of each sample
-    lengths: Sequence[int],  # visual tokens of each image, of all its crops, in reading order
-) -> None:
-    "Every sample's places are filled by whole images, and all images find theirs."
+def check_places(places: Sequence[int], lengths: Sequence[int]) -> None:
+    """Every sample's places are filled by whole images, and all images find theirs.
+
+    places: of each sample
+    lengths: visual tokens of each image, of all its crops, in reading order
+    """
     image = 0
     for row, count in enumerate(places):
         taken = 0
@@ -152,13 +175,12 @@ def check_places(
         )
 
 # %% ../../../nbs/papers/04_eagle.ipynb #b2fa1f76
-def splice_layout(
-    embedding: nn.Module,  # [n] ids → [n,D]
-    layout: Layout,
-    visual: Tensor,  # [V,D] tokens of all images, those that are cut off too
-    image_token_id: int = -1,
-) -> Tensor:
-    "The official splice: → [B,L,D]."
+def splice_layout(embedding: nn.Module, layout: Layout, visual: Tensor, image_token_id: int = -1) -> Tensor:
+    """The official splice: → [B,L,D].
+
+    embedding: [n] ids → [n,D]
+    visual: [V,D] tokens of all images, those that are cut off too
+    """
     if len(visual) != layout.given:
         raise ValueError(f'{len(visual)} visual tokens; the layout was made for {layout.given}')
     kept = visual if len(layout.rows) == layout.given else visual[layout.rows]
