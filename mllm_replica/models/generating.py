@@ -29,7 +29,12 @@ def only_words(input_ids: Tensor, size: int) -> Tensor:
 
 
 class PromptProcessors(LogitsProcessorList):
-    "Logits processors of a prompt with images: transformers' own see words only, a user's see the placeholders."
+    """Logits processors of a prompt with images: transformers' own see words only, a user's see the placeholders.
+
+    placeholder: a number of the vocabulary that is never said
+    """
+
+    placeholder: int | None = None  # a number of the vocabulary that is never said
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """The scores after every processor: → [B,V].
@@ -37,10 +42,14 @@ class PromptProcessors(LogitsProcessorList):
         input_ids: [B,T'] so far
         scores: [B,V]
         """
-        words = only_words(input_ids, scores.shape[-1])
+        shown = input_ids if self.placeholder is None else input_ids.masked_fill(input_ids == self.placeholder, -1)
+        words = only_words(shown, scores.shape[-1])
         for processor in self:
             known = type(processor).__module__.startswith('transformers.')
             scores = LogitsProcessorList([processor])(words if known else input_ids, scores, **kwargs)
+        if self.placeholder is not None:
+            scores = scores.clone()
+            scores[:, self.placeholder] = float('-inf')
         return scores
 
 # %% ../../nbs/foundations/models/39a_generating.ipynb #c7a15a0a
@@ -51,7 +60,11 @@ class PromptGenerationMixin(GenerationMixin):
         "transformers' processors, shown what they can count."
         if kwargs.get('encoder_input_ids') is not None:
             kwargs['encoder_input_ids'] = only_words(kwargs['encoder_input_ids'], self.config.text_config.vocab_size)
-        return PromptProcessors(GenerationMixin._get_logits_processor(self, *args, **kwargs))
+        found = PromptProcessors(GenerationMixin._get_logits_processor(self, *args, **kwargs))
+        number = self.config.image_token_id
+        stands = bool(self.image_places(torch.tensor([number]), None))  # for an image, and not for an ordinary word
+        found.placeholder = number if stands and 0 <= number < self.get_output_embeddings().weight.shape[0] else None
+        return found
 
     def prepare_inputs_for_generation(
         self,
