@@ -201,6 +201,7 @@ ROOMS = (  # a module imports from its own room and from those before it
     'mm1',
     'eagle',
     'owl3',
+    'auto',
     'commands',
     'cli',
 )

@@ -28,7 +28,10 @@ def _comments(source: str) -> dict[int, str]:
 def _segment(source: str, node: ast.AST) -> str:
     "The code of an expression on one line."
     text = ast.get_source_segment(source, node)
-    return re.sub(r'\s*\n\s*', ' ', re.sub(r'[ \t]*#[^\n]*', '', text)) if '\n' in text else text
+    if '\n' not in text:
+        return text
+    joined = re.sub(r'\s*\n\s*', ' ', re.sub(r'[ \t]*#[^\n]*', '', text))
+    return re.sub(r',? ([\])}])', r'\1', re.sub(r'([\[({]) ', r'\1', joined))
 
 
 def _parameters(source: str, node: ast.FunctionDef) -> Iterator[tuple[str, str, int]]:

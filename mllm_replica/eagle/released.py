@@ -81,7 +81,7 @@ RELEASED = {
 def paper_config(
     name: str = 'Eagle-X5-7B',
     experts: Sequence[str] | None = None,
-    sizes: Mapping[ str, int ] = {},
+    sizes: Mapping[str, int] = {},
     image_size: int = 1024,
     tiles: int = 1,
     **connector: Any,

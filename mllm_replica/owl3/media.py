@@ -185,7 +185,7 @@ def _join(parts: Iterable[States], length: int) -> States:
 
 def image_states(
     media: Media,
-    project: Callable[ [Tensor], States ],
+    project: Callable[[Tensor], States],
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> States:
     """Keys and values of all images: [N,S,D] → [N·S,G,d] twice.

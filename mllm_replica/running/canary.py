@@ -181,7 +181,7 @@ def hooks(packages: tuple[str, ...]) -> dict[str, list[str]]:
     }
 
 
-def main(argv: list[ str ]) -> None:
+def main(argv: list[str]) -> None:
     """Print one line of JSON per unit, and a last one with the hooks.
 
     argv: path of a JSON file with units, chapters, folder; a call is a unit (paper, 'call', name, arguments as JSON, 0)

@@ -181,7 +181,7 @@ ROUNDS = ('round', 'added', 'set', 'metric', 'mean', 'low', 'high', 'seeds', 'ch
 def greedy_search(
     candidates: Sequence[str],
     start: Sequence[str],
-    recipe_of: Callable[ [tuple[str, ...]], Recipe ],
+    recipe_of: Callable[[tuple[str, ...]], Recipe],
     metric: str,
     rounds: int | None = None,
     seeds: Sequence[int] | None = None,

@@ -25,7 +25,7 @@ _ROWS = ('input_ids', 'attention_mask')
 _IMAGES = ('pixel_values', 'image_features')
 
 
-def left_padded(batch: Mapping[ str, Any ]) -> dict[str, Tensor]:
+def left_padded(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a model needs to answer, with the padding of every row moved to the left.
 
     batch: input_ids and attention_mask [B,T] padded on any side, perhaps pixel_values or image_features

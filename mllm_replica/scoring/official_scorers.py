@@ -364,7 +364,7 @@ def mmmu_open(gold: str | list[str], parsed: list[str | float]) -> bool:
     )
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #e7e69d6c
-def mmmu(results: Sequence[ dict[str, Any] ], chance_seed: int = 0) -> float:
+def mmmu(results: Sequence[dict[str, Any]], chance_seed: int = 0) -> float:
     """MMMU: the fraction of right answers, subjects taken together.
 
     results: question_type, answer, pred, perhaps id; choices: all_choices, num_option_images

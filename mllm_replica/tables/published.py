@@ -401,7 +401,7 @@ Tables = Callable[[str], list[str]]  # scale -> tables
 def runnable(
     paper: str,
     reason: Callable[[str, Row, str], str | None],
-    made: Callable[ [str, str, dict[str, Any], str, int], Recipe ],
+    made: Callable[[str, str, dict[str, Any], str, int], Recipe],
 ) -> tuple[Rows, Tables, Callable[[str, str, str, int], Recipe]]:
     """A chapter's `rows`, `tables` and `recipe`.
 

@@ -330,7 +330,7 @@ def train(
     model: nn.Module,
     stages: Sequence[Stage],
     datasets: Mapping[str, Sequence[Encoded]],
-    collate: Callable[ [list[Encoded]], dict[str, Any] ],
+    collate: Callable[[list[Encoded]], dict[str, Any]],
     out_dir: Path,
     seed: int,
     progress: Callable[[int, int, float], None] | None = None,
