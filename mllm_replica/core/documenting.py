@@ -96,10 +96,10 @@ def _docstring(source: str, node: ast.FunctionDef | ast.ClassDef, notes: Notes) 
     return first.lineno, first.end_lineno, [*lines, '', *said, f'{indent}"""']
 
 
-def _fields(node: ast.ClassDef, comments: dict[int, str]) -> Notes:
-    "What is said of the annotated fields of a class."
+def _fields(node: ast.ClassDef, comments: dict[int, str]) -> dict[str, int]:
+    "The annotated fields of a class about which something is said, and their last lines."
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
-    return {f.target.id: comments[f.end_lineno] for f in fields if f.end_lineno in comments}
+    return {field.target.id: field.end_lineno for field in fields if field.end_lineno in comments}
 
 
 def _edits(source: str, node: ast.AST, comments: dict[int, str]) -> Iterator[Edit]:
@@ -110,8 +110,11 @@ def _edits(source: str, node: ast.AST, comments: dict[int, str]) -> Iterator[Edi
     else:
         made = next((item for item in node.body if getattr(item, 'name', '') == '__init__'), None)
         found = made and not ast.get_docstring(made) and _header(source, made, comments)
-        notes = _fields(node, comments) | (found[1] if found else {})
+        fields = _fields(node, comments)
+        notes = {name: comments[line] for name, line in fields.items()} | (found[1] if found else {})
         documented = _docstring(source, node, notes) if notes else None
+        for line in fields.values() if documented else ():
+            yield line, line, [source.splitlines()[line - 1].rsplit('#', 1)[0].rstrip()]
     if documented:
         yield documented
         if found:
@@ -119,7 +122,7 @@ def _edits(source: str, node: ast.AST, comments: dict[int, str]) -> Iterator[Edi
 
 # %% ../../nbs/foundations/core/00b_documenting.ipynb #9fbb5bef
 def documented(source: str) -> str:
-    """The code with comments on parameters and fields moved into docstrings; the fields keep theirs.
+    """The code with comments on parameters and fields moved into docstrings.
 
     source: code of a cell
     """

@@ -100,15 +100,15 @@ class Part:
     is_function: else something that is there from the import on
     """
 
-    name: str  # 'samples', 'Model', 'Model.forward', 'METRICS[cider]', '(import)'
+    name: str
     module: str
-    lines: tuple[int, int]  # first and last
-    meaning: str  # hash
-    uses: frozenset[tuple[str, str]]  # (name that it reads from its module, attribute or key of it, or '')
-    says: frozenset[str]  # attributes that it names
-    strings: frozenset[str]  # string constants
-    imports: tuple[tuple[str, str, str], ...]  # (local name, module, name in it or '') of imports inside
-    is_function: bool  # else something that is there from the import on
+    lines: tuple[int, int]
+    meaning: str
+    uses: frozenset[tuple[str, str]]
+    says: frozenset[str]
+    strings: frozenset[str]
+    imports: tuple[tuple[str, str, str], ...]
+    is_function: bool
 
     @property
     def owner(self) -> str:

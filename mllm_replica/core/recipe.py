@@ -57,11 +57,11 @@ class Source(_Part):
     options: e.g. resolution or tasks of a world
     """
 
-    kind: Literal['world', 'easy_vqa', 'folder', 'parquet', 'tar']  # how it is read
-    name: Name  # world name, or path under the data root
-    split: Name = 'train'  # 'train' or 'test'; never share samples
-    size: Count | None = None  # number of samples, None for all there are
-    options: dict[str, Any] = {}  # e.g. resolution or tasks of a world
+    kind: Literal['world', 'easy_vqa', 'folder', 'parquet', 'tar']
+    name: Name
+    split: Name = 'train'
+    size: Count | None = None
+    options: dict[str, Any] = {}
 
 
 class Stage(_Part):
@@ -84,27 +84,27 @@ class Stage(_Part):
     name: Name
     trainable: Annotated[
         tuple[Pattern, ...], Field(min_length=1)
-    ]  # `re.search`ed in parameter names; others are frozen
-    mixture: Annotated[dict[str, Positive], Field(min_length=1)]  # source name -> weight (any sum)
-    steps: Annotated[int, Field(ge=0)]  # 0: only what an earlier stage taught
-    batch_size: Count  # samples per optimiser step
+    ]
+    mixture: Annotated[dict[str, Positive], Field(min_length=1)]
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Count
     lr: Positive
     min_lr: NotNegative = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    accumulate: Count = 1  # micro-batches per optimiser step; does not change the result
-    lr_scale: dict[Pattern, Positive] = {}  # regular expression -> factor on lr
+    accumulate: Count = 1
+    lr_scale: dict[Pattern, Positive] = {}
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = (
         None  # factor per layer below the top, for `decayed_layers`
     )
-    decayed_layers: Pattern | None = None  # regular expression with one group: the layer number
-    weight_decay: NotNegative = 0.0  # not on biases and norm weights
+    decayed_layers: Pattern | None = None
+    weight_decay: NotNegative = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: Positive = 1e-6
-    clip: Positive = 1.0  # norm of the whole gradient
+    clip: Positive = 1.0
     precision: Literal['fp32', 'bf16'] = 'fp32'
-    max_length: Annotated[int, Field(ge=2)] = 1024  # positions per sample; the first predicts nothing
-    pack: bool = False  # several samples in one row, no attention across
-    checkpoint_every: Count | None = None  # steps; None: only at the end
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    pack: bool = False
+    checkpoint_every: Count | None = None
 
     @model_validator(mode='after')
     def _fitting(self) -> 'Stage':
@@ -129,11 +129,11 @@ class Benchmark(_Part):
     metric: a name in `metrics.METRICS`
     """
 
-    name: Name  # becomes the metric's name
-    source: Name  # key of `Recipe.sources`
-    tasks: tuple[Name, ...] = ()  # keep only samples of these tasks; empty: all
+    name: Name
+    source: Name
+    tasks: tuple[Name, ...] = ()
     method: Literal['generate', 'options'] = 'generate'
-    metric: Annotated[str, AfterValidator(_known)] = 'exact_match'  # a name in `metrics.METRICS`
+    metric: Annotated[str, AfterValidator(_known)] = 'exact_match'
     max_new_tokens: Count = 4
     batch_size: Count = 100
 
@@ -150,11 +150,11 @@ class Recipe(Strict):
     row: Name
     scale: Scale
     seed: Annotated[int, Field(ge=0)]
-    model: dict[str, Any]  # the paper's own settings, read by its `build`
+    model: dict[str, Any]
     sources: dict[str, Source]
     stages: tuple[Stage, ...]
     benchmarks: tuple[Benchmark, ...]
-    assumptions: tuple[str, ...] = ()  # what the paper leaves open and we chose
+    assumptions: tuple[str, ...] = ()
 
     @model_validator(mode='after')
     def _consistent(self) -> 'Recipe':

@@ -37,9 +37,9 @@ class Search:
 
     start: tuple[str, ...]
     candidates: tuple[str, ...]
-    recipe_of: Callable[[tuple[str, ...], str], Recipe]  # of a set, in the order in which it grew, and a scale
+    recipe_of: Callable[[tuple[str, ...], str], Recipe]
     metric: str
-    seeds: tuple[int, ...] = (0, 1, 2)  # development seeds: what was chosen by its score is not measured by it
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Chapter:
     teach: train one of them, or find it trained
     """
 
-    rows: Callable[[str, str], dict[str, str | None]]  # table, scale -> row -> why it cannot run, None if it can
-    tables: Callable[[str], list[str]]  # scale -> tables of which a row can run
-    recipe: Callable[[str, str, str, int], Recipe]  # table, row, scale, seed -> recipe
-    build: Callable[[Recipe], tuple[Any, Any]]  # recipe -> model, processor
-    measure: Callable[..., dict[str, float]]  # model, processor, recipe, scores -> numbers beside the benchmarks'
-    load_source: Callable[..., Any] | None = None  # in place of `data.sources.load_source`
-    arrange: Callable[..., dict[str, Any]] | None = None  # in place of `data.packing.arrange`
-    starts: Callable[[Recipe], list[str]] | None = None  # names of what a unit starts from
-    teach: Callable[[Recipe, str], Any] | None = None  # train one of them, or find it trained
+    rows: Callable[[str, str], dict[str, str | None]]
+    tables: Callable[[str], list[str]]
+    recipe: Callable[[str, str, str, int], Recipe]
+    build: Callable[[Recipe], tuple[Any, Any]]
+    measure: Callable[..., dict[str, float]]
+    load_source: Callable[..., Any] | None = None
+    arrange: Callable[..., dict[str, Any]] | None = None
+    starts: Callable[[Recipe], list[str]] | None = None
+    teach: Callable[[Recipe, str], Any] | None = None
     search: Search | None = None
 
 
@@ -114,10 +114,10 @@ class Cases:
     recognises: whether these tensors are of a file of this paper
     """
 
-    ORIGIN: str  # the official repository, as it stands in the metadata of the files made from it
-    parity_cases: Mapping[str, Callable[..., Any]]  # kind of a file -> what computes it anew
-    kind_of: Callable[[set[str]], str] | None = None  # names of a file's tensors -> its kind, where it does not say it
-    recognises: Callable[[set[str]], bool] | None = None  # whether these tensors are of a file of this paper
+    ORIGIN: str
+    parity_cases: Mapping[str, Callable[..., Any]]
+    kind_of: Callable[[set[str]], str] | None = None
+    recognises: Callable[[set[str]], bool] | None = None
 
 
 def cases_of(paper: str) -> Cases | None:

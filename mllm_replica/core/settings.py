@@ -93,12 +93,12 @@ class Settings(Strict):
     backbones: hub id -> local folder, from `[backbones]`
     """
 
-    tracking_uri: str  # MLflow address; SQLite under `run_folder` when the file leaves it empty
-    run_folder: Path  # absolute
-    scale: Scale  # the default scale
-    seeds: tuple[int, ...]  # the default seeds
-    workers: int  # units that run side by side
-    backbones: dict[str, str] = {}  # hub id -> local folder, from `[backbones]`
+    tracking_uri: str
+    run_folder: Path
+    scale: Scale
+    seeds: tuple[int, ...]
+    workers: int
+    backbones: dict[str, str] = {}
 
     @field_validator('workers')
     @classmethod

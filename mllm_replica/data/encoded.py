@@ -26,12 +26,12 @@ class Encoded:
     """
 
     id: str
-    input_ids: list[int]  # an image is a run of placeholder ids
-    labels: list[int]  # -100: not supervised
-    image_ids: list[Any] = field(default_factory=list)  # names or rows in a feature cache, in reading order
-    images: list[Any] = field(default_factory=list)  # undecoded, in reading order
-    image_spans: list[tuple[int, int]] = field(default_factory=list)  # start and stop of each image's run
-    views: int = 1  # consecutive runs that show one image, such as its overview and crops
+    input_ids: list[int]
+    labels: list[int]
+    image_ids: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
+    views: int = 1
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):

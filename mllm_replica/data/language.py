@@ -56,9 +56,9 @@ class Piece(NamedTuple):
     end: whether the end token follows it
     """
 
-    text: str | None  # None: an image
-    supervised: bool = False  # whether the loss is taken on it
-    end: bool = False  # whether the end token follows it
+    text: str | None
+    supervised: bool = False
+    end: bool = False
 
 
 IMAGE_PIECE = Piece(None)

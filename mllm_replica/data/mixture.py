@@ -45,8 +45,8 @@ class Mixture:
     weights: weight per source, any positive sum
     """
 
-    sizes: dict[str, int]  # samples per source
-    weights: dict[str, float]  # weight per source, any positive sum
+    sizes: dict[str, int]
+    weights: dict[str, float]
     seed: int
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class EagleVisionConfig(PreTrainedConfig):
     experts: list[Any] | tuple[Any, ...] | None = (
         None  # names of published experts, or dicts with keys of `EXPERT`; None: those of X5
     )
-    image_size: int = 1024  # pixels
+    image_size: int = 1024
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = MIXTURES['x5'] if self.experts is None else self.experts
@@ -107,7 +107,7 @@ class EagleConfig(VisionLanguageConfig):
 
     model_type = 'eagle'
 
-    tiles: int = 1  # an image is also cut into tiles × tiles pictures
+    tiles: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_config is None or isinstance(self.vision_config, dict):

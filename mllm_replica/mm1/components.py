@@ -209,10 +209,10 @@ class SubImages:
     tokens_per_image: M
     """
 
-    resolution: int  # side of the whole square, in pixels
-    tile: int  # side of what the encoder reads, in pixels
-    patch: int = 14  # side of a patch, in pixels
-    tokens_per_image: int = 144  # M
+    resolution: int
+    tile: int
+    patch: int = 14
+    tokens_per_image: int = 144
 
     def __post_init__(self) -> None:
         if min(self.resolution, self.tile, self.patch) < 1 or self.resolution % self.tile or self.tile % self.patch:

@@ -89,7 +89,7 @@ class TrainingSequence(Encoded):
     lengths: positions of each example
     """
 
-    lengths: list[int] = field(default_factory=list)  # positions of each example
+    lengths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

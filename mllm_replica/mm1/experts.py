@@ -30,12 +30,12 @@ class Routing(NamedTuple):
     z: []
     """
 
-    logits: Tensor  # [n,E]
-    experts: Tensor  # [n,2] first and second choice
-    gates: Tensor  # [n,2] weight of each
-    kept: Tensor  # [n,2] False where there was no room
-    balance: Tensor  # []
-    z: Tensor  # []
+    logits: Tensor
+    experts: Tensor
+    gates: Tensor
+    kept: Tensor
+    balance: Tensor
+    z: Tensor
 
     @property
     def load(self) -> Tensor:

@@ -63,8 +63,8 @@ class Fit(NamedTuple):
     """
 
     law: Law
-    spread: float  # standard deviation of ln lr around the line
-    sizes: np.ndarray  # ln N
+    spread: float
+    sizes: np.ndarray
 
     @property
     def _quantile(self) -> float:

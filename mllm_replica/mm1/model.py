@@ -54,7 +54,7 @@ class MM1Config(VisionLanguageConfig):
 
     model_type = 'mm1'
 
-    feature_layer: int = -1  # −1: the last block's output after the final norm; other layers have none
+    feature_layer: int = -1
     experts: dict[str, Any] | None = (
         None  # every, num_experts; perhaps intermediate_size, capacity_factor, balance and z (weights of losses)
     )

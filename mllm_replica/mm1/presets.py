@@ -21,10 +21,10 @@ class Preset(NamedTuple):
     lr: peak rate of pre-training
     """
 
-    llm: str  # key of `LANGUAGE_MODELS`
-    encoder: str  # key of `ENCODERS`
-    image_size: int  # pixels
-    lr: float  # peak rate of pre-training
+    llm: str
+    encoder: str
+    image_size: int
+    lr: float
     experts: dict[str, int] | None = None
 
 

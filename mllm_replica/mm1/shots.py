@@ -23,7 +23,7 @@ class Template(NamedTuple):
     query: with `<image>` and perhaps {question}; the answer follows after a space
     """
 
-    query: str  # with `<image>` and perhaps {question}; the answer follows after a space
+    query: str
     separator: str = '\n'
 
     def cut(self, text: str) -> str:

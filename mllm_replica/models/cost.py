@@ -23,9 +23,9 @@ class Cost(NamedTuple):
     activations: bytes kept for the backward pass, parameters not included
     """
 
-    forward: int  # FLOPs; a multiplication with its addition counts as two
-    backward: int  # FLOPs, those of recomputed layers included
-    activations: int  # bytes kept for the backward pass, parameters not included
+    forward: int
+    backward: int
+    activations: int
 
 
 def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:

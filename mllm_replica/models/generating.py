@@ -34,7 +34,7 @@ class PromptProcessors(LogitsProcessorList):
     placeholder: a number of the vocabulary that is never said
     """
 
-    placeholder: int | None = None  # a number of the vocabulary that is never said
+    placeholder: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """The scores after every processor: → [B,V].

@@ -30,8 +30,8 @@ class Partial(NamedTuple):
     """
 
     value: Tensor
-    where: Tensor  # bool, broadcastable to value
-    reason: str  # printed in the report
+    where: Tensor
+    reason: str
 
 
 Case = Callable[[dict[str, Any], Mapping[str, Tensor]], dict[str, Tensor | Partial]]
@@ -133,7 +133,7 @@ class Golden(NamedTuple):
     path: Path
     kind: str
     config: dict[str, Any]
-    metadata: str  # all of it, as text
+    metadata: str
     tensors: dict[str, Tensor]
 
 
@@ -205,9 +205,9 @@ class Compared(NamedTuple):
     """
 
     name: str
-    sort: str  # 'out', 'grad' or 'ids' (whole numbers)
-    error: float  # largest difference, relative to the tensor's largest number (to 1 for zero tensors and ids)
-    problem: str  # '' if it agrees
+    sort: str
+    error: float
+    problem: str
 
 
 def compare(name: str, recorded: Tensor, computed: Tensor | Partial, scale: float = 1.0) -> Compared:
@@ -253,7 +253,7 @@ class Report(NamedTuple):
     kind: str
     compared: list[Compared]
     problems: list[str]
-    notes: list[str]  # restrictions of the comparison
+    notes: list[str]
 
     def line(self) -> str:
         "One line: kind, verdict, and per sort of tensor how many were compared and the worst relative error."

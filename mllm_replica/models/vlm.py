@@ -52,11 +52,11 @@ class VisionLanguageConfig(PreTrainedConfig):
     sub_configs = {'vision_config': AutoConfig, 'text_config': AutoConfig}
     keys_to_ignore_at_inference = ['past_key_values', 'image_hidden_states', 'last_hidden_state']  # by Trainer
 
-    vision_config: dict | PreTrainedConfig | None = None  # with 'model_type', by default CLIP's
-    connector_config: dict[str, Any] | None = None  # the paper's own settings
-    text_config: dict | PreTrainedConfig | None = None  # with 'model_type', by default Llama's
-    image_token_id: int | None = None  # placeholder, one per visual token; None: the first after the decoder's words
-    feature_layer: int = -2  # hidden state of the encoder that is read
+    vision_config: dict | PreTrainedConfig | None = None
+    connector_config: dict[str, Any] | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    feature_layer: int = -2
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config(self.vision_config, 'clip_vision_model')
@@ -100,8 +100,8 @@ class VisionLanguageOutput(CausalLMOutputWithPast):
     last_hidden_state: [B,T,D]
     """
 
-    image_hidden_states: Tensor | None = None  # [N,M,D]
-    last_hidden_state: Tensor | None = None  # [B,T,D]
+    image_hidden_states: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 class VisionLanguageModel(PreTrainedModel, PromptGenerationMixin):

@@ -35,13 +35,13 @@ class Owl2VisionConfig(PreTrainedConfig):
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    image_size: int = 448  # pixels
-    patch_size: int = 14  # pixels
+    image_size: int = 448
+    patch_size: int = 14
     hidden_act: str = 'quick_gelu'
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
-    use_cls_token: bool = True  # a class token before the patches
-    use_post_layernorm: bool = True  # a LayerNorm over all tokens at the end
+    use_cls_token: bool = True
+    use_post_layernorm: bool = True
 
     @property
     def num_patches(self) -> int:

@@ -27,10 +27,10 @@ class Question:
     """
 
     id: str
-    image: dict[str, Any]  # undecoded: bytes, path
+    image: dict[str, Any]
     question: str
     options: tuple[str, ...]
-    answer: int  # index of the right option
+    answer: int
 
     def __post_init__(self) -> None:
         if len(self.options) < 2:

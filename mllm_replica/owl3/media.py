@@ -31,13 +31,13 @@ class Media:
     read: positions of the text that a cache has held beside them
     """
 
-    embeds: Tensor  # [N,S,D] projected features, sample by sample
+    embeds: Tensor
     starts: list[
         list[int]
-    ]  # per sample: position of the first token of every placeholder, counted from the first real token
-    angles: tuple[Tensor, Tensor] | None = None  # cos and sin of MI-RoPE, [N,d]
-    states: dict[int, States] = field(default_factory=dict)  # layer -> what it made of the images, kept while decoding
-    read: int = 0  # positions of the text that a cache has held beside them
+    ]
+    angles: tuple[Tensor, Tensor] | None = None
+    states: dict[int, States] = field(default_factory=dict)
+    read: int = 0
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != len(self.embeds):
@@ -97,11 +97,11 @@ class Sight:
     """
 
     media: Media
-    counts: Tensor  # [B,T] images that each token sees
+    counts: Tensor
     runs: list[tuple[int, int, int, int]] = field(
         default_factory=list
-    )  # (row, start, stop, images) where that number is constant
-    keep: bool = False  # whether layers leave their keys and values in `media`
+    )
+    keep: bool = False
 
     @classmethod
     def of(cls, media: Media, position_ids: Tensor, keep: bool = False) -> 'Sight':

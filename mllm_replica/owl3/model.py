@@ -42,12 +42,12 @@ class Owl3Config(VisionLanguageConfig):
 
     model_type = 'owl3'
 
-    fusion: str = 'hyper'  # one of `FUSIONS`
-    hyper_layers: list[int] | tuple[int, ...] = (0, 8, 16, 24)  # blocks that look at images, counted from 0
-    gate: str = 'adaptive'  # one of `GATES`; of hyper attention only, as the next two
-    shared_norm: bool = True  # one input norm for text and images
-    mi_rope: bool = True  # image keys are rotated to their placeholders
-    placeholder_ids: list[int] | tuple[int, ...] = IMAGE_TOKENS  # ordinary tokens that stand for an image
+    fusion: str = 'hyper'
+    hyper_layers: list[int] | tuple[int, ...] = (0, 8, 16, 24)
+    gate: str = 'adaptive'
+    shared_norm: bool = True
+    mi_rope: bool = True
+    placeholder_ids: list[int] | tuple[int, ...] = IMAGE_TOKENS
 
     def __post_init__(self, **kwargs: Any) -> None:
         defaults = {

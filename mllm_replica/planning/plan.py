@@ -34,11 +34,11 @@ class Machine(Strict):
 
     name: str
     devices: int
-    tflops: float  # dense matrix products of one device, at the precision of the run
-    memory_gb: float  # of one device
-    utilisation: float  # part of `tflops` that the model's own FLOPs reach
-    zero: int = 0  # ZeRO stage
-    checkpointing: bool = False  # decoder layers are recomputed in the backward pass
+    tflops: float
+    memory_gb: float
+    utilisation: float
+    zero: int = 0
+    checkpointing: bool = False
 
 
 GPUS = {
@@ -168,15 +168,15 @@ class StagePlan(Strict):
     """
 
     stage: str
-    trained: int  # parameters
+    trained: int
     steps: int
-    length: int  # mean positions per sample
-    tokens: float  # positions, all samples together
-    flops: float  # that the model needs
-    executed: float  # flops and recomputed layers
+    length: int
+    tokens: float
+    flops: float
+    executed: float
     seconds: float
     device_hours: float
-    memory: dict[str, float]  # GB per device, by purpose
+    memory: dict[str, float]
 
 
 def memory_per_device(
@@ -268,9 +268,9 @@ class UnitPlan(Strict):
     visual_tokens: int
     stages: tuple[StagePlan, ...]
     evaluation_flops: float
-    disk_gb: float  # checkpoints: what is trained and the optimizer's moments in fp32, twice
-    seconds: float  # on the machine, with `STARTUP`
-    seconds_from: str  # 'earlier runs' or 'FLOPs'
+    disk_gb: float
+    seconds: float
+    seconds_from: str
 
     @property
     def flops(self) -> float:
@@ -360,11 +360,11 @@ class Plan(Strict):
     paper: str
     scale: Scale
     machine: Machine
-    units: tuple[UnitPlan, ...]  # one per row, for its first seed
+    units: tuple[UnitPlan, ...]
     seeds: int
-    shared: int  # rows whose recipe another row has too
+    shared: int
     workers: int
-    skipped: dict[str, str]  # row -> why it cannot run
+    skipped: dict[str, str]
     assumptions: tuple[str, ...]
 
     @property

@@ -29,7 +29,7 @@ class RowParameters(Strict):
     row: str
     scale: Scale
     seed: int
-    out_dir: str  # the unit's folder
+    out_dir: str
 
 
 class StartParameters(RowParameters):
@@ -38,7 +38,7 @@ class StartParameters(RowParameters):
     start: one of the chapter's `starts` of that unit
     """
 
-    start: str  # one of the chapter's `starts` of that unit
+    start: str
 
 
 class TableParameters(Strict):
@@ -50,7 +50,7 @@ class TableParameters(Strict):
     paper: str
     table: str
     scale: Scale
-    out_dir: str  # where the figure and the rendered table go
+    out_dir: str
 
 
 class Job(Strict):
@@ -60,8 +60,8 @@ class Job(Strict):
     output: the executed copy
     """
 
-    notebook: Path  # what is run
-    output: Path  # the executed copy
+    notebook: Path
+    output: Path
     parameters: RowParameters | StartParameters | TableParameters
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #0f748be4
@@ -112,8 +112,8 @@ class Metric(Strict):
     """
 
     value: FiniteFloat
-    n: int | None = None  # samples behind it; None for a property of the model such as its cost
-    low: FiniteFloat | None = None  # 95 % interval over samples
+    n: int | None = None
+    low: FiniteFloat | None = None
     high: FiniteFloat | None = None
 
 
@@ -125,14 +125,14 @@ class Result(Strict):
     """
 
     label: str
-    digest: str  # of the recipe
+    digest: str
     metrics: dict[str, Metric]
     steps: int
     train_seconds: FiniteFloat
     seconds: FiniteFloat
     peak_memory_mb: FiniteFloat
     versions: dict[str, str]
-    processor: str = ''  # its kind
+    processor: str = ''
     threads: int = 1
 
 
@@ -163,9 +163,9 @@ class Process(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
     pid: int = Field(gt=0, lt=2**31)
-    started: FiniteFloat  # seconds since 1970, by the system's clock
+    started: FiniteFloat
     host: str
-    booted: FiniteFloat | None = None  # the machine's own start, by the same clock: it moves with it
+    booted: FiniteFloat | None = None
 
 
 def this_process() -> dict[str, str | int | float]:

@@ -43,9 +43,9 @@ class Plan:
     paper: str
     scale: str
     tables: list[str]
-    places: dict[str, list[Recipe]] = field(default_factory=dict)  # unit key -> one recipe for every row that shows it
-    not_run: dict[str, str] = field(default_factory=dict)  # 'table/row' -> reason
-    study: str = ''  # name of the study that asks for these rows; empty for tables
+    places: dict[str, list[Recipe]] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+    study: str = ''
 
     def units_of(
         self,
@@ -288,9 +288,9 @@ class Summary:
     """
 
     plan: Plan
-    outcomes: list[Outcome] = field(default_factory=list)  # of the units that were started
-    skipped: int = 0  # units that were finished before
-    problems: list[str] = field(default_factory=list)  # with tracker or report
+    outcomes: list[Outcome] = field(default_factory=list)
+    skipped: int = 0
+    problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property

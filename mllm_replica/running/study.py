@@ -53,9 +53,9 @@ class Study:
 
     name: str
     metric: str
-    frame: pd.DataFrame  # the effects on every metric, or the rounds of a search
-    summaries: list[Summary]  # of the runs behind it
-    file: Path  # the frame as CSV, the figure beside it
+    frame: pd.DataFrame
+    summaries: list[Summary]
+    file: Path
 
     @property
     def exit_code(self) -> int:

@@ -42,12 +42,12 @@ class Unit:
     """
 
     recipe: Recipe
-    folder: Path  # gets everything it writes
+    folder: Path
     model: Any = None
     processor: Any = None
-    sources: dict[str, Any] = field(default_factory=dict)  # name -> datasets.Dataset
-    encoded: dict[str, list[Encoded]] = field(default_factory=dict)  # sources that are trained on
-    features: FeatureCache | None = None  # of the frozen encoder
+    sources: dict[str, Any] = field(default_factory=dict)
+    encoded: dict[str, list[Encoded]] = field(default_factory=dict)
+    features: FeatureCache | None = None
     history: History | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     opened: float = field(default_factory=time.monotonic)

@@ -130,7 +130,7 @@ class Seen:
     tree: paper -> its code
     """
 
-    tree: Callable[[str], Tree]  # paper -> its code
+    tree: Callable[[str], Tree]
     units: Observed
     hooks: dict[str, list[str]]
 
@@ -227,13 +227,13 @@ class Finding:
     """
 
     paper: str
-    before: str  # their code
+    before: str
     after: str
-    rows: list[str]  # 'table/row'
-    changed: list[str] = field(default_factory=list)  # names of what means something else, is new or gone
-    uncovered: list[str] = field(default_factory=list)  # of these what no canary executed
-    differs: dict[str, str] = field(default_factory=dict)  # canary -> what is not the same
-    canaries: int = 0  # that executed something of what has changed
+    rows: list[str]
+    changed: list[str] = field(default_factory=list)
+    uncovered: list[str] = field(default_factory=list)
+    differs: dict[str, str] = field(default_factory=dict)
+    canaries: int = 0
 
     @property
     def valid(self) -> bool:
@@ -383,10 +383,10 @@ class Audit:
     """
 
     unit: Unit
-    processor: str  # of the published one
-    equal: int  # numbers that agree to the bit
+    processor: str
+    equal: int
     total: int
-    largest: float  # difference
+    largest: float
     error: str = ''
 
 

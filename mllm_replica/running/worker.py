@@ -40,11 +40,11 @@ class Order(Strict):
 
     recipe: Recipe
     unit_key: str
-    notebook: Path  # the pipeline
-    run_folder: Path  # shared by all machines
-    timeout: float | None  # seconds
-    threads: int = 1  # of the process
-    start: str = ''  # of the unit's starts, if only that is asked for
+    notebook: Path
+    run_folder: Path
+    timeout: float | None
+    threads: int = 1
+    start: str = ''
 
     @property
     def label(self) -> str:
@@ -83,13 +83,13 @@ class Outcome(Strict):
 
     label: str
     unit_key: str
-    status: Literal['finished', 'found', 'failed', 'timeout', 'killed']  # found: another run had finished it meanwhile
+    status: Literal['finished', 'found', 'failed', 'timeout', 'killed']
     seconds: float = 0.0
     reason: str = ''
     exit_code: int | None = None
-    signal: str | None = None  # of the process or of its kernel
-    cell: int | None = None  # the last one that began, from 1
-    peak_memory_mb: float = 0.0  # of the process and its kernel together
+    signal: str | None = None
+    cell: int | None = None
+    peak_memory_mb: float = 0.0
     log_tail: tuple[str, ...] = ()
 
     @property

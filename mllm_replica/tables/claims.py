@@ -124,7 +124,7 @@ class Comparison:
     text: str
     larger: ast.expr
     smaller: ast.expr
-    op: str  # '>', '>=' or '=='
+    op: str
 
     @property
     def cells(self) -> list[tuple[str, ...]]:

@@ -30,7 +30,7 @@ class Factor(NamedTuple):
     """
 
     name: str
-    values: dict[str, Any]  # row -> value of the first of them; None where the row has none
+    values: dict[str, Any]
     settings: tuple[str, ...]
 
     @property
@@ -83,11 +83,11 @@ class Pair(NamedTuple):
     """
 
     factor: str
-    change: str  # '36 → 144'
-    where: str  # 'connector average'
-    before: str  # row
-    after: str  # row
-    together: str  # pairs whose mean has a meaning
+    change: str
+    where: str
+    before: str
+    after: str
+    together: str
 
 
 def value_text(value: Any) -> str:

@@ -36,13 +36,13 @@ class Column(Strict):
     """
 
     key: str
-    name: str  # as printed
+    name: str
     benchmark: str | None = None
     better: str = Field('none', pattern=r'^(higher|lower|none|target:\d+)$')
-    max: float | None = None  # upper end of the range
-    min: float | None = None  # lower end
-    metric: str | None = None  # where it differs within a table, e.g. CIDEr beside accuracy
-    mean_of: list[str] = []  # of our own columns: it is their mean within a unit, not a measurement
+    max: float | None = None
+    min: float | None = None
+    metric: str | None = None
+    mean_of: list[str] = []
 
 
 class Row(Strict):
@@ -55,8 +55,8 @@ class Row(Strict):
     key: str
     label: str
     params: dict[str, Value | list[Value]] = {}
-    values: dict[str, Value]  # column key -> cell
-    cells_from: dict[str, str] = {}  # column key -> model, where one row collects several models' cells
+    values: dict[str, Value]
+    cells_from: dict[str, str] = {}
 
 
 class Erratum(Strict):
@@ -67,9 +67,9 @@ class Erratum(Strict):
     elsewhere: what the other place prints
     """
 
-    cell: str = ''  # `row.column`, empty when it concerns the text
-    printed: Value = None  # what the table prints, equal to the cell
-    elsewhere: Value = None  # what the other place prints
+    cell: str = ''
+    printed: Value = None
+    elsewhere: Value = None
     note: str
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #504a0acf
@@ -82,9 +82,9 @@ class Scope(Strict):
     """
 
     testable: bool
-    note: str = ''  # the reason why not, or what to keep in mind beside the verdict
-    test: str | None = None  # replaces the claim's test at this scale
-    stands_for: dict[str, str] = {}  # published column -> measured metric, over the table's own map
+    note: str = ''
+    test: str | None = None
+    stands_for: dict[str, str] = {}
 
 
 class Claim(Strict):
@@ -97,10 +97,10 @@ class Claim(Strict):
 
     id: str = Field(pattern=r'^[A-Za-z0-9.\-]+$')
     statement: str
-    test: str | None  # expression; None with a `reason`
-    reason: str = ''  # why there is no test
+    test: str | None
+    reason: str = ''
     scales: dict[Scale, Scope] = {}
-    holds_on_published_numbers: bool | None = True  # None: a cell it needs is not printed, or there is no test
+    holds_on_published_numbers: bool | None = True
 
     @model_validator(mode='after')
     def _consistent(self) -> 'Claim':
@@ -131,7 +131,7 @@ class Reading(Strict):
     stands_for: published column -> key of one of our columns
     """
 
-    stands_for: dict[str, str]  # published column -> key of one of our columns
+    stands_for: dict[str, str]
     note: str = ''
 
 
@@ -144,9 +144,9 @@ class Replication(Strict):
     """
 
     columns: list[Column]
-    control: str | None = None  # key of the column that every row must solve, else the others say nothing
-    stands_for: dict[str, str] = {}  # published column -> key of one of `columns`
-    also: dict[str, Reading] = {}  # name of a further reading, as it is shown
+    control: str | None = None
+    stands_for: dict[str, str] = {}
+    also: dict[str, Reading] = {}
     note: str = ''
 
     def names(self, reading: str | None = None) -> dict[str, str]:
@@ -191,15 +191,15 @@ class Table(Strict):
     default_setting: what holds unless a row says otherwise
     """
 
-    key: str  # short name, from the file name: '3', '5a', 'fig9'
+    key: str
     paper: str
-    table: str  # number as printed
-    arxiv: str  # id with version, or where else it was published
+    table: str
+    arxiv: str
     title: str
-    source: str  # where the numbers were read
+    source: str
     status: str = Field(pattern='^(complete|partial|secondhand)$')
     provenance: str = ''
-    default_setting: str = ''  # what holds unless a row says otherwise
+    default_setting: str = ''
     columns: list[Column]
     rows: list[Row]
     claims: list[Claim] = []
@@ -312,7 +312,7 @@ class Checkpoint(Strict):
     id: hub id or the authors' own name
     """
 
-    id: str  # hub id or the authors' own name
+    id: str
     what: str
 
 

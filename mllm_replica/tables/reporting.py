@@ -62,8 +62,8 @@ class TableReport(Strict):
     verdicts: claim, or reading/claim -> verdict
     """
 
-    numbers: dict[str, FiniteFloat]  # as `comparison` names them, `<row>/` before the column
-    verdicts: dict[str, str]  # claim, or reading/claim -> verdict
+    numbers: dict[str, FiniteFloat]
+    verdicts: dict[str, str]
 
 
 def write_report(

@@ -44,16 +44,16 @@ class Record(Strict):
     scale: Scale
     seed: int
     value: float = Field(allow_inf_nan=False)
-    unit: str  # key of the unit in `runs/units`
-    digest: str  # of the recipe
-    code: str  # hash of the meaning of the code that the unit could execute, or `LOST`
-    commit: str  # of this repository, empty outside git, or `LOST`
-    date: str  # ISO, UTC
-    seconds: float = Field(ge=0, allow_inf_nan=False)  # the whole unit took
-    n_eval: int | None = None  # questions behind the value; None for a count
-    processor: str  # its kind, or `LOST`
-    threads: str  # of the unit, or `LOST`
-    torch: str  # its version, or `LOST`
+    unit: str
+    digest: str
+    code: str
+    commit: str
+    date: str
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    n_eval: int | None = None
+    processor: str
+    threads: str
+    torch: str
 
     @field_validator('date')
     @classmethod

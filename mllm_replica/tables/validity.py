@@ -34,14 +34,14 @@ class Verification(Strict):
     """
 
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, populate_by_name=True)
-    before: str = Field(alias='from')  # code of some rows
-    after: str = Field(alias='to')  # their code later
-    commit: str  # of the later tree
-    processor: str  # kind of the machine on which both ran
-    torch: str  # version
-    canaries: int = Field(ge=0)  # units that executed something of what has changed
-    uncovered: str = ''  # functions that have changed and were not executed
-    date: str  # ISO, UTC
+    before: str = Field(alias='from')
+    after: str = Field(alias='to')
+    commit: str
+    processor: str
+    torch: str
+    canaries: int = Field(ge=0)
+    uncovered: str = ''
+    date: str
 
     @property
     def counts(self) -> bool:

@@ -30,9 +30,9 @@ class Interval(NamedTuple):
     """
 
     mean: float
-    low: float | None  # None for a single seed
+    low: float | None
     high: float | None
-    n: int  # number of seeds
+    n: int
 
 
 def interval(values: list[float]) -> Interval:
@@ -57,7 +57,7 @@ class Evidence:
     """
 
     text: str
-    word: str  # one of `VERDICTS`
+    word: str
     difference: Interval | None = None
 
 
@@ -71,8 +71,8 @@ class Verdict:
 
     claim: Claim
     scale: Scale
-    word: str  # one of `VERDICTS`
-    note: str = ''  # why it was not judged, or what to keep in mind
+    word: str
+    note: str = ''
     evidence: tuple[Evidence, ...] = ()
 
 

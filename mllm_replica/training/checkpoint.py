@@ -178,10 +178,10 @@ class Checkpoint:
     path: its folder
     """
 
-    step: int  # optimiser steps done
-    tensors: dict[str, Tensor]  # see `pack_state`
-    state: dict[str, Any]  # as given to `save_checkpoint`
-    path: Path  # its folder
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    path: Path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -247,12 +247,12 @@ class Point(NamedTuple):
     tokens: supervised tokens
     """
 
-    step: int  # counted from 1 over all stages
+    step: int
     stage: str
-    loss: float  # mean over the step's supervised tokens
-    lr: float  # before the groups' factors
-    grad_norm: float  # of the whole gradient, before clipping
-    tokens: int  # supervised tokens
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
 
 
 def read_curve(path: Path) -> list[Point]:

@@ -47,9 +47,9 @@ class History:
     notes: why the last bits may not be those of an uninterrupted run; none if they are
     """
 
-    points: list[Point]  # the whole curve, earlier runs included
-    seconds: float  # spent training, earlier runs included
-    notes: tuple[str, ...] = ()  # why the last bits may not be those of an uninterrupted run; none if they are
+    points: list[Point]
+    seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -44,13 +44,13 @@ class World:
     version: raise it when pictures or questions change
     """
 
-    draw: Callable[[np.random.Generator, dict[str, Any]], Scene]  # options -> scene
-    render: Callable[[Scene, dict[str, Any], np.random.Generator], list[Image.Image]]  # generator: texture only
+    draw: Callable[[np.random.Generator, dict[str, Any]], Scene]
+    render: Callable[[Scene, dict[str, Any], np.random.Generator], list[Image.Image]]
     tasks: dict[str, Ask]
-    options: dict[str, Any] = field(default_factory=dict)  # name -> default; the type binds
-    prefix: str = '<image>'  # before each image but a lone one
-    parts: Callable[[Scene], list[Any]] = lambda scene: [scene]  # what train and test must not share
-    version: int = 1  # raise it when pictures or questions change
+    options: dict[str, Any] = field(default_factory=dict)
+    prefix: str = '<image>'
+    parts: Callable[[Scene], list[Any]] = lambda scene: [scene]
+    version: int = 1
 
 
 def pick(

@@ -28,12 +28,12 @@ class Layout(NamedTuple):
     given: V, before the cut
     """
 
-    input_ids: Tensor  # [B,L] `image_token_id` at visual tokens
-    attention_mask: Tensor  # [B,L]
-    position_ids: Tensor  # [B,L] counted from the first real place, 0 at padding
-    labels: Tensor | None  # [B,L]
-    rows: Tensor  # visual tokens that were not cut off, in reading order
-    given: int  # V, before the cut
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    rows: Tensor
+    given: int
 
 
 def _owners(counts: Tensor, images: int) -> Tensor:
