@@ -263,6 +263,8 @@ class CAbstractor(FeatureProjector):
 class DAbstractor(Projector):
     "Queries with reference points read the map by deformable attention."
 
+    _keep_in_fp32_modules_strict = ('abstractor',)  # stored and loaded in fp32, as officially: points keep their place
+
     def __init__(
         self,
         encoder_hidden_size: int,
