@@ -19,15 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core.settings import Trouble
 from ..core.writing import read_json_file
 
 # %% ../../nbs/foundations/models/40_official.ipynb #0434a6bb
-class OfficialWeightsError(Trouble):
-    "Weights that do not fit; the message lists every key, a line each."
-
-    def __init__(self, message: str):
-        ValueError.__init__(self, message)
+class OfficialWeightsError(ValueError):
+    "Weights that do not fit; the message lists every key."
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -103,7 +99,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     "Names and tensors of one file, without running any code from it."
     try:
         found = {name: tensor.detach() for name, tensor in _content(path).items()}
-    except (OSError, Trouble):
+    except (OSError, OfficialWeightsError):
         raise
     except Exception as error:  # whatever a damaged file leads its reader to
         said = re.search(r'GLOBAL (\S+)', str(error))
