@@ -257,6 +257,24 @@ def test_types_stay_as_they_are_stored(tmp_path):
         convert(huge, tmp_path / 'half', dtype='float16')
 
 
+def test_tensors_lie_as_they_like(tmp_path):
+    "Transposed, repeated, parts of one storage, parameters: what counts is the numbers."
+    official = Official('owl2')
+    expected, weight = dict(official.state), official.state['model.layers.0.mlp.up_proj.weight']
+    both = torch.stack([official.state[f'model.layers.{i}.self_attn.q_proj.weight'] for i in (0, 1)])
+    odd = {f'model.layers.{i}.self_attn.q_proj.weight': both[i] for i in (0, 1)}
+    odd |= {'model.layers.0.mlp.up_proj.weight': weight.T.contiguous().T}
+    odd |= {
+        'model.norm.weight': torch.ones(1).expand(48),
+        'lm_head.weight': torch.nn.Parameter(expected['lm_head.weight']),
+    }
+    source = official.write(tmp_path / 'official', 'bin')
+    torch.save(official.state | odd, source / 'pytorch_model.bin')
+    made = load_file(convert(source, tmp_path / 'ours').files[0])
+    expected = owl2.convert_official(expected | {'model.norm.weight': torch.ones(48)}, official.load(source).config)
+    same(made, expected)
+
+
 def test_the_tokenizer_comes_along(tmp_path):
     source = Official('owl2').write(tmp_path / 'official')
     for name in ('tokenizer.model', 'tokenizer_config.json', 'stranger.py', 'generation_config.json'):
@@ -500,7 +518,7 @@ def test_all_keys_that_do_not_fit_are_named(tmp_path):
     line = refused(Official('owl2').write(tmp_path / 'official', **wrong, **{'model.more': torch.zeros(2)}))
     at = 'language_model.model.layers.'
     for part in [f'missing {at}{i}.self_attn.q_proj.weight [48, 48]' for i in range(3)] + [
-        '6 keys do not fit',
+        '6 keys do not fit, nothing was loaded: missing',
         'unexpected language_model.model.more [2]',
         'wrong shape language_model.lm_head.weight: found [95, 48], expected [97, 48]',
         'wrong type language_model.model.norm.weight: found torch.int8',

@@ -146,7 +146,7 @@ _PIECE = 2**22  # numbers that are changed and written at a time
 def _append(file: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     "Write the numbers of a tensor."
     for piece in tensor.flatten().split(_PIECE):
-        changed = piece.to(dtype)
+        changed = piece.to(dtype).contiguous()
         if piece.dtype != dtype and bool((changed.isinf() & piece.isfinite()).any()):
             raise Trouble(f'{name} has numbers beyond {dtype}; say another --dtype')
         file.write(changed.view(torch.uint8).numpy())
@@ -256,7 +256,7 @@ def _reading(source: Path) -> Iterator[None]:
     except Exception as error:  # whatever a config.json of somebody leads a model to
         known = isinstance(error, (ValueError, NotImplementedError))
         said = str(error) if known else f'config.json describes no model ({type(error).__name__}: {error})'
-        raise Trouble(f'{source}: {said}'.replace('\n', '; ')) from error
+        raise Trouble(f'{source}: {said}'.replace(':\n', ': ').replace('\n', '; ')) from error
 
 
 @contextmanager
