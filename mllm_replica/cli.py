@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .commands.convert import convert
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
 from .commands.plan import plan
@@ -56,5 +57,5 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, doctor, ui):
+for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, convert, doctor, ui):
     app.command()(command)

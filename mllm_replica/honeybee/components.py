@@ -322,6 +322,8 @@ class DAbstractor(Projector):
     reference_points: where the learnt points start: 'uniform', or 'centre' for the ablation
     """
 
+    _keep_in_fp32_modules_strict = ('abstractor',)  # stored and loaded in fp32, as officially: points keep their place
+
     def __init__(
         self,
         encoder_hidden_size: int,

@@ -169,7 +169,10 @@ def check_rotations(expert: EvaExpert, weights: Mapping[str, Tensor]) -> None:
     """
     ours = {len(table): table for table in expert.tables(torch.empty(1, expert.grid, expert.grid, 1)).values()}
     for name in (name for name in weights if '.freqs_' in name):
-        found, table = weights[name].float(), ours.get(len(weights[name]), torch.empty(0, 0, dtype=torch.complex64))
+        found, table = (
+            weights[name].float(),
+            ours.get((*weights[name].shape, 0)[0], torch.empty(0, 0, dtype=torch.complex64)),
+        )
         table = (table.imag if name.endswith('sin') else table.real).repeat_interleave(2, 1)
         if found.shape != table.shape or not torch.allclose(
             found, table, atol=1e-6 if weights[name].dtype == torch.float32 else 1e-2
