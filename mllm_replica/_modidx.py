@@ -1722,6 +1722,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mllm_replica/models/convert.py'),
                                              'mllm_replica.models.convert.processor_of': ( 'foundations/models/convert.html#processor_of',
                                                                                            'mllm_replica/models/convert.py'),
+                                             'mllm_replica.models.convert.read_tokenizer': ( 'foundations/models/convert.html#read_tokenizer',
+                                                                                             'mllm_replica/models/convert.py'),
                                              'mllm_replica.models.convert.recognise': ( 'foundations/models/convert.html#recognise',
                                                                                         'mllm_replica/models/convert.py'),
                                              'mllm_replica.models.convert.shards_of': ( 'foundations/models/convert.html#shards_of',

@@ -15,14 +15,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from mllm_replica.cli import app
 from mllm_replica.core.settings import Trouble
+from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.eagle import released as eagle
 from mllm_replica.eagle.golden import settings_of
 from mllm_replica.honeybee import model as honeybee
+from mllm_replica.honeybee.prompts import SYSTEM_DETAIL
 from mllm_replica.models import convert as converting
 from mllm_replica.models.convert import FORMS, TYPES, convert, recognise
 from mllm_replica.models.official import StoredWeights
@@ -283,6 +286,29 @@ def test_the_tokenizer_comes_along(tmp_path):
     made = content(tmp_path / 'ours')
     assert made['tokenizer.model'] == b'tokenizer.model' and 'tokenizer_config.json' in made
     assert not {'stranger.py', 'generation_config.json'} & made.keys() and b'auto_map' not in made['config.json']
+
+
+@pytest.mark.parametrize('form', ['owl2', 'honeybee c-abs', 'owl3 adaptive'])
+def test_the_processor_and_its_template_come_along(form, tmp_path):
+    official = Official(form)
+    source, tokenizer = official.write(tmp_path / 'official'), byte_tokenizer()
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>', '<|endoftext|>']})
+    tokenizer.save_pretrained(source)
+    assert not convert(source, tmp_path / 'ours').missing
+    processor = AutoProcessor.from_pretrained(tmp_path / 'ours')
+    said = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]
+    start = {'owl2': 'USER: <|image|>', 'honeybee': SYSTEM_DETAIL, 'owl3': '<|im_start|>system'}[official.paper]
+    written = processor.apply_chat_template(said, add_generation_prompt=True)
+    assert written.startswith(start)
+    assert processor(Image.new('RGB', (8, 8)), written, return_tensors='pt')['pixel_values'].shape[0] == 1
+    assert not convert(source, tmp_path / 'ours').missing  # again: everything is there
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path):
+    source = Official('owl2').write(tmp_path / 'official')
+    assert 'none of tokenizer.json' in convert(source, tmp_path / 'none').missing
+    (source / 'tokenizer.json').write_text('{}')
+    assert 'no processor was written' in convert(source, tmp_path / 'damaged').missing
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------

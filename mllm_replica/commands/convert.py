@@ -42,5 +42,7 @@ def convert(
         )
     if made.unused:
         typer.echo(f'{len(made.unused)} tensors that nothing reads were left out, like {made.unused[0]}')
+    if made.missing:
+        typer.echo(made.missing)
     typer.echo(f'{target}: {made.kind.__name__}, {len(made.files)} files, {made.size / 1e9:.2f} GB')
-    typer.echo(f'Say import {made.kind.__module__}, then AutoModelForImageTextToText.from_pretrained({str(target)!r}).')
+    typer.echo(f'Say import mllm_replica.auto, then AutoModelForImageTextToText.from_pretrained({str(target)!r}).')
