@@ -177,9 +177,13 @@ class SparseMLP(nn.Module):
 
     def mix(self, x: Tensor, routing: Routing) -> Tensor:
         "Both experts' work on every token, weighted: [n,D] → [n,D]."
-        chosen, order = routing.experts.flatten().sort(stable=True)
-        y = self.experts(x[order // 2], spans(chosen, self.experts.num_experts))
-        y = y[order.argsort()].unflatten(0, (-1, 2))
+        E, n = self.experts.num_experts, len(x)
+        if torch.compiler.is_compiling():  # no shape may depend on the choices: every expert works on every token
+            y = self.experts(x.repeat(E, 1), [n] * E).unflatten(0, (E, n))
+            y = y[routing.experts, torch.arange(n, device=x.device)[:, None]]
+        else:
+            chosen, order = routing.experts.flatten().sort(stable=True)
+            y = self.experts(x[order // 2], spans(chosen, E))[order.argsort()].unflatten(0, (-1, 2))
         return (y * (routing.gates * routing.kept)[..., None].to(y.dtype)).sum(1).to(x.dtype)
 
 # %% ../../nbs/papers/03_mm1.ipynb #4bda9a63

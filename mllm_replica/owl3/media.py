@@ -31,6 +31,8 @@ class Media:
     angles: tuple[Tensor, Tensor] | None = None  # cos and sin of MI-RoPE, [N,d]
     states: dict[int, States] = field(default_factory=dict)  # layer -> what it made of the images, kept while decoding
     read: int = 0  # positions of the text that a cache has held beside them
+    first: Tensor | None = None  # [N] the starts, one after the other
+    owner: Tensor | None = None  # [N] and whose they are
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != len(self.embeds):
@@ -41,6 +43,8 @@ class Media:
         for i, sample in enumerate(self.starts):
             if list(sample) != sorted(sample):
                 raise ValueError(f'sample {i}: placeholders at {sample}; give images and places in reading order')
+        found = [(start, i) for i, sample in enumerate(self.starts) for start in sample]
+        self.first, self.owner = torch.tensor(found, dtype=torch.long, device=self.embeds.device).view(-1, 2).unbind(1)
 
     @property
     def sizes(self) -> list[int]:
@@ -50,9 +54,7 @@ class Media:
     @property
     def positions(self) -> Tensor:
         "Rotary position of every image, one past its placeholder's first token: [N]."
-        return torch.tensor(
-            [start + 1 for sample in self.starts for start in sample], dtype=torch.long, device=self.embeds.device
-        )
+        return self.first + 1
 
     def forget(self) -> None:
         "Let the features go, once every layer has made its keys and values of them."
@@ -146,6 +148,10 @@ class Sight:
             self.media.states[layer] = made
         return made
 
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        "`image_attention` of what this pass sees."
+        return image_attention(query, keys, values, self)
+
 # %% ../../nbs/papers/05_owl3.ipynb #25eab965
 def rotate(
     keys: Tensor,  # [N,S,G,d]
@@ -182,7 +188,7 @@ def image_states(
     "Keys and values of all images: [N,S,D] → [N·S,G,d] twice."
     at_once = max(1, _AT_ONCE // media.embeds.shape[1:].numel())
 
-    def parts() -> Iterator[States]:
+    def parts() -> 'Iterator[States]':
         "Keys and values, a few images at a time."
         for embeds, *turned in zip(*(table.split(at_once) for table in (media.embeds, *(angles or ())))):
             k, v = project(embeds)
