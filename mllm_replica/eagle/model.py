@@ -88,7 +88,7 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
         self.name_attention()
 
     def name_attention(self) -> None:
-        "Attention of every expert by the name in this configuration; Pix2Struct keeps its own."
+        "Attention of every expert by the name in this configuration, where it has a choice."
         for part in self.vision_towers.modules():
             if isinstance(part, NamedAttention):
                 part.config = self.config

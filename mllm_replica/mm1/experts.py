@@ -134,8 +134,8 @@ def grouped_linear(
     return torch.cat([affine(part, own, None) for part, own in zip(x.split(sizes), weight.unbind())])
 
 # %% ../../nbs/papers/03_mm1.ipynb #4442a564
-class Router(nn.Linear):
-    "One matrix, in single precision."
+class Router(nn.Module):
+    "One matrix, in single precision; no `nn.Linear`, as what it returns is no tensor."
 
     def __init__(
         self,
@@ -146,8 +146,9 @@ class Router(nn.Linear):
     ) -> None:
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f'capacity_factor is {capacity_factor}; expected more than 0, or None for no limit')
-        super().__init__(hidden_size, num_experts, bias=False)
-        self.capacity_factor = capacity_factor
+        super().__init__()
+        self.capacity_factor, self.num_experts = capacity_factor, num_experts
+        self.weight = nn.Linear(hidden_size, num_experts, bias=False).weight
         nn.init.normal_(self.weight, std=std)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class Router(nn.Linear):
         "[n,D] → where the tokens go. With a capacity, all tokens of a batch queue together."
         if self.capacity_factor is None:
             return route(self.logits(x))
-        return route(self.logits(x), expert_capacity(len(x), self.out_features, self.capacity_factor))
+        return route(self.logits(x), expert_capacity(len(x), self.num_experts, self.capacity_factor))
 
 
 class SparseMLP(nn.Module):
@@ -192,7 +193,7 @@ def up_cycle(
     router: Router,
 ) -> SparseMLP:
     "A sparse layer whose experts are copies of a dense one."
-    experts = Experts(router.out_features, *dense.gate_proj.weight.T.shape, std=0.0)
+    experts = Experts(router.num_experts, *dense.gate_proj.weight.T.shape, std=0.0)
     experts.activation = dense.act_fn
     with torch.no_grad():
         experts.up_proj.copy_(torch.cat([dense.gate_proj.weight, dense.up_proj.weight]))

@@ -66,8 +66,11 @@ class VisionLanguageConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> Any:
-        return read_json_file(Path(json_file))
+    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
+        content = read_json_file(Path(json_file))
+        if not isinstance(content, dict):
+            raise ValueError(f'{json_file} holds no fields but {str(content)[:20]!r}; fetch it or save the model again')
+        return content
 
     @classmethod
     def from_dict(

@@ -231,7 +231,8 @@ def forward(
     )
     if media and kwargs['sight'].keep:
         media.forget()
-        media.read = media.read if torch.compiler.is_compiling() else past + given.shape[1]
+        if not torch.compiler.is_compiling():
+            media.read = past + given.shape[1]
     return out
 
 
