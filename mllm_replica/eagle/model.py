@@ -20,6 +20,7 @@ from .fusing.fusion import FUSIONS, Fusion, build_fusion, build_projector, check
 from .fusing.mixture import Towers, shapes_of
 from .fusing.splice import check_places, lay_out, splice, splice_layout
 from .prompts import EagleProcessor
+from ..models.parts import NamedAttention
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from ..owl2.encoder import WholeCheckpoint
 
@@ -69,6 +70,14 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
     config_class = EagleVisionConfig
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
+    _no_split_modules = [
+        'CLIPEncoderLayer',
+        'ConvNextBlock',
+        'SamLayer',
+        'EvaBlock',
+        'Dinov2Layer',
+        'Pix2StructVisionLayer',
+    ]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: EagleVisionConfig) -> None:
@@ -79,6 +88,20 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
         self.image_size, self.shapes, self.fusion = config.image_size, shapes_of(made), None
         self.vision_towers = nn.ModuleList(made.values())
         self.post_init()
+        self.name_attention()
+
+    def name_attention(self) -> None:
+        "Attention of every expert by the name in this configuration, where it has a choice."
+        for part in self.vision_towers.modules():
+            if isinstance(part, NamedAttention):
+                part.config = self.config
+            elif isinstance(part, PreTrainedModel) and part._can_set_attn_implementation():
+                part.set_attn_implementation(self.config._attn_implementation)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        "As transformers', for the experts too."
+        super().set_attn_implementation(*args, **kwargs)
+        self.name_attention()
 
     def _init_weights(self, module: nn.Module) -> None:
         "Nothing: each expert draws its own weights when it is made."
@@ -106,6 +129,7 @@ class EagleConfig(VisionLanguageConfig):
     """
 
     model_type = 'eagle'
+    official_types = ('eagle_llama',)
 
     tiles: int = 1
 
@@ -182,6 +206,11 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
             }
         )
         return project
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        "As transformers', for the experts too."
+        super().set_attn_implementation(*args, **kwargs)
+        self.vision_model.name_attention()
 
     @property
     def fusion(self) -> Fusion:
@@ -290,7 +319,7 @@ def embed(
     visual_embeds: [P,M,D] made of pixels or features before
     partly: as for `VisionLanguageModel`
     """
-    if pixel_values is None and image_features is None or inputs_embeds is not None:
+    if pixel_values is None and image_features is None or inputs_embeds is not None or torch.compiler.is_compiling():
         return VisionLanguageModel.embed(
             self, input_ids, pixel_values, image_features, inputs_embeds, visual_embeds, partly
         )

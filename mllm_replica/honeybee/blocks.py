@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.layers import Conv, LayerNorm, Linear, side_of, split_heads
+from ..models.parts import weight_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #63929710
 class GatedMLP(nn.Module):
@@ -203,9 +204,9 @@ def sample_then_project(features: Tensor, projection: nn.Linear, locations: Tens
     mixed = F.embedding_bag(
         index.view(B * M * H, -1), features.flatten(0, 1), per_sample_weights=weight.flatten(0, 2), mode='sum'
     )
-    per_head = projection.weight.to(features.dtype).unflatten(0, (H, -1))  # [H, D/H, D]
+    per_head = weight_of(projection).to(features.dtype).unflatten(0, (H, -1))  # [H, D/H, D]
     values = torch.bmm(mixed.view(B * M, H, D).transpose(0, 1), per_head.transpose(1, 2)).transpose(0, 1)
-    bias = weight.sum(-1, keepdim=True) * projection.bias.to(features.dtype).unflatten(0, (H, -1))
+    bias = weight.sum(-1, keepdim=True) * weight_of(projection, 'bias').to(features.dtype).unflatten(0, (H, -1))
     return values.reshape(B, M, D) + bias.flatten(2)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ba97fae2

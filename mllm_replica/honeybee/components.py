@@ -22,6 +22,7 @@ from mllm_replica.honeybee.blocks import (
     uniform_points,
 )
 from ..models.layers import LayerNorm, Linear, grid_pool, side_of
+from ..models.parts import weight_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f873f51a
 # Shapes: B images, N features of an image (a square of side s), M visual tokens, E end tokens,
@@ -380,7 +381,7 @@ def forward(self: DAbstractor, features: Tensor, trace: dict[str, Tensor] | None
         values = self.input_proj[0](features.to(dtype))
         if self.v_pos_emb is not None:
             values = values + self.v_pos_emb
-        table = self.query_position_embeddings.weight.to(dtype).expand(len(values), -1, -1)
+        table = weight_of(self.query_position_embeddings).to(dtype).expand(len(values), -1, -1)
         if self.pooled_v_target == 'none':
             positions, x = table.chunk(2, -1)
         else:

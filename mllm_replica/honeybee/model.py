@@ -27,6 +27,7 @@ class HoneybeeConfig(VisionLanguageConfig):
     "Settings of Honeybee; `connector_config` is the official `projector_config`."
 
     model_type = 'honeybee'
+    official_types = ('mllm',)
 
     def visual_token_count(self) -> int:
         "Positions that one image takes: query tokens + end tokens."

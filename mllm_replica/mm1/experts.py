@@ -155,8 +155,8 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([affine(part, own, None) for part, own in zip(x.split(sizes), weight.unbind())])
 
 # %% ../../nbs/papers/03_mm1.ipynb #4442a564
-class Router(nn.Linear):
-    """One matrix, in single precision.
+class Router(nn.Module):
+    """One matrix, in single precision; no `nn.Linear`, as what it returns is no tensor.
 
     hidden_size: D
     num_experts: E
@@ -173,8 +173,9 @@ class Router(nn.Linear):
     ) -> None:
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f'capacity_factor is {capacity_factor}; expected more than 0, or None for no limit')
-        super().__init__(hidden_size, num_experts, bias=False)
-        self.capacity_factor = capacity_factor
+        super().__init__()
+        self.capacity_factor, self.num_experts = capacity_factor, num_experts
+        self.weight = nn.Linear(hidden_size, num_experts, bias=False).weight
         nn.init.normal_(self.weight, std=std)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class Router(nn.Linear):
         "[n,D] → where the tokens go. With a capacity, all tokens of a batch queue together."
         if self.capacity_factor is None:
             return route(self.logits(x))
-        return route(self.logits(x), expert_capacity(len(x), self.out_features, self.capacity_factor))
+        return route(self.logits(x), expert_capacity(len(x), self.num_experts, self.capacity_factor))
 
 
 class SparseMLP(nn.Module):
@@ -204,9 +205,13 @@ class SparseMLP(nn.Module):
 
     def mix(self, x: Tensor, routing: Routing) -> Tensor:
         "Both experts' work on every token, weighted: [n,D] → [n,D]."
-        chosen, order = routing.experts.flatten().sort(stable=True)
-        y = self.experts(x[order // 2], spans(chosen, self.experts.num_experts))
-        y = y[order.argsort()].unflatten(0, (-1, 2))
+        E, n = self.experts.num_experts, len(x)
+        if torch.compiler.is_compiling():  # no shape may depend on the choices: every expert works on every token
+            y = self.experts(x.repeat(E, 1), [n] * E).unflatten(0, (E, n))
+            y = y[routing.experts, torch.arange(n, device=x.device)[:, None]]
+        else:
+            chosen, order = routing.experts.flatten().sort(stable=True)
+            y = self.experts(x[order // 2], spans(chosen, E))[order.argsort()].unflatten(0, (-1, 2))
         return (y * (routing.gates * routing.kept)[..., None].to(y.dtype)).sum(1).to(x.dtype)
 
 # %% ../../nbs/papers/03_mm1.ipynb #4bda9a63
@@ -215,7 +220,7 @@ def up_cycle(
     router: Router,
 ) -> SparseMLP:
     "A sparse layer whose experts are copies of a dense one."
-    experts = Experts(router.out_features, *dense.gate_proj.weight.T.shape, std=0.0)
+    experts = Experts(router.num_experts, *dense.gate_proj.weight.T.shape, std=0.0)
     experts.activation = dense.act_fn
     with torch.no_grad():
         experts.up_proj.copy_(torch.cat([dense.gate_proj.weight, dense.up_proj.weight]))

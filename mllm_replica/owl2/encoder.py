@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..models.layers import LayerNorm, Linear
+from ..models.parts import NamedAttention
 from ..models.vision import resize_positions
 
 # %% ../../nbs/papers/01_owl2.ipynb #aa07e717
@@ -81,11 +81,12 @@ class PatchEmbeddings(nn.Module):
         return self.pre_layernorm(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.position_embedding)
 
 # %% ../../nbs/papers/01_owl2.ipynb #7e704208
-class VisionAttention(nn.Module):
+class VisionAttention(NamedAttention):
     "Self-attention with one matrix for query, key and value, its rows grouped by head."
 
     def __init__(self, config: Owl2VisionConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_heads, self.dropout = config.num_attention_heads, config.attention_dropout
         self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = Linear(config.hidden_size, config.hidden_size)
@@ -96,8 +97,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "[N,S,C] → [N,S,C]."
-        context = F.scaled_dot_product_attention(*self.heads(x), dropout_p=self.dropout if self.training else 0.0)
-        return self.dense(context.transpose(1, 2).flatten(2))
+        return self.dense(self.attend(*self.heads(x), dropout=self.dropout).transpose(1, 2).flatten(2))
 
 
 class VisionLayer(GradientCheckpointingLayer):
@@ -137,6 +137,8 @@ class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     config_class = Owl2VisionConfig
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
+    _no_split_modules = ['VisionLayer']
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: Owl2VisionConfig) -> None:
         super().__init__(config)

@@ -23,6 +23,7 @@ class Owl2Config(VisionLanguageConfig):
     "Settings of mPLUG-Owl2; `connector_config` is the official `visual_abstractor`."
 
     model_type = 'owl2'
+    official_types = ('mplug_owl2',)
 
     adaptive: list[str] | tuple[str, ...] | None = (
         None  # parts of each layer with a way per modality; None: those of the paper; []: none
@@ -62,6 +63,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 
     config_class = Owl2Config
     connector_name = 'visual_abstractor'
+    _no_split_modules = ['AbstractorLayer', 'AdaptiveLlamaLayer', 'AdaptiveQwen2Layer']
 
     def __init__(self, config: Owl2Config) -> None:
         super().__init__(config)
@@ -103,6 +105,8 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
                 f'modality_indicators are {list(modality_indicators.shape)}, the tokens {list(tokens.shape[:2])}; '
                 'they must be equal'
             )
+        if torch.compiler.is_compiling():
+            return Route.of(modality_indicators)
         strange = modality_indicators[(modality_indicators != 0) & (modality_indicators != 1)].unique().tolist()
         if strange:
             raise ValueError(f'modality_indicators hold {strange[:5]}; expected 0 at text and 1 at visual tokens')

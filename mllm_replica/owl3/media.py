@@ -29,6 +29,8 @@ class Media:
     angles: cos and sin of MI-RoPE, [N,d]
     states: layer -> what it made of the images, kept while decoding
     read: positions of the text that a cache has held beside them
+    first: [N] the starts, one after the other
+    owner: [N] and whose they are
     """
 
     embeds: Tensor
@@ -38,6 +40,8 @@ class Media:
     angles: tuple[Tensor, Tensor] | None = None
     states: dict[int, States] = field(default_factory=dict)
     read: int = 0
+    first: Tensor | None = None
+    owner: Tensor | None = None
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != len(self.embeds):
@@ -48,6 +52,8 @@ class Media:
         for i, sample in enumerate(self.starts):
             if list(sample) != sorted(sample):
                 raise ValueError(f'sample {i}: placeholders at {sample}; give images and places in reading order')
+        found = [(start, i) for i, sample in enumerate(self.starts) for start in sample]
+        self.first, self.owner = torch.tensor(found, dtype=torch.long, device=self.embeds.device).view(-1, 2).unbind(1)
 
     @property
     def sizes(self) -> list[int]:
@@ -57,9 +63,7 @@ class Media:
     @property
     def positions(self) -> Tensor:
         "Rotary position of every image, one past its placeholder's first token: [N]."
-        return torch.tensor(
-            [start + 1 for sample in self.starts for start in sample], dtype=torch.long, device=self.embeds.device
-        )
+        return self.first + 1
 
     def forget(self) -> None:
         "Let the features go, once every layer has made its keys and values of them."
@@ -156,6 +160,10 @@ class Sight:
             self.media.states[layer] = made
         return made
 
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        "`image_attention` of what this pass sees."
+        return image_attention(query, keys, values, self)
+
 # %% ../../nbs/papers/05_owl3.ipynb #25eab965
 def rotate(keys: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate every image's keys to its position: [N,S,G,d] → [N,S,G,d].
@@ -195,7 +203,7 @@ def image_states(
     """
     at_once = max(1, _AT_ONCE // media.embeds.shape[1:].numel())
 
-    def parts() -> Iterator[States]:
+    def parts() -> 'Iterator[States]':
         "Keys and values, a few images at a time."
         for embeds, *turned in zip(*(table.split(at_once) for table in (media.embeds, *(angles or ())))):
             k, v = project(embeds)

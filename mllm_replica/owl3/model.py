@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import can_return_tuple
 
-from ..models.placing import mask_and_positions
+from ..models.placing import holds_tokens, mask_and_positions
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from .components import FUSIONS, GATES, insert_layers
+from .graph import GraphMedia, GraphSight
 from .media import Media, Sight
 from .pictures import IMAGE_TOKENS
 from .processor import Owl3Processor
@@ -41,6 +42,7 @@ class Owl3Config(VisionLanguageConfig):
     """
 
     model_type = 'owl3'
+    official_types = ('mplugowl3',)
 
     fusion: str = 'hyper'
     hyper_layers: list[int] | tuple[int, ...] = (0, 8, 16, 24)
@@ -110,6 +112,7 @@ class Owl3Model(VisionLanguageModel):
 
     config_class = Owl3Config
     connector_name = 'vision2text_model'
+    _no_split_modules = ['HyperLayer', 'CrossLayer']
 
     def __init__(self, config: Owl3Config) -> None:
         super().__init__(config)
@@ -153,6 +156,9 @@ class Owl3Model(VisionLanguageModel):
         pixel_values, image_features = (
             None if given is None or not len(given) else given for given in (pixel_values, image_features)
         )
+        if torch.compiler.is_compiling() and media_starts is None:
+            given = pixel_values is not None or image_features is not None
+            return self.graph_media(input_ids, attention_mask, pixel_values, image_features) if given else None
         starts = (
             placeholder_starts(input_ids, attention_mask, self.config.placeholder_ids)
             if media_starts is None
@@ -173,6 +179,13 @@ class Owl3Model(VisionLanguageModel):
             if max(sample, default=-length) + length > context:
                 raise ValueError(_BEYOND.format(i, context))
         media = Media(self.visual_embeds(pixel_values, image_features), starts)
+        media.rotary(self.get_decoder().rotary_emb)
+        return media
+
+    def graph_media(self, input_ids: Tensor, attention_mask: Tensor | None, *images: Tensor | None) -> GraphMedia:
+        "`media` within a compiled graph."
+        ids = self.config.placeholder_ids
+        media = GraphMedia.of(self.visual_embeds(*images), input_ids, attention_mask, ids)
         media.rotary(self.get_decoder().rotary_emb)
         return media
 
@@ -217,11 +230,9 @@ def forward(
     if use_cache is None:
         fresh = not self.training and media is None
         use_cache = past_key_values is not None or fresh and self.config.text_config.use_cache
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    held = (
-        getattr(past_key_values, 'media', None) if past else None
-    )  # an emptied cache may still name the images of what it held
-    if images and past:
+    used = holds_tokens(past_key_values)  # an emptied cache may still name the images of what it held
+    past, held = (past_key_values.get_seq_length(), getattr(past_key_values, 'media', None)) if used else (0, None)
+    if images and used:
         raise NotImplementedError(
             f'the cache {"already holds the images of this conversation" if held else "holds text without images"}; '
             'give all images with the first tokens, or start again without a cache'
@@ -229,7 +240,7 @@ def forward(
     if held:
         self.check_held(held, past, attention_mask)
     media = media if held is None else held
-    if media is None and (images or not past and (input_ids is not None or media_starts)):
+    if media is None and (images or not used and (input_ids is not None or media_starts)):
         media = self.media(input_ids, attention_mask, pixel_values, image_features, media_starts)
         if media and len(media.starts) != len(given):
             raise ValueError(_ROWS.format(len(media.starts), len(given)))
@@ -239,9 +250,8 @@ def forward(
         past_key_values.media = media or None
     if media:
         position_ids = self.text_positions(given, attention_mask, position_ids, past)
-        kwargs['sight'] = Sight.of(
-            media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled()
-        )
+        see = GraphSight if isinstance(media, GraphMedia) or torch.compiler.is_compiling() else Sight.of
+        kwargs['sight'] = see(media, position_ids, keep=past_key_values is not None and not torch.is_grad_enabled())
     out = VisionLanguageModel.forward(
         self,
         input_ids=input_ids,
@@ -255,7 +265,8 @@ def forward(
     )
     if media and kwargs['sight'].keep:
         media.forget()
-        media.read = past + given.shape[1]
+        if not torch.compiler.is_compiling():
+            media.read = past + given.shape[1]
     return out
 
 
@@ -267,7 +278,7 @@ def check_held(self: Owl3Model, held: Media, past: int, attention_mask: Tensor |
     past: positions in the cache
     attention_mask: [B,T'] over past and new tokens
     """
-    if past >= held.read:
+    if torch.compiler.is_compiling() or past >= held.read:
         return
     mask = (
         attention_mask if isinstance(attention_mask, Tensor) else torch.ones(len(held.starts), past, dtype=torch.long)
@@ -296,10 +307,14 @@ def text_positions(
     past: tokens in the cache
     """
     length, known = given.shape[1], isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    mask = attention_mask if known else torch.ones(len(given), past + length)
+    if position_ids is None and known:
+        return mask_and_positions(attention_mask, None, given)[1].to(given.device)
     if position_ids is None:
-        return mask_and_positions(mask, None, given)[1].to(given.device)
-    position_ids, real = position_ids.expand(len(given), -1), mask[:, -length:].bool().to(given.device)
+        position_ids = past + torch.arange(length, device=given.device)[None]
+    position_ids = position_ids.expand(len(given), -1)
+    if torch.compiler.is_compiling():
+        return position_ids
+    real = attention_mask[:, -length:].bool().to(given.device) if known else torch.ones_like(position_ids).bool()
     if bool(((position_ids.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()):
         raise NotImplementedError(
             'position_ids start again within a row: image positions of packed samples are not wired; set pack to False'

@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .expert import Expert, map_of, quicken
+from ...models.parts import weight_of
 from ...models.vision import resize_positions
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #1a1a4745
@@ -38,7 +39,7 @@ class ClipExpert(Expert):
         embeddings = self.vision_tower['vision_model'].embeddings
         patches = embeddings.patch_embedding(pixels)
         positions = resize_positions(
-            embeddings.position_embedding.weight[1:], tuple(patches.shape[-2:]), antialias=True
+            weight_of(embeddings.position_embedding)[1:], tuple(patches.shape[-2:]), antialias=True
         )
         return patches.flatten(2).transpose(1, 2) + positions
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .expert import Expert, PerShape, complete, merge_heads, project_heads
-from ...models.layers import LayerNorm, Linear
+from .expert import Expert, PerShape, complete, heads_of, merge_heads
+from ...models.layers import LayerNorm, Linear, affine
+from ...models.parts import NamedAttention, weight_of
 from ...models.vision import resize_positions
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #efbec1b3
@@ -49,7 +50,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table).flatten(-2).to(x.dtype)
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #4c14d7fc
-class EvaAttention(nn.Module):
+class EvaAttention(NamedAttention):
     "Rotary attention within windows or over the whole map; keys have no bias."
 
     def __init__(self, width: int, num_heads: int, window: int) -> None:
@@ -60,12 +61,18 @@ class EvaAttention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
 
+    def project(self, x: Tensor, bias: Tensor) -> Tensor:
+        "Query, key and value in one product, unless PEFT has wrapped a part: [B,h,w,C] → [B,h,w,3C]."
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if all(type(part) is Linear for part in parts):
+            return affine(x, torch.cat([weight_of(part) for part in parts]), bias)
+        return torch.cat([part(x) for part in parts], -1) + bias
+
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         "[B,h,w,C] → [B,h,w,C]."
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        query, key, value = project_heads(x, weight, bias, self.num_heads, self.window)
-        context = F.scaled_dot_product_attention(rotate(query, table), rotate(key, table), value)
+        query, key, value = heads_of(self.project(x, bias), bias, self.num_heads, self.window)
+        context = self.attend(rotate(query, table), rotate(key, table), value)
         return self.proj(merge_heads(context, self.window, *x.shape[1:3]))
 
 
@@ -155,7 +162,8 @@ class EvaExpert(Expert):
         x = (
             self.vision_tower['patch_embed']['proj'](pixels).permute(0, 2, 3, 1).contiguous()
         )  # layers read it many times
-        x = x + resize_positions(self.vision_tower.pos_embed[0, 1:], tuple(x.shape[1:3])).view(1, *x.shape[1:])
+        positions = weight_of(self.vision_tower, 'pos_embed')[0, 1:]
+        x = x + resize_positions(positions, tuple(x.shape[1:3])).view(1, *x.shape[1:])
         tables = self.tables(x)
         for block in self.vision_tower['blocks']:
             x = block(x, tables[block.attn.window])

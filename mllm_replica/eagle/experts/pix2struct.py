@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
 from .expert import Expert, map_of, quicken
+from ...models.parts import weight_of
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #275dbe6c
 # Shapes: B images, s side of an image in pixels, g cells in a row of the map, C channels, p side of a patch in pixels.
@@ -78,7 +79,7 @@ class Pix2StructExpert(Expert):
         "[B,3,g·p,g·p] → [B,C,g,g]."
         embeddings, layers = self.vision_tower.embeddings, self.vision_tower.encoder.layer
         rows, columns = (
-            table.weight[1 : self.grid + 1] for table in (embeddings.row_embedder, embeddings.column_embedder)
+            weight_of(table)[1 : self.grid + 1] for table in (embeddings.row_embedder, embeddings.column_embedder)
         )
         x = embeddings.patch_projection(self.patches(pixels)) + (rows[:, None] + columns).flatten(0, 1)
         for layer in layers:

@@ -13,8 +13,9 @@ from transformers import SamVisionConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .expert import Expert, PerShape, merge_heads, project_heads
+from .expert import Expert, PerShape, heads_of, merge_heads
 from ...models.layers import LayerNorm, Linear, affine
+from ...models.parts import NamedAttention, weight_of
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #b21910f9
 # Shapes: B images, s side of an image in pixels, h and w rows and columns of a map, C channels, H heads, d head
@@ -44,7 +45,7 @@ def relative_terms(query: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tenso
     return torch.cat(terms, -1).flatten(2, 3)
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #4d8e824f
-class SamAttention(nn.Module):
+class SamAttention(NamedAttention):
     "Attention with relative positions, within windows or over the whole map."
 
     def __init__(self, width: int, num_heads: int, window: int, side: int) -> None:
@@ -55,12 +56,12 @@ class SamAttention(nn.Module):
 
     def forward(self, x: Tensor, cells: Tensor) -> Tensor:
         "[B,h,w,C] → [B,h,w,C]."
-        query, key, value = project_heads(x, self.qkv.weight, self.qkv.bias, self.num_heads, self.window)
+        query, key, value = heads_of(self.qkv(x), weight_of(self.qkv, 'bias'), self.num_heads, self.window)
         width = query.shape[-1]
         query = torch.cat([query * width**-0.5, relative_terms(query, self.rel_pos_h, self.rel_pos_w)], -1)
         key = torch.cat([key, cells.expand(*key.shape[:2], -1, -1)], -1)
         value = F.pad(value, (0, cells.shape[-1]))  # fused kernels want one width
-        context = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :width]
+        context = self.attend(query, key, value, scaling=1.0)[..., :width]
         return self.proj(merge_heads(context, self.window, *x.shape[1:3]))
 
 
@@ -135,7 +136,7 @@ class SamExpert(Expert):
     def neck(self, x: Tensor) -> Tensor:
         "Fewer channels, and a norm in fp32: [B,h,w,C] → [B,h,w,C/4]."
         parts = self.vision_tower['neck']
-        return parts['layer_norm1'](affine(x, parts['conv1'].weight.flatten(1), None).float()).to(x.dtype)
+        return parts['layer_norm1'](affine(x, weight_of(parts['conv1']).flatten(1), None).float()).to(x.dtype)
 
     def features(self, pixels: Tensor) -> Tensor:
         "[B,3,s,s] → [B,C,h/2,w/2]."
@@ -147,7 +148,7 @@ class SamExpert(Expert):
                 f'SamExpert: images of {pixels.shape[-2]} × {pixels.shape[-1]} pixels; its positions are made for '
                 f'{self.image_size} × {self.image_size}'
             )
-        x = x + self.vision_tower.pos_embed
+        x = x + weight_of(self.vision_tower, 'pos_embed')
         for layer in self.vision_tower['layers']:
             x = layer(x, self._cells(layer.attn.window or x.shape[1], like=x))
         return F.pixel_unshuffle(self.neck(x).permute(0, 3, 1, 2), 2)
