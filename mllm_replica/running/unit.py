@@ -126,7 +126,7 @@ def cache_features(
     unit: Unit,
 ) -> None:
     "Compute or open the features of a frozen encoder for every image of the recipe."
-    if not encoder_is_frozen(unit.model, unit.recipe):
+    if settings().machine.shard != 'none' or not encoder_is_frozen(unit.model, unit.recipe):
         return
     images = {
         image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images
@@ -176,7 +176,13 @@ def fit(
         return unit.progress('training', step=step, steps=steps, loss=loss)
 
     unit.history = train(
-        unit.model, unit.recipe.stages, **arranged, out_dir=unit.folder, seed=unit.recipe.seed, progress=say
+        unit.model,
+        unit.recipe.stages,
+        **arranged,
+        out_dir=unit.folder,
+        seed=unit.recipe.seed,
+        progress=say,
+        machine=settings().machine,
     )
     return unit.history
 
