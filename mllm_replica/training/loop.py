@@ -35,7 +35,7 @@ from mllm_replica.training.checkpoint import (
     pack_state,
     save_checkpoint,
 )
-from .sharded_checkpoint import restore, save_sharded
+from .sharded_checkpoint import export, restore, save_sharded
 from mllm_replica.training.sharding import (
     clip,
     feeds_all,
@@ -405,6 +405,7 @@ def train(
     progress: Callable[[int, int, float], None] | None = None,
     draw: type[Mixture] = Mixture,
     machine: Machine = Machine(),
+    exports: Path | None = None,
 ) -> History:
     """Train all stages, or what is left of them; leaves the model in evaluation mode.
 
@@ -417,6 +418,7 @@ def train(
     progress: called with (steps done, steps in all, loss)
     draw: which samples each step sees
     machine: on which; the numbers are the same, up to rounding
+    exports: gets a folder for each stage, readable by the Auto classes
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw, machine)
@@ -426,6 +428,8 @@ def train(
             for number, stage in enumerate(stages):
                 if run.done < first + stage.steps:
                     _train_stage(run, number, first)
+                if exports is not None and run.done == first + stage.steps and not (exports / stage.name).exists():
+                    export(run.model, exports / stage.name)
                 first += stage.steps
         finally:
             run.curve.flush()
