@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from toys import batch_of, model_of
+from transformers import AutoModelForImageTextToText
 
 from mllm_replica.core.machine import Machine
 from mllm_replica.core.recipe import Stage
-from mllm_replica.core.registry import PAPERS
+from mllm_replica.core.registry import PAPERS, recipes_of
+from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.packing import collate
-from mllm_replica.training.checkpoint import load_latest
+from mllm_replica.running import unit
+from mllm_replica.running.unit import run_unit
+from mllm_replica.training.checkpoint import load_latest, read_curve
 from mllm_replica.training.loop import train
 from mllm_replica.training.sharded_checkpoint import restore
 
@@ -64,6 +68,7 @@ def run(paper, folder, machine=Machine(), progress=None):
         seed=3,
         machine=machine,
         progress=progress,
+        exports=Path(folder) / 'model',
     )
     return model, history
 
@@ -101,6 +106,32 @@ def test_two_sharded_processes_give_the_losses_of_one(paper, sharded, tmp_path):
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('paper', PAPERS)
+def test_every_stage_leaves_a_folder_that_the_auto_classes_load(paper, sharded):
+    trained = model_of(paper)
+    restore(load_latest(sharded / paper / 'checkpoints'), trained)
+    aligned, tuned = (
+        AutoModelForImageTextToText.from_pretrained(sharded / paper / 'model' / stage) for stage in ('align', 'tune')
+    )
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tuned.state_dict()[name], tensor), name
+    moved = [model.get_output_embeddings().weight for model in (aligned, tuned)]
+    assert type(tuned) is type(trained) and not torch.equal(*moved)
+
+
+def test_a_unit_trains_on_the_devices_of_its_machine(tmp_path, monkeypatch):
+    "The kernel starts a process for each device, reads what they leave, and evaluates."
+    recipe = recipes_of('honeybee').recipe('3', 'cabs_144', 'smoke', 10)
+    alone = run_unit(recipe, tmp_path / 'alone')
+    machine = Machine(devices=2, shard='fsdp')
+    monkeypatch.setattr(unit, 'settings', lambda: settings().model_copy(update={'machine': machine}))
+    together = run_unit(recipe, tmp_path / 'together')
+    assert together.machine == {'devices': 2, 'shard': 'fsdp'} and together.steps == alone.steps
+    losses = [[point.loss for point in read_curve(tmp_path / run / 'curve.csv')] for run in ('alone', 'together')]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-6)
+    assert together.metrics.keys() == alone.metrics.keys()
+
+
 def steps_of(folder):
     return sorted(int(path.name[5:]) for path in (folder / 'checkpoints').glob('step-*'))
 
@@ -115,6 +146,7 @@ def test_killed_in_a_stage_it_goes_on_with_any_number_of_processes(processes, sh
     assert bool(found['notes']) == (processes == 1)  # said to be not bit-exact
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_warning_from_the_cluster_leaves_a_checkpoint(number, tmp_path):
     launch(f'signal {number.value}', tmp_path, papers=['owl3'], fails=True)
@@ -123,6 +155,7 @@ def test_a_warning_from_the_cluster_leaves_a_checkpoint(number, tmp_path):
     assert len(json.loads((tmp_path / 'owl3.json').read_text())['losses']) == 9
 
 
+@pytest.mark.nightly
 def test_a_damaged_share_costs_only_time(sharded, tmp_path):
     launch('kill', tmp_path, papers=['mm1'], fails=True)
     share = next((tmp_path / 'mm1/checkpoints/step-00000006').glob('shard-00002*'))
