@@ -8,7 +8,7 @@ __all__ = ['History', 'supervised', 'derived_seed', 'data_digest', 'train']
 # %% ../../nbs/foundations/training/47_loop.ipynb #6d1c6b7e
 import hashlib, json, math, signal, threading, time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from mllm_replica.training.checkpoint import (
     pack_state,
     save_checkpoint,
 )
+from .loading import Steps, read_ahead
 from .sharded_checkpoint import export, restore, save_sharded
 from mllm_replica.training.sharding import (
     clip,
@@ -269,15 +270,6 @@ class _Run:
         self.saved = self.done
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #39122cba
-def _shares(run: _Run, stage: Stage, samples: list[Encoded]) -> list[list[Encoded]]:
-    "The samples of this process, micro-batch by micro-batch."
-    accelerator, accumulate = run.accelerator, run.machine.accumulate(stage.batch_size, stage.accumulate)
-    first, parts = accelerator.process_index * accumulate, accelerator.num_processes * accumulate
-    return [
-        samples[len(samples) * n // parts : len(samples) * (n + 1) // parts] for n in range(first, first + accumulate)
-    ]
-
-
 def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[bool]]:
     """Supervised tokens of the step on all processes, and which micro-batches need a blank image.
 
@@ -303,14 +295,15 @@ def _synchronised(run: _Run, model: nn.Module, last: bool) -> Any:
 
 
 def _step(
-    run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, samples: list[Encoded]
+    run: _Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    names: list[list[str]],
+    batches: list[dict[str, Any]],
 ) -> tuple[float, float, int, bool]:
     "One optimiser step; returns loss, gradient norm, supervised tokens, and whether any process was asked to stop."
     accelerator, world = run.accelerator, run.accelerator.num_processes
-    shares = _shares(run, stage, samples)
-    batches = [run.collate(share) for share in shares]
-    for batch in batches:
-        batch.pop('ids', None)
     (total, lonely), losses = _counts(run, batches), []
     for n, batch in enumerate(batches):
         count, last = supervised(batch['labels']), n == len(batches) - 1
@@ -326,9 +319,7 @@ def _step(
         summary = accelerator.reduce(summary, 'mean')
     value, norm_value, stop = summary.tolist()
     if not math.isfinite(value + norm_value):
-        bad = [sample.id for share, loss in zip(shares, losses) if not loss.isfinite() for sample in share] or [
-            sample.id for sample in samples
-        ]
+        bad = [name for share, loss in zip(names, losses) if not loss.isfinite() for name in share] or sum(names, [])
         raise FloatingPointError(f'loss {value}, gradient norm {norm_value}, with the samples {", ".join(bad[:64])}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -357,6 +348,22 @@ def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     return order
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #9c7fca5f
+def _batches(run: _Run, stage: Stage, order: Mixture, first: int) -> Iterator[tuple[list[list[str]], list[dict]]]:
+    "This process's micro-batches of every step from one on."
+    accelerator, accumulate = run.accelerator, run.machine.accumulate(stage.batch_size, stage.accumulate)
+    steps = Steps(
+        order,
+        run.datasets,
+        run.collate,
+        stage.steps,
+        stage.batch_size,
+        accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return read_ahead(steps, first, run.machine.loaders, accelerator.device.type == 'cuda')
+
+
 def _train_stage(run: _Run, number: int, first: int) -> None:
     stage = run.stages[number]
     freeze_all_but(run.model, run.trained[number])
@@ -368,14 +375,15 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     every = run.machine.save_every or stage.checkpoint_every
     order = _order(run, number, resumed=run.done > first)
     total = sum(s.steps for s in run.stages)
+    ahead = _batches(run, stage, order, run.done - first)
     for step in range(run.done - first, stage.steps):
+        names, batches = next(ahead)
         _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
         lr = lr_at(step, stage.lr, stage.min_lr, stage.warmup_steps, stage.steps)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['factor']
-        samples = [run.datasets[name][index] for name, index in order.indices(step, stage.batch_size)]
         try:
-            loss, norm, tokens, stop = _step(run, model, optimizer, stage, samples)
+            loss, norm, tokens, stop = _step(run, model, optimizer, stage, names, batches)
         except FloatingPointError as failure:
             run.save(number, optimizer)
             raise FloatingPointError(
