@@ -8,6 +8,7 @@ __all__ = ['Unit', 'open_unit', 'load', 'encode', 'encoder_is_frozen', 'cache_fe
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #169e03d1
 import fcntl, resource, time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..core.settings import settings, work_folder
 from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
-from ..data.packing import arrange, truncate_all
+from ..data.packing import EncodedLater, arrange, truncate_all
 from ..data.sources import load_source, may_skip
 from ..models.vision import FeatureCache, encoder_key, image_key
 from .engine import Metric, Result
@@ -50,7 +51,7 @@ class Unit:
     model: Any = None
     processor: Any = None
     sources: dict[str, Any] = field(default_factory=dict)
-    encoded: dict[str, list[Encoded]] = field(default_factory=dict)
+    encoded: dict[str, Sequence[Encoded]] = field(default_factory=dict)
     features: FeatureCache | None = None
     history: History | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -95,6 +96,9 @@ def load(
     unit.model, unit.processor = chapter.build(unit.recipe)
 
 
+_AT_ONCE = 100_000  # samples of a source that are encoded before training; a larger one is encoded on the way
+
+
 def encode(
     unit: Unit,
 ) -> None:
@@ -109,8 +113,11 @@ def encode(
                 )
     for name, length in lengths.items():
         unit.progress(f'encoding {name}')
-        whole, limit = map(unit.processor.encode, unit.sources[name]), may_skip(unit.recipe.sources[name])
-        unit.encoded[name] = truncate_all(whole, length, limit)
+        source, limit = unit.sources[name], may_skip(unit.recipe.sources[name])
+        if len(source) > _AT_ONCE and not any(stage.pack for stage in unit.recipe.stages):
+            unit.encoded[name] = EncodedLater(source, unit.processor.encode, length, limit)
+        else:
+            unit.encoded[name] = truncate_all(map(unit.processor.encode, source), length, limit)
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #127862df
 def encoder_is_frozen(model: Any, recipe: Recipe) -> bool:
