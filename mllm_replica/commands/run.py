@@ -10,7 +10,19 @@ from typing import Annotated, Optional
 
 import typer
 
-from .shared import Paper, Scale, Workers, check_rows, known, new_console, seeds_of, table_of
+from mllm_replica.commands.shared import (
+    Devices,
+    Paper,
+    Scale,
+    Shard,
+    Workers,
+    check_rows,
+    known,
+    new_console,
+    on_machine,
+    seeds_of,
+    table_of,
+)
 from .study import searched
 from ..core import registry
 from ..core.registry import PAPERS
@@ -28,12 +40,15 @@ def run(
         Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')
     ] = None,
     workers: Workers = None,
+    devices: Devices = None,
+    shard: Shard = None,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
     publish: Annotated[
         bool, typer.Option('--publish', help="write the numbers into papers/, the project's own results, too")
     ] = False,
 ) -> None:
     "Train and evaluate what is not finished, track it, compare it with the published values; without TABLE, search where the paper does."
+    on_machine(devices=devices, shard=shard)
     numbers, recipes = seeds_of(seeds), registry.recipes_of(paper)
     table = table and table_of(paper, table)
     check_rows(recipes, table, scale, row)

@@ -15,6 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from .machine import Machine, read_machine
+
 # %% ../../nbs/foundations/core/01_settings.ipynb #2dae2f5d
 Scale = Literal['smoke', 'tiny', 'small', 'paper']
 SCALES = ('smoke', 'tiny', 'small', 'paper')
@@ -91,6 +93,7 @@ class Settings(Strict):
     seeds: the default seeds
     workers: units that run side by side
     backbones: hub id -> local folder, from `[backbones]`
+    machine: from `[machine]`
     """
 
     tracking_uri: str
@@ -99,6 +102,7 @@ class Settings(Strict):
     seeds: tuple[int, ...]
     workers: int
     backbones: dict[str, str] = {}
+    machine: Machine = Machine()
 
     @field_validator('workers')
     @classmethod
@@ -125,6 +129,10 @@ def read_settings(path: Path, folder: Path | None = None) -> Settings:
     raw = dict(ini['replication'])
     run_folder = ((folder or path.parent) / raw.pop('run_folder', 'runs')).resolve()
     backbones = dict(ini['backbones']) if 'backbones' in ini else {}
+    try:
+        machine = read_machine(ini['machine'] if 'machine' in ini else {})
+    except ValueError as error:
+        raise SettingsError(f'{path} {error}') from error
     uri = raw.pop('tracking_uri', '') or f'sqlite:///{run_folder}/mlflow.db'
     try:
         scale, seeds, workers = raw.pop('scale'), tuple(map(int, raw.pop('seeds').split())), int(raw.pop('workers'))
@@ -135,6 +143,7 @@ def read_settings(path: Path, folder: Path | None = None) -> Settings:
             seeds=seeds,
             workers=workers,
             backbones=backbones,
+            machine=machine,
             **raw,
         )
     except ValidationError as error:

@@ -20,6 +20,7 @@ from .fusing.fusion import FUSIONS, Fusion, build_fusion, build_projector, check
 from .fusing.mixture import Towers, shapes_of
 from .fusing.splice import check_places, lay_out, splice, splice_layout
 from .prompts import EagleProcessor
+from ..models.layers import repeated
 from ..models.parts import NamedAttention
 from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
 from ..owl2.encoder import WholeCheckpoint
@@ -358,6 +359,15 @@ def official_inputs(
         position_ids=places.position_ids,
         labels=places.labels,
     )
+
+
+@patch
+def shard_blocks(
+    self: EagleModel,
+) -> list[nn.Module]:
+    "What is gathered one at a time: the repeated parts of every expert, the projector, decoder layers."
+    experts = [block for tower in self.vision_model.vision_towers for block in repeated(tower)]
+    return [*experts, self.connector, *self.get_decoder().layers]
 
 
 register(EagleConfig, EagleModel, EagleProcessor)

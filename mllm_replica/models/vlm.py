@@ -155,6 +155,7 @@ class VisionLanguageModel(PreTrainedModel, PromptGenerationMixin):
     main_input_name = 'input_ids'
     input_modalities = ('image', 'text')
     connector_name = 'connector'  # attribute that holds the connector
+    blank = False  # whether a batch without images sees a blank one, which counts zero: see `training.sharding`
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -359,6 +360,9 @@ def forward(
     visual_embeds = None if encoded is None else encoded.pooler_output
     if pixel_values is not None or image_features is not None:
         visual_embeds = self.visual_embeds(pixel_values, image_features)
+    if self.blank and visual_embeds is None:
+        inputs_embeds = self.embed(input_ids, inputs_embeds=inputs_embeds)
+        inputs_embeds = inputs_embeds + 0 * self.visual_embeds(self.blank_pixels(1)).sum().to(inputs_embeds.dtype)
     partly = encoded is not None or holds_tokens(past_key_values)
     inputs_embeds = self.embed(input_ids, pixel_values, image_features, inputs_embeds, visual_embeds, partly)
     attention_mask, position_ids = mask_and_positions(attention_mask, position_ids, inputs_embeds)
@@ -377,6 +381,9 @@ def forward(
     if labels is not None:  # nobody is to say placeholders
         labels = labels.masked_fill(self.image_places(labels, None), IGNORED)
     loss = None if labels is None else answer_loss(states, head, labels, num_items_in_batch)
+    if loss is not None and torch.is_grad_enabled() and not loss.requires_grad:
+        # text teaches a connector nothing: gradients of zero, not none
+        loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), loss)
     logits = None
     if labels is None or return_logits:
         logits = head(
@@ -398,6 +405,14 @@ def forward(
     )
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #c0a5e202
+@patch
+def shard_blocks(
+    self: VisionLanguageModel,
+) -> list[nn.Module]:
+    "What is gathered one at a time when the model is spread over devices: layers of encoder and decoder, and the connector."
+    return [*self.vision_model.encoder.layers, self.connector, *self.get_decoder().layers]
+
+
 @patch
 def blank_pixels(self: VisionLanguageModel, images: int) -> Tensor:
     """Pixel values of black pictures in the encoder's size: [N,3,S,S].

@@ -144,7 +144,7 @@ def forward(
     """
     if self.config.adaptive:
         kwargs['route'] = self.route(input_ids, inputs_embeds, modality_indicators)
-    out = VisionLanguageModel.forward(
+    return VisionLanguageModel.forward(
         self,
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -158,11 +158,6 @@ def forward(
         mm_encoder_outputs=mm_encoder_outputs,
         **kwargs | {'return_dict': True},
     )
-    if (
-        out.loss is not None and torch.is_grad_enabled() and not out.loss.requires_grad
-    ):  # stage 1 without an image: gradients of zero, not none
-        out.loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), out.loss)
-    return out
 
 
 @patch

@@ -122,6 +122,7 @@ class Result(Strict):
 
     digest: of the recipe
     processor: its kind
+    machine: settings that are not the defaults: devices, shares …
     """
 
     label: str
@@ -133,6 +134,7 @@ class Result(Strict):
     peak_memory_mb: FiniteFloat
     versions: dict[str, str]
     processor: str = ''
+    machine: dict[str, Any] = {}
     threads: int = 1
 
 

@@ -8,7 +8,7 @@ __all__ = ['History', 'supervised', 'derived_seed', 'data_digest', 'train']
 # %% ../../nbs/foundations/training/47_loop.ipynb #6d1c6b7e
 import hashlib, json, math, signal, threading, time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..core.machine import Machine
 from ..core.recipe import Stage
 from ..core.writing import replacing
 from ..data.encoded import IGNORED, Encoded
@@ -29,10 +30,19 @@ from mllm_replica.training.checkpoint import (
     Curve,
     Point,
     differences,
+    load_checkpoint,
     load_latest,
     pack_state,
     save_checkpoint,
-    unpack_state,
+)
+from .loading import Steps, read_ahead
+from .sharded_checkpoint import export, restore, save_sharded
+from mllm_replica.training.sharding import (
+    clip,
+    feeds_all,
+    is_sharded,
+    mesh_of,
+    shard,
 )
 from ..models.vlm import VisionLanguageModel
 from .optimiser import freeze_all_but, lr_at, lr_factors, make_optimizer, trainable_names
@@ -91,27 +101,33 @@ def data_digest(samples: Sequence[Encoded]) -> str:
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #dfad2907
 class _Interrupt:
+    "Ctrl-C, and what a cluster sends before it ends a job, are noted until the step is done."
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     asked = False
 
     def __enter__(self) -> '_Interrupt':
         self.held = threading.current_thread() is threading.main_thread()
-        if self.held:
-            self.previous = signal.signal(signal.SIGINT, self._note)
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS} if self.held else {}
         return self
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, number: int, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        signal.signal(number, self.previous[number])
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self.held:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
         if self.asked and kind is None:
             raise KeyboardInterrupt('training had just ended; its last checkpoint is complete')
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #7878e80d
 def _check(
-    model: nn.Module, stages: Sequence[Stage], datasets: Mapping[str, Sequence[Encoded]], processes: int
+    model: nn.Module,
+    stages: Sequence[Stage],
+    datasets: Mapping[str, Sequence[Encoded]],
+    machine: Machine,
+    processes: int,
 ) -> None:
     for stage in stages:
         lr_factors(model, trainable_names(model, stage.trainable), stage)
@@ -121,10 +137,11 @@ def _check(
         empty = [name for name in stage.mixture if not len(datasets[name])]
         if empty:
             raise ValueError(f'stage {stage.name!r}: the data sets {empty} have no samples')
-        if stage.accumulate < 1 or stage.batch_size < processes * stage.accumulate:
+        accumulate = machine.accumulate(stage.batch_size, stage.accumulate)
+        if stage.accumulate < 1 or stage.batch_size < processes * accumulate:
             raise ValueError(
                 f'stage {stage.name!r}: batch_size {stage.batch_size} cannot be cut into '
-                f'{processes} processes × {stage.accumulate} micro-batches'
+                f'{processes} processes × {accumulate} micro-batches'
             )
         Stage.model_validate(stage)  # a copy may have brought in what a recipe refuses
 
@@ -162,34 +179,56 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #17a76f5f
 class _Run:
-    def __init__(self, model, stages, datasets, collate, out_dir, seed, progress, draw):
+    def __init__(self, model, stages, datasets, collate, out_dir, seed, progress, draw, machine):
         self.accelerator = Accelerator(
             mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
+        processes = self.accelerator.num_processes
         self.model, self.stages, self.datasets, self.collate = (
             model.to(self.accelerator.device),
             stages,
             datasets,
             collate,
         )
-        self.folder, self.seed, self.progress, self.draw, self.interrupt = (
+        self.folder, self.seed, self.progress, self.draw, self.interrupt, self.machine = (
             out_dir / 'checkpoints',
             seed,
             progress,
             draw,
             _Interrupt(),
+            machine,
         )
         # logits that nobody reads are not made
         self.options = {'return_logits': False} if isinstance(model, VisionLanguageModel) else {}
-        _check(model, stages, datasets, self.accelerator.num_processes)
+        _check(model, stages, datasets, machine, processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
+        if machine.shard != 'none' and processes > 1:
+            self._shard(processes)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
-        self.latest = load_latest(self.folder)
+        self.latest = self._latest()
         if self.latest:
             self._resume(self.latest)
         self.saved = self.done
         self.curve = Curve(out_dir / 'curve.csv', self.done, self.accelerator.is_main_process)
+
+    def _shard(self, processes: int) -> None:
+        "Spread the model; the stages must agree on a precision, which is that of the gathered blocks."
+        kinds = {stage.precision for stage in self.stages}
+        if len(kinds) > 1:
+            raise NotImplementedError(f'sharded stages of several precisions, {sorted(kinds)}; give all the same')
+        mesh = mesh_of(self.machine, self.accelerator.device.type, processes)
+        shard(self.model, mesh, *kinds)
+
+    def _latest(self) -> Checkpoint | None:
+        "The newest intact checkpoint: one process looks at the files, all take its word."
+        found = load_latest(self.folder) if self.accelerator.is_main_process else None
+        if self.accelerator.num_processes == 1:
+            return found
+        step = torch.tensor(found.step if found else -1, device=self.accelerator.device)
+        torch.distributed.broadcast(step, 0)
+        path = self.folder / f'step-{int(step):08d}'
+        return found or (load_checkpoint(path, verify=False) if step >= 0 else None)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -199,7 +238,7 @@ class _Run:
                 f'{checkpoint.path} belongs to another run; changed: {"; ".join(changed[:8])}. '
                 'Restore the settings, or choose an empty folder to start anew'
             )
-        unpack_state(checkpoint.tensors, self.model)
+        restore(checkpoint, self.model)
         self.done, self.seconds, self.notes = checkpoint.step, state['seconds'], list(state['notes'])
         moved = differences(state['environment'], self.environment)
         if moved:
@@ -213,54 +252,74 @@ class _Run:
         "Write a checkpoint, unless this step has one."
         if self.saved == self.done:
             return
-        if self.accelerator.is_main_process:
-            self.curve.flush()
-            names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
-            state = {
-                'config': self.config,
-                'environment': self.environment,
-                'seconds': self.spent(),
-                'notes': self.notes,
-            }
-            save_checkpoint(self.folder, self.done, pack_state(self.model, names, optimizer), state)
+        names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
+        state = {
+            'config': self.config,
+            'environment': self.environment,
+            'seconds': self.spent(),
+            'notes': self.notes,
+        }
+        self.curve.flush()
+        if is_sharded(self.model):
+            tensors = pack_state(self.model, names, optimizer)
+            save_sharded(self.folder, self.done, tensors, state, self.machine.keep)
+        elif self.accelerator.is_main_process:
+            tensors = pack_state(self.model, names, optimizer)
+            save_checkpoint(self.folder, self.done, tensors, state, self.machine.keep)
         self.accelerator.wait_for_everyone()
         self.saved = self.done
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #39122cba
+def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[bool]]:
+    """Supervised tokens of the step on all processes, and which micro-batches need a blank image.
+
+    Those without images where another process has some, and where nothing but what images use is trained.
+    """
+    accelerator = run.accelerator
+    own = [any(name in batch for name in ('pixel_values', 'image_features')) for batch in batches]
+    numbers = torch.tensor([sum(supervised(batch['labels']) for batch in batches), *own], device=accelerator.device)
+    if accelerator.num_processes == 1:
+        return int(numbers[0]), [False] * len(own)
+    total, *everywhere = accelerator.reduce(numbers, 'sum').tolist()
+    decoder = getattr(run.model, 'get_decoder', lambda: run.model)()
+    text_teaches = any(parameter.requires_grad for parameter in decoder.parameters())
+    return total, [not mine and (bool(count) or not text_teaches) for count, mine in zip(everywhere, own)]
+
+
+def _synchronised(run: _Run, model: nn.Module, last: bool) -> Any:
+    "Gradients are added up over the processes in the last micro-batch only."
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else run.accelerator.no_sync(model)
+
+
 def _step(
-    run: _Run, model: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, samples: list[Encoded]
+    run: _Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    names: list[list[str]],
+    batches: list[dict[str, Any]],
 ) -> tuple[float, float, int, bool]:
     "One optimiser step; returns loss, gradient norm, supervised tokens, and whether any process was asked to stop."
     accelerator, world = run.accelerator, run.accelerator.num_processes
-    first, parts = accelerator.process_index * stage.accumulate, world * stage.accumulate
-    shares = [
-        samples[len(samples) * n // parts : len(samples) * (n + 1) // parts]
-        for n in range(first, first + stage.accumulate)
-    ]
-    batches = [run.collate(share) for share in shares]
-    for batch in batches:
-        batch.pop('ids', None)
-    counts = [supervised(batch['labels']) for batch in batches]
-    total = sum(counts)
-    if world > 1:
-        total = int(accelerator.reduce(torch.tensor(total, device=accelerator.device), 'sum'))
-    losses = []
-    for n, (batch, count) in enumerate(zip(batches, counts)):
-        with nullcontext() if n == len(batches) - 1 else accelerator.no_sync(model):
+    (total, lonely), losses = _counts(run, batches), []
+    for n, batch in enumerate(batches):
+        count, last = supervised(batch['labels']), n == len(batches) - 1
+        with _synchronised(run, model, last), feeds_all(run.model, lonely[n]):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.precision == 'bf16'):
                 out = model(**send_to_device(batch, accelerator.device), **run.options)
                 loss = out.loss.float() * (count * world / total)
             accelerator.backward(loss)
         losses.append(loss.detach())
-    norm = accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], stage.clip)
+    norm = clip([p for group in optimizer.param_groups for p in group['params']], stage.clip)
     summary = torch.stack([sum(losses), norm.float(), norm.new_tensor(float(run.interrupt.asked))])
     if world > 1:
         summary = accelerator.reduce(summary, 'mean')
     value, norm_value, stop = summary.tolist()
     if not math.isfinite(value + norm_value):
-        bad = [sample.id for share, loss in zip(shares, losses) if not loss.isfinite() for sample in share] or [
-            sample.id for sample in samples
-        ]
+        bad = [name for share, loss in zip(names, losses) if not loss.isfinite() for name in share] or sum(names, [])
         raise FloatingPointError(f'loss {value}, gradient norm {norm_value}, with the samples {", ".join(bad[:64])}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -289,24 +348,42 @@ def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     return order
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #9c7fca5f
+def _batches(run: _Run, stage: Stage, order: Mixture, first: int) -> Iterator[tuple[list[list[str]], list[dict]]]:
+    "This process's micro-batches of every step from one on."
+    accelerator, accumulate = run.accelerator, run.machine.accumulate(stage.batch_size, stage.accumulate)
+    steps = Steps(
+        order,
+        run.datasets,
+        run.collate,
+        stage.steps,
+        stage.batch_size,
+        accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return read_ahead(steps, first, run.machine.loaders, accelerator.device.type == 'cuda')
+
+
 def _train_stage(run: _Run, number: int, first: int) -> None:
     stage = run.stages[number]
     freeze_all_but(run.model, run.trained[number])
     optimizer = make_optimizer(run.model, run.trained[number], stage)
     if run.done > first:
-        unpack_state(run.latest.tensors, run.model, optimizer)
+        restore(run.latest, run.model, optimizer)
     run.latest = None
-    model = run.accelerator.prepare(run.model)
+    model = run.model if is_sharded(run.model) else run.accelerator.prepare(run.model)
+    every = run.machine.save_every or stage.checkpoint_every
     order = _order(run, number, resumed=run.done > first)
     total = sum(s.steps for s in run.stages)
+    ahead = _batches(run, stage, order, run.done - first)
     for step in range(run.done - first, stage.steps):
+        names, batches = next(ahead)
         _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
         lr = lr_at(step, stage.lr, stage.min_lr, stage.warmup_steps, stage.steps)
         for group in optimizer.param_groups:
             group['lr'] = lr * group['factor']
-        samples = [run.datasets[name][index] for name, index in order.indices(step, stage.batch_size)]
         try:
-            loss, norm, tokens, stop = _step(run, model, optimizer, stage, samples)
+            loss, norm, tokens, stop = _step(run, model, optimizer, stage, names, batches)
         except FloatingPointError as failure:
             run.save(number, optimizer)
             raise FloatingPointError(
@@ -317,7 +394,7 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
         if run.progress:
             run.progress(run.done, total, loss)
         last = step + 1 == stage.steps
-        if last or stop or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
+        if last or stop or (every and (step + 1) % every == 0):
             run.save(number, None if last else optimizer)
         if stop:
             raise KeyboardInterrupt(
@@ -335,6 +412,8 @@ def train(
     seed: int,
     progress: Callable[[int, int, float], None] | None = None,
     draw: type[Mixture] = Mixture,
+    machine: Machine = Machine(),
+    exports: Path | None = None,
 ) -> History:
     """Train all stages, or what is left of them; leaves the model in evaluation mode.
 
@@ -346,15 +425,19 @@ def train(
     seed: order of samples, dropout
     progress: called with (steps done, steps in all, loss)
     draw: which samples each step sees
+    machine: on which; the numbers are the same, up to rounding
+    exports: gets a folder for each stage, readable by the Auto classes
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw)
+    run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw, machine)
     first = 0
     with torch.random.fork_rng(), run.interrupt:
         try:
             for number, stage in enumerate(stages):
                 if run.done < first + stage.steps:
                     _train_stage(run, number, first)
+                if exports is not None and run.done == first + stage.steps and not (exports / stage.name).exists():
+                    export(run.model, exports / stage.name)
                 first += stage.steps
         finally:
             run.curve.flush()
