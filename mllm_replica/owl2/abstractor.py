@@ -175,12 +175,13 @@ class VisualAbstractor(nn.Module):
 
     def positions(self, like: Tensor) -> Tensor:
         "Fixed positions of queries, then image tokens, made on first use (no checkpoint holds them): → [K+S,C]."
-        if self._positions is None or self._positions.device != like.device:
+        fixed = self._positions
+        if fixed is None or fixed.device != like.device:
             queries = sine_positions(torch.arange(self.query_embeds.shape[1]), self.width)
-            self._positions = torch.cat([queries, sine_grid(self.grid_size, self.width, self.class_row)]).to(
-                like.device
-            )
-        return self._positions.to(like.dtype)
+            fixed = torch.cat([queries, sine_grid(self.grid_size, self.width, self.class_row)]).to(like.device)
+            if not torch.compiler.is_compiling():  # a graph that found none is not to be made again
+                self._positions = fixed
+        return fixed.to(like.dtype)
 
     def forward(self, image: Tensor, trace: list[dict[str, Tensor]] | None = None) -> Tensor:
         """[N,S,C] → [N,K+1,D].

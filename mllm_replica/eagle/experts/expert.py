@@ -110,11 +110,14 @@ class PerShape:
         like: of the wanted device and dtype
         """
         key = (*shape, like.device, like.dtype)
-        if key not in self.made:
-            with torch.inference_mode(False):
-                table = self.make(*shape)
-                self.made[key] = table.to(like.device, table.dtype if table.is_complex() else like.dtype)
-        return self.made[key]
+        if key in self.made:
+            return self.made[key]
+        with torch.inference_mode(False):
+            table = self.make(*shape)
+            table = table.to(like.device, table.dtype if table.is_complex() else like.dtype)
+        if not torch.compiler.is_compiling():  # a graph that found none is not to be made again
+            self.made[key] = table
+        return table
 
 
 def quicken(module: nn.Module) -> nn.Module:
