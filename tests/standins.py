@@ -69,7 +69,7 @@ def save_language(name, folder, dtype=torch.float16):
         for file, half in zip(files, halves):
             torch.save(half, folder / file)
         places = {key: file for file, half in zip(files, halves) for key in half}
-        (folder / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': places}))
+        (folder / 'pytorch_model.bin.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': places}))
 
 
 def save_qwen(name, folder):
@@ -109,12 +109,12 @@ def save_qwen(name, folder):
 
 
 def save_clip(name, folder):
-    "A whole CLIP; its text half is not read."
-    size = published(name)['image_size']
+    "A whole CLIP; its text half is not read. One has all layers: mPLUG-Owl2's recipe gives each a learning rate."
+    size, depth = published(name)['image_size'], 24 if name == 'openai/clip-vit-large-patch14' else 3
     text = dict(VIT, vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    CLIPModel(CLIPConfig(vision_config=VIT | dict(image_size=size, patch_size=14), text_config=text)).save_pretrained(
-        folder
-    )
+    CLIPModel(
+        CLIPConfig(vision_config=VIT | dict(image_size=size, patch_size=14, num_hidden_layers=depth), text_config=text)
+    ).save_pretrained(folder)
 
 
 def save_siglip(name, folder):
