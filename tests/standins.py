@@ -110,7 +110,7 @@ def save_qwen(name, folder):
 
 def save_clip(name, folder):
     "A whole CLIP; its text half is not read. One has all layers: mPLUG-Owl2's recipe gives each a learning rate."
-    size, depth = published(name)['image_size'], 24 if name == 'openai/clip-vit-large-patch14' else 3
+    size, depth = published(name)['image_size'], 24 if name == 'openai/clip-vit-large-patch14' else 4
     text = dict(VIT, vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     CLIPModel(
         CLIPConfig(vision_config=VIT | dict(image_size=size, patch_size=14, num_hidden_layers=depth), text_config=text)

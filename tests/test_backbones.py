@@ -3,14 +3,29 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from accelerate import init_empty_weights
 from standins import names_of, write_backbone, write_backbones, write_data
-from transformers import AutoModelForCausalLM, CLIPModel, Dinov2Model, Pix2StructForConditionalGeneration
-from transformers import SamModel, SiglipModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPModel,
+    CLIPVisionModel,
+    Dinov2Model,
+    LlamaConfig,
+    Pix2StructForConditionalGeneration,
+    SamModel,
+    SiglipModel,
+)
+from typer.testing import CliRunner
+
+from mllm_replica.cli import app
 
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
@@ -19,6 +34,7 @@ from mllm_replica.models.backbones import BACKBONES, FORMS, BackboneError, types
 from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.models.vision import resize_positions
 from mllm_replica.owl2.released import encoder_from_clip
+from mllm_replica.planning.doctor import published_models, stored_data
 from mllm_replica.running import journal, unit
 
 transformers.logging.set_verbosity_error()
@@ -266,3 +282,266 @@ def test_a_unit_of_the_paper_trains_a_step_of_each_stage(standins, place, tmp_pa
     assert result.steps == len(recipe.stages)
     losses = [float(line.split(',')[2]) for line in (tmp_path / 'unit' / 'curve.csv').read_text().splitlines()[1:]]
     assert len(losses) == result.steps and all(0 < loss < 20 for loss in losses)
+
+
+# --- what is missing or wrong is named ------------------------------------------------------------------------------------
+LLAMA, CLIP, EVA = 'meta-llama/Llama-2-7b-hf', 'openai/clip-vit-large-patch14', 'Yuxin-CV/EVA-02'
+
+
+def empty_llama(folder):
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def changed_weights(change):
+    "A change of a folder: its state dict as `change` leaves it."
+
+    def apply(folder):
+        state = load_file(folder / 'model.safetensors')
+        change(state)
+        save_file(state, folder / 'model.safetensors', {'format': 'pt'})
+
+    return apply
+
+
+def as_bin(content):
+    "A change of a folder: one .bin with this in place of its weights."
+
+    def apply(folder):
+        (folder / 'model.safetensors').unlink()
+        torch.save(content, folder / 'pytorch_model.bin')
+
+    return apply
+
+
+def torn(folder):
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def half_fetched(folder):
+    places = {'model.norm.weight': 'model-00002-of-00002.safetensors'}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': places}))
+
+
+def widened(state):
+    state['model.norm.weight'] = torch.ones(33)
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ('this ran',)
+
+
+FAULTS = [
+    (changed_weights(lambda state: state.pop('model.norm.weight')), r'missing +model.norm.weight \[32\]'),
+    (changed_weights(lambda state: state.update(extra=torch.zeros(2))), r'unexpected +extra \[2\]'),
+    (changed_weights(widened), r'wrong shape model.norm.weight: found \[33\], expected \[32\]'),
+    (torn, 'cannot be read'),
+    (half_fetched, 'model-00002-of-00002.safetensors'),
+    (as_bin(Harmful()), 'pytorch_model.bin'),
+    (as_bin([torch.zeros(2)]), 'holds no tensors by name'),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'no model.safetensors'),
+    (lambda folder: (folder / 'config.json').unlink(), 'no config.json'),
+    (lambda folder: (folder / 'config.json').write_text('{"model_type": '), 'config.json is damaged'),
+    (lambda folder: (folder / 'config.json').write_text('[]'), 'holds no object'),
+]
+
+
+@pytest.mark.parametrize('spoil, said', FAULTS)
+def test_a_folder_that_does_not_fit_fills_nothing(standins, place, tmp_path, capsys, spoil, said):
+    folder = tmp_path / 'llama'
+    shutil.copytree(standins[LLAMA], folder)
+    place({LLAMA: folder})
+    tower = empty_llama(folder)
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=said):
+        backbones.load_backbone(LLAMA, tower)
+    assert all(parameter.is_meta for parameter in tower.parameters()) and 'this ran' not in capsys.readouterr().out
+
+
+def test_every_key_that_does_not_fit_is_named_with_backbone_and_folder(standins, place, tmp_path):
+    folder = tmp_path / 'llama'
+    shutil.copytree(standins[LLAMA], folder)
+    tower = empty_llama(folder)
+
+    def change(state):
+        for i in range(4):
+            del state[f'model.layers.{i}.self_attn.q_proj.weight']
+
+    changed_weights(change)(folder)
+    place({LLAMA: folder})
+    with pytest.raises(OfficialWeightsError, match=f'backbone {LLAMA} in {folder}: 4 keys do not fit') as error:
+        backbones.load_backbone(LLAMA, tower)
+    assert all(f'layers.{i}.self_attn.q_proj' in str(error.value) for i in range(4))
+
+
+def test_a_name_without_folder_says_where_was_looked_and_what_to_write(place):
+    with pytest.raises(BackboneError, match=rf'write `{CLIP} = FOLDER` into \[backbones\]'):
+        build(recipe_of('owl2', '2', 'owl2'))
+    root = place({CLIP: 'models/clip', LLAMA: 'models/llama'})
+    with pytest.raises(BackboneError, match=f'{root}/models/clip, which is no folder'):
+        build(recipe_of('owl2', '2', 'owl2'))
+
+
+def test_a_folder_is_relative_to_the_project(standins, place):
+    root = place({CLIP: 'models/clip', LLAMA: 'models/llama'})
+    for name, own in ((CLIP, 'clip'), (LLAMA, 'llama')):
+        shutil.copytree(standins[name], root / 'models' / own)
+    assert build(recipe_of('owl2', '2', 'owl2'))[0].config.text_config.hidden_size == 32
+
+
+def test_another_kind_of_model_is_refused(standins, place):
+    place({CLIP: standins['google/siglip-so400m-patch14-384'], LLAMA: standins[LLAMA]})
+    with pytest.raises(BackboneError, match='holds a siglip, expected what CLIPVisionModel is made of'):
+        build(recipe_of('owl2', '2', 'owl2'))
+
+
+def test_the_detector_is_found_by_its_name_and_missed_by_it(standins, place, tmp_path):
+    place(standins)
+    (file,) = backbones.backbone_files(EVA)
+    assert file.name == 'eva02_L_coco_det_sys_o365.pth'
+    (tmp_path / 'bare').mkdir()
+    shutil.copy(file, tmp_path / 'bare')
+    place({EVA: tmp_path / 'bare'})
+    assert backbones.backbone_files(EVA) and backbones.backbone_settings(EVA) == {}
+    (tmp_path / 'bare' / file.name).unlink()
+    with pytest.raises(BackboneError, match='no eva02_L_coco_det_sys_o365.pth'):
+        backbones.backbone_files(EVA)
+
+
+def test_a_language_model_without_tokenizer(standins, place, tmp_path):
+    folder = tmp_path / 'llama'
+    shutil.copytree(standins[LLAMA], folder, ignore=shutil.ignore_patterns('tokenizer*'))
+    place({LLAMA: folder})
+    with pytest.raises(BackboneError, match=f'no tokenizer in {folder}'):
+        backbones.backbone_tokenizer(LLAMA)
+
+
+def test_a_clip_without_its_text_half_is_a_clip_too(standins, place, tmp_path):
+    place(standins)
+    whole = CLIPModel.from_pretrained(standins[CLIP]).vision_model
+    CLIPVisionModel(whole.config).save_pretrained(tmp_path)
+    state = load_file(f'{standins[CLIP]}/model.safetensors')
+    place({CLIP: tmp_path})
+    half = {key: tensor for key, tensor in state.items() if key.startswith('vision_model.')}
+    half['vision_model.embeddings.position_ids'] = torch.arange(257)[None]  # as older files have it
+    save_file(half, tmp_path / 'model.safetensors')
+    with init_empty_weights(include_buffers=False):
+        tower = CLIPVisionModel(backbones.backbone_config(CLIP))
+    backbones.load_backbone(CLIP, tower, torch.bfloat16)
+    assert all(torch.equal(t, whole.state_dict()[key].bfloat16()) for key, t in tower.state_dict().items())
+
+
+def test_qwen_is_a_qwen2(place, tmp_path):
+    name, words = 'Qwen/Qwen-7B', 'transformer.wte.weight'
+    write_backbone(name, tmp_path / 'qwen')
+    place({name: tmp_path / 'qwen'})
+    config = backbones.backbone_config(name)
+    assert (config.intermediate_size, config.num_key_value_heads, config.hidden_size) == (48, 4, 32)
+    with init_empty_weights(include_buffers=False):
+        tower = AutoModelForCausalLM.from_config(config)
+    backbones.load_backbone(name, tower)
+    state = load_file(tmp_path / 'qwen' / 'model.safetensors')
+    parts = [getattr(tower.model.layers[1].self_attn, f'{part}_proj').weight for part in 'qkv']
+    assert torch.equal(torch.cat(parts), state['transformer.h.1.attn.c_attn.weight'].float())
+    assert torch.equal(tower.model.embed_tokens.weight, state[words].float())
+    assert tower(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_a_name_that_is_not_in_the_table_is_read_as_what_it_is(standins, place):
+    place({'org/own-llama': standins[LLAMA], 'org/own-clip': standins[CLIP]})
+    assert backbones.backbone_config('org/own-llama').model_type == 'llama'
+    assert backbones.backbone_config('org/own-clip').model_type == 'clip_vision_model'
+
+
+def test_all_that_recipes_name_is_in_the_table():
+    names = {name for paper in PAPERS for name in names_of(paper)}
+    assert names <= BACKBONES.keys() and {BACKBONES[name].form for name in names} <= FORMS.keys()
+
+
+def test_the_key_of_a_unit_names_the_folders(standins, place, tmp_path):
+    recipe = recipe_of('owl2', '2', 'owl2').model_copy(update=dict(sources={}, stages=()))
+    place({CLIP: standins[CLIP], LLAMA: standins[LLAMA]})
+    before = journal.data_hash(recipe)
+    place({CLIP: standins[CLIP]})
+    assert journal.data_hash(recipe) != before
+    shutil.copytree(standins[LLAMA], tmp_path / 'other')
+    place({CLIP: standins[CLIP], LLAMA: tmp_path / 'other'})
+    assert journal.data_hash(recipe) != before
+
+
+MEMORY = """
+import resource, sys, torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+from mllm_replica.models import backbones
+name = sys.argv[1]
+with init_empty_weights(include_buffers=False):
+    tower = AutoModelForCausalLM.from_config(backbones.backbone_config(name))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+backbones.load_backbone(name, tower)
+size = sum(p.nbytes for p in tower.parameters()) / 1024
+print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('form', ['safetensors', 'bin'])
+def test_no_second_copy_of_the_state_is_held(place, tmp_path, form):
+    sizes = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8, vocab_size=16000
+    )
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    model.save_pretrained(tmp_path / 'llama')
+    if form == 'bin':
+        as_bin(model.state_dict())(tmp_path / 'llama')
+    place({LLAMA: tmp_path / 'llama'})
+    done = subprocess.run([sys.executable, '-c', MEMORY, LLAMA], capture_output=True, text=True, check=True)
+    size, grown = map(float, done.stdout.split()[-2:])
+    assert size > 1.5e6 and grown < size + 2 * 2**28 / 1024 + 1e5  # KiB
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------------------
+def doctor(*words):
+    return CliRunner().invoke(app, ['doctor', *words])
+
+
+def test_doctor_lists_all_that_is_missing_at_once(place):
+    root, done = place({CLIP: 'nowhere'}), doctor('owl2', '7', '--scale', 'paper', '--row', 'q64')
+    assert done.exit_code == 1
+    recipe = recipe_of('owl2', '7', 'q64')
+    for source in recipe.sources.values():
+        assert f'data {source.name} (train)' in done.output
+    assert f'{root}/nowhere, which is no folder' in done.output
+    assert f'write `{LLAMA} = FOLDER` into [backbones]' in done.output and f'tokenizer of {LLAMA}' in done.output
+    assert f'{len(recipe.sources) + 3} missing' in done.output
+    for topic in ('disk', 'host memory', 'device memory'):
+        assert topic in done.output
+
+
+@pytest.mark.parametrize(
+    'paper, table, row',
+    [('owl2', '7', 'q64'), pytest.param('eagle', '4', 'chan_concat_2', marks=pytest.mark.nightly)],
+)
+def test_doctor_is_content_with_stand_ins(standins, place, paper, table, row):
+    write_data(recipe_of(paper, table, row), place(standins) / 'data')
+    done = doctor(paper, table, '--scale', 'paper', '--row', row)
+    assert done.exit_code == 0 and 'all well' in done.output and 'fail' not in done.output
+
+
+def test_doctor_names_a_tokenizer_that_alone_is_missing(standins, place, tmp_path):
+    shutil.copytree(standins[LLAMA], tmp_path / 'llama', ignore=shutil.ignore_patterns('tokenizer*'))
+    root = place(standins | {LLAMA: tmp_path / 'llama'})
+    recipe = recipe_of('owl2', '7', 'q64')
+    write_data(recipe, root / 'data')
+    found = list(published_models([recipe]))
+    assert [f.topic for f in found if f.state == 'fail'] == [f'tokenizer of {LLAMA}']
+    assert 'tokenizer_config.json' in found[-1].advice
+    assert {f.state for f in stored_data([recipe])} == {'ok'}
+
+
+def test_doctor_wants_nothing_for_small_models_and_knows_names(place):
+    assert doctor('owl2', '7', '--scale', 'tiny').exit_code == 0
+    assert doctor('owl9').exit_code == 2 and doctor('owl2', '77', '--scale', 'paper').exit_code == 2
+    assert doctor('owl2', '7', '--scale', 'paper', '--row', 'q65').exit_code == 2

@@ -412,12 +412,15 @@ def planned(form: Form, found: Iterable[str]) -> Plan:
     return plan
 
 # %% ../../nbs/foundations/models/46_backbones.ipynb #11e7853a
-_HELD = 2**30  # bytes that are read from a file before it is closed and opened again
+_HELD = 2**28  # bytes that are read from a file before it is closed and opened again
 
 
 def _state(path: Path) -> dict[str, Tensor]:
     "The tensors of a file; those of a training checkpoint lie under `model`."
-    content = dict(_tensors(path))
+    try:
+        content = dict(_tensors(path))
+    except (AttributeError, TypeError) as error:
+        raise OfficialWeightsError(f'{path.name} holds no tensors by name; fetch it again') from error
     inner = content.get('model')
     state = inner if isinstance(inner, Mapping) else content
     return {key: tensor.detach() for key, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -480,18 +483,21 @@ def load_backbone(
     dtype: whatever the type in the file
     changed: the plan of the class's keys -> that of the tower's
     """
-    (folder, _, form), stored = _described(name), _Stored(backbone_files(name))
-    plan, tied = planned(form, stored), getattr(into, 'all_tied_weights_keys', None) or {}
-    plan = {key: source for key, source in (changed(plan) if changed else plan).items() if key not in tied}
+    (folder, _, form), files = _described(name), backbone_files(name)
+    tied = getattr(into, 'all_tied_weights_keys', None) or {}
     wanted = {
         key: tensor
         for key, tensor in into.state_dict().items()
         if key not in tied and not (form.drawn and re.search(form.drawn, key))
     }
     try:
+        stored = _Stored(files)
+        plan = planned(form, stored)
+        plan = {key: source for key, source in (changed(plan) if changed else plan).items() if key not in tied}
         check_keys(wanted, {key: source.of(stored.meta) for key, source in plan.items()})
-    except ValueError as error:
-        raise OfficialWeightsError(f'backbone {name} in {folder}: {error}') from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        said = f'missing {error}' if isinstance(error, KeyError) else error
+        raise OfficialWeightsError(f'backbone {name} in {folder}: {said}') from error
     for key, source in plan.items():
         _set(into, key, source.of(stored).to(dtype, copy=True).contiguous())
     if tied:
@@ -537,7 +543,7 @@ def at_size(num_patches: int) -> Callable[[Plan], Plan]:
     """
     table = 'embeddings.position_embedding.weight'
     resize = partial(resize_positions, patches=num_patches, leading=1)
-    return lambda plan: plan | {table: plan[table]._replace(make=resize)}
+    return lambda plan: plan | {key: source._replace(make=resize) for key, source in plan.items() if key == table}
 
 
 def first_words(
