@@ -8,6 +8,7 @@ from mllm_replica.data.sources import load_source
 from mllm_replica.eagle.fusing.fusion import FUSIONS
 from mllm_replica.eagle.recipes import _TINY, build, recipe, rows, search, tables
 from mllm_replica.eagle.tiny import _TOWERS
+from mllm_replica.models.backbones import BackboneError
 from mllm_replica.planning.plan import plan
 from mllm_replica.running import study
 from mllm_replica.running.unit import run_unit
@@ -180,5 +181,5 @@ def test_rows_at_the_scale_of_the_paper_say_what_they_vary():
 
 
 def test_weights_are_not_downloaded():
-    with pytest.raises(NotImplementedError, match='planned only'):
+    with pytest.raises(BackboneError, match=r'\[backbones\]'):
         build(recipe('fig4', 'x5', 'paper', 1))

@@ -9,9 +9,10 @@ from toys import save_backbones
 from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import IGNORED
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.honeybee import building, recipes
+from mllm_replica.honeybee import recipes
 from mllm_replica.honeybee.data import examples_of, in_template
 from mllm_replica.honeybee.model import HoneybeeProcessor
+from mllm_replica.models import backbones
 from mllm_replica.models.image_processing import VisionLanguageImageProcessor
 from mllm_replica.honeybee.prompts import SYSTEM, SYSTEM_DETAIL
 from mllm_replica.honeybee.recipes import load_source, recipe
@@ -192,7 +193,7 @@ def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
         }
     )
     local = settings().model_copy(update={'backbones': folders})  # read before the project's folder is another one
-    monkeypatch.setattr(building, 'settings', lambda: local)
+    monkeypatch.setattr(backbones, 'settings', lambda: local)
     monkeypatch.setattr(recipes, 'recipe', lambda *_: changed)
     monkeypatch.setattr(unit, 'work_folder', lambda: sources[0].parent)
     monkeypatch.setattr('mllm_replica.core.settings.project_root', lambda: sources[0].parent)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from toys import save_backbones
 
-from mllm_replica.honeybee import building, recipes
+from mllm_replica.honeybee import recipes
 from mllm_replica.honeybee.studies import _SMALL
+from mllm_replica.models import backbones
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table, tables_of
 
@@ -115,7 +116,7 @@ def test_pretrained_backbones_from_local_folders(tmp_path, monkeypatch):
     settings.cache_clear()
     save_backbones(tmp_path)
     folders = {_SMALL[part]: str(tmp_path / part) for part in _SMALL}
-    monkeypatch.setattr(building, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
+    monkeypatch.setattr(backbones, 'settings', lambda: settings().model_copy(update={'backbones': folders}))
     whole = recipes.recipe('3', 'linear_256', 'small', 0)
     few = {name: source.model_copy(update={'size': 4}) for name, source in whole.sources.items()}
     short = tuple(

@@ -12,6 +12,7 @@ from mllm_replica.data.worlds.making import samples
 from mllm_replica.mm1.recipes import arrange, build, recipe, rows, tables
 from mllm_replica.mm1.small import CellTags
 from mllm_replica.mm1.studies import SHOTS, TINY
+from mllm_replica.models.backbones import BackboneError
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -158,7 +159,7 @@ def test_models_of_the_paper_are_planned(row, billions):
 
 
 def test_weights_are_not_downloaded():
-    with pytest.raises(NotImplementedError, match='planned only'):
+    with pytest.raises(BackboneError, match=r'\[backbones\]'):
         build(recipe('4', 'mm1_3b_chat', 'paper', 1))
 
 

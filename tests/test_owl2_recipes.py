@@ -10,6 +10,7 @@ from mllm_replica.core.metrics import word_accuracy
 from mllm_replica.core.settings import settings
 from mllm_replica.data.sources import load_source
 from mllm_replica.data.worlds.mosaics import LETTERS, MOSAICS, leader
+from mllm_replica.models.backbones import BackboneError
 from mllm_replica.owl2.building import linear_probe
 from mllm_replica.owl2.recipes import build, recipe, tables
 from mllm_replica.owl2.stages import _stage, layerwise_decay, mixture_of, published_stages
@@ -103,7 +104,7 @@ def test_both_stages_are_planned_at_the_scale_of_the_paper():
 
 
 def test_weights_are_not_downloaded():
-    with pytest.raises(NotImplementedError, match='planned only'):
+    with pytest.raises(BackboneError, match=r'\[backbones\]'):
         build(recipe('2', 'owl2', 'paper', 1))
 
 

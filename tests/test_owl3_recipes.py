@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mllm_replica.models.backbones import BackboneError
 from mllm_replica.owl3.recipes import build, recipe, tables
 from mllm_replica.owl3.stages import layers_of, mixture_of, published_stages
 from mllm_replica.planning.plan import plan
@@ -93,5 +94,5 @@ def test_all_stages_are_planned_at_the_scale_of_the_paper():
 
 
 def test_weights_are_not_downloaded():
-    with pytest.raises(NotImplementedError, match='planned only'):
+    with pytest.raises(BackboneError, match=r'\[backbones\]'):
         build(recipe('4', 'owl3', 'paper', 1))

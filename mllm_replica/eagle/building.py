@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from ..data.worlds import shelves
+from .starting import from_published
 from .tiny import _CELLS, _GRID, _TAUGHT, _TOWERS, _config, _stage
 
 # %% ../../nbs/papers/04_eagle.ipynb #9c186f44
@@ -44,24 +45,15 @@ def _reader(recipe: Recipe, config: Any, processor: Any) -> dict[str, Any]:
     return pretrained(recipe, reader, [stage], processor, places=processor.visual_tokens).language_model.state_dict()
 
 
-def build(
-    recipe: Recipe,
-) -> tuple[Any, Any]:
-    "Model and processor; at scale paper on the meta device only the shapes."
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "The small mixture, of experts and a language model that were taught."
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.eagle.model import EagleModel
-    from mllm_replica.eagle.released import paper_config
     from mllm_replica.eagle.small import ShelfProcessor
 
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
-    if recipe.scale == 'paper':
-        if not meta:
-            raise NotImplementedError(
-                f'{recipe.label}: loading weights for training at scale paper is not wired; planned only'
-            )
-        return EagleModel(paper_config(**made)), None
     tokenizer = word_tokenizer(vocabulary())
     config = _config(made, len(tokenizer))
     processor = ShelfProcessor.from_config(config, tokenizer, template='words')
@@ -76,13 +68,23 @@ def build(
             tower.load_state_dict(_taught(recipe, name, processor))
     return model, processor
 
+
+_BUILDERS = {'smoke': _small, 'tiny': _small, 'paper': from_published}  # by scale
+
+
+def build(
+    recipe: Recipe,
+) -> tuple[Any, Any]:
+    "Model and processor; at scale paper on the meta device only the shapes."
+    return _BUILDERS[recipe.scale](recipe)
+
 # %% ../../nbs/papers/04_eagle.ipynb #53ee454b
 def starts(
     recipe: Recipe,
 ) -> list[str]:
     "What a unit starts from."
-    if recipe.scale == 'paper':
-        return []
+    if 'text' not in recipe.model:
+        return []  # of published weights
     experts = recipe.model['experts']
     return [*experts, f'reader-{_GRID**2 * (len(experts) if recipe.model["fusion"] == "sequence" else 1)}']
 
@@ -113,6 +115,8 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
     from mllm_replica.models.vlm import visual_token_count
     from mllm_replica.scoring.evaluation import collate_prompts
 
+    if not scores:
+        return {}
     batch = collate_prompts(
         [processor.encode(next(samples('shelves', 'test', recipe.seed, 1, tasks=['place'])), training=False)], processor
     )

@@ -12,6 +12,7 @@ from ..core.registry import Search
 from ..core.variation import vary
 from ..data.worlds import shelves
 from .building import build, measure, starts, teach  # offered here, too
+from .starting import backbones as backbones
 from .tiny import _ASSUMPTIONS, _CELLS, _CLIP, _NOISE, _TOWERS, _config, _stage
 from ..tables.published import Row, runnable
 from ..training.tiny import DECODER

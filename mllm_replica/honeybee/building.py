@@ -7,7 +7,7 @@ __all__ = ['load_source', 'build']
 from typing import Any
 
 from ..core.recipe import Recipe, Source
-from ..core.settings import settings
+from .starting import from_published
 
 # %% ../../nbs/papers/02_honeybee.ipynb #d9917d5d
 def load_source(source: Source, seed: int, data_root: Any = None) -> Any:
@@ -40,36 +40,14 @@ def _scratch(model: Any, seed: int) -> None:
     initialise(model.abstractor, 'scaled')
 
 
-def _from_backbones(made: dict[str, Any]) -> tuple[Any, Any]:
-    "Pretrained encoder and language model, from local folders if settings.ini names some; on meta only the shapes."
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
-    from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
-
-    if torch.get_default_device().type == 'meta' and 'size' in made:
-        return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
-    kinds = dict(vision=CLIPVisionModel, text=AutoModelForCausalLM)
-    places = {part: settings().backbones.get(name, name) for part, name in made['backbones'].items()}
-    parts = {part: kind.from_pretrained(places[part]) for part, kind in kinds.items()}
-    config = HoneybeeConfig(
-        vision_config=parts['vision'].config,
-        text_config=parts['text'].config,
-        connector_config=made['connector'],
-        feature_layer=made['feature_layer'],
-    )
-    model = HoneybeeModel(config)
-    model.vision_model, model.language_model = parts['vision'], parts['text']
-    return model, HoneybeeProcessor.from_config(config, AutoTokenizer.from_pretrained(places['text']))
-
-
-def _from_scratch(made: dict[str, Any]) -> tuple[Any, Any]:
+def _from_scratch(recipe: Recipe) -> tuple[Any, Any]:
     "The small model, its weights drawn."
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor
 
-    tokenizer = word_tokenizer(vocabulary())
+    made, tokenizer = recipe.model, word_tokenizer(vocabulary())
     config = HoneybeeConfig(
         vision_config=made['vision'],
         connector_config=made['connector'],
@@ -82,7 +60,7 @@ def _from_scratch(made: dict[str, Any]) -> tuple[Any, Any]:
     return model, HoneybeeProcessor.from_config(config, tokenizer, style='plain')
 
 
-_BUILDERS = {'backbones': _from_backbones, 'text': _from_scratch}  # by what a recipe says of its model
+_BUILDERS = {'smoke': _from_scratch, 'tiny': _from_scratch, 'small': from_published, 'paper': from_published}
 
 
 def build(
@@ -93,4 +71,4 @@ def build(
 
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return next(_BUILDERS[part] for part in _BUILDERS if part in recipe.model)(recipe.model)
+        return _BUILDERS[recipe.scale](recipe)

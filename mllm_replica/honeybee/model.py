@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.language import IMAGE_PIECE, Piece
 from .components import build_projector, projector_fields
 from .prompts import CHAT, SYSTEM_DETAIL, conversation_pieces, prompt_pieces
+from ..models.backbones import published
 from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, Plan, known_fields, load_planned
 from ..models.image_processing import VisionLanguageImageProcessor
 from ..models.processing import VisionLanguageProcessor, piece_ids
@@ -53,37 +54,9 @@ class HoneybeeModel(VisionLanguageModel):
         )
 
 # %% ../../nbs/papers/02_honeybee.ipynb #2e02c234
-_CLIP_L = dict(
-    model_type='clip_vision_model',
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-    projection_dim=768,
-    hidden_act='quick_gelu',
-    layer_norm_eps=1e-5,
-)
-_LLAMA = dict(
-    model_type='llama',
-    vocab_size=32000,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-SIZES = {  # CLIP and Llama settings of the two sizes
-    '7B': (
-        _CLIP_L | {'image_size': 224},
-        _LLAMA | dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    ),
-    '13B': (
-        _CLIP_L | {'image_size': 336},
-        _LLAMA | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    ),
+SIZES = {  # CLIP and Vicuna settings of the two sizes
+    '7B': (published('openai/clip-vit-large-patch14'), published('lmsys/vicuna-7b-v1.5')),
+    '13B': (published('openai/clip-vit-large-patch14-336'), published('lmsys/vicuna-13b-v1.5')),
 }
 
 

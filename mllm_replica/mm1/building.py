@@ -7,6 +7,7 @@ __all__ = ['arrange', 'build']
 from typing import Any
 
 from ..core.recipe import Recipe, Stage
+from .starting import from_published
 from .studies import _stage
 
 # %% ../../nbs/papers/03_mm1.ipynb #cb4e7c45
@@ -64,26 +65,16 @@ def arrange(stages: Any, encoded: Any, **how: Any) -> dict[str, Any]:
     return dict(datasets=source_sequences(encoded, lengths), collate=partial(collate_sequences, **how), draw=Frozen)
 
 
-def build(
-    recipe: Recipe,
-) -> tuple[Any, Any]:
-    "Model and processor."
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "The small model, its parts trained as the recipe says."
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
     from mllm_replica.mm1.model import MM1Config, MM1Model, at_resolution
-    from mllm_replica.mm1.presets import paper_config
     from mllm_replica.mm1.small import PageProcessor
     from mllm_replica.training.starts import pretrained
 
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
-    if recipe.scale == 'paper':
-        if not meta:
-            raise NotImplementedError(
-                f'{recipe.label}: MM1 has no weights to start from, and training at scale paper is planned only'
-            )
-        fields = {name: value for name, value in made.items() if name not in ('preset', 'in_stage')}
-        return MM1Model(paper_config(made['preset'], **fields)), None
     tokenizer = word_tokenizer(vocabulary())
     settings = dict(
         connector_config=made['connector'],
@@ -107,3 +98,13 @@ def build(
             model = pretrained(recipe, model, stages, processor)
         model = at_resolution(model, **made['tuned'])
     return model, PageProcessor.from_config(model.config, tokenizer, ends=False, separator=' ')
+
+
+_BUILDERS = {'smoke': _small, 'tiny': _small, 'paper': from_published}  # by scale
+
+
+def build(
+    recipe: Recipe,
+) -> tuple[Any, Any]:
+    "Model and processor."
+    return _BUILDERS[recipe.scale](recipe)

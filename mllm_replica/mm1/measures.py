@@ -194,7 +194,7 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
     if 'parameters' in recipe.model:
         return _parameters(model, processor, recipe)
     if 'height' not in scores:
-        return {'mean': mean(scores)}
+        return {'mean': mean(scores)} if scores else {}
     return {'zero': mean(_TOPICS), 'text': mean(_SKILLS), 'cider': _cider(model, processor, recipe)} | _shots(
         model, processor, recipe
     )

@@ -10,6 +10,7 @@ from ..core.recipe import Stage
 from .data import WEIGHTS
 from .law import PUBLISHED, weight_decay
 from .model import MM1Config
+from ..models.backbones import LLAMA, STAND_INS, published, sized
 
 # %% ../../nbs/papers/03_mm1.ipynb #ee63e06c
 class Preset(NamedTuple):
@@ -28,41 +29,13 @@ class Preset(NamedTuple):
     experts: dict[str, int] | None = None
 
 
-_LLAMA = dict(
-    model_type='llama',
-    vocab_size=32000,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 LANGUAGE_MODELS = {
-    '1.2B': _LLAMA
-    | dict(
-        hidden_size=2048, intermediate_size=4608, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16
-    ),
-    '3B': _LLAMA
-    | dict(
-        hidden_size=2560, intermediate_size=7872, num_hidden_layers=32, num_attention_heads=20, num_key_value_heads=20
-    ),
-    '7B': _LLAMA
-    | dict(
-        hidden_size=3584, intermediate_size=15232, num_hidden_layers=32, num_attention_heads=28, num_key_value_heads=4
-    ),
-    '30B': _LLAMA
-    | dict(
-        hidden_size=6656, intermediate_size=17664, num_hidden_layers=56, num_attention_heads=52, num_key_value_heads=52
-    ),
+    '1.2B': sized(LLAMA, 2048, 4608, 24, 16, num_key_value_heads=16),
+    '3B': sized(LLAMA, 2560, 7872, 32, 20, num_key_value_heads=20),
+    '7B': sized(LLAMA, 3584, 15232, 32, 28, num_key_value_heads=4),
+    '30B': sized(LLAMA, 6656, 17664, 56, 52, num_key_value_heads=52),
 }
-_CLIP = dict(
-    model_type='clip_vision_model', patch_size=14, num_attention_heads=16, hidden_act='quick_gelu', layer_norm_eps=1e-5
-)
-ENCODERS = {
-    'ViT-L': _CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24),
-    'ViT-H': _CLIP | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32),
-}
+ENCODERS = {name: published(STAND_INS[name]) for name in ('ViT-L', 'ViT-H')}
 PRESETS = {
     'mm1-base-ablation': Preset('1.2B', 'ViT-L', 336, PUBLISHED.rate(1.2e9)),
     'mm1-3b': Preset('3B', 'ViT-H', 378, 6e-5),
@@ -119,6 +92,7 @@ def assumed(name: str) -> tuple[str, ...]:
         'the warm-up begins at the floor of a tenth of the rate, not at zero',
         'gradient accumulation (64, then 32) is ours',
         'tuning packs its samples as pre-training does',
+        f'at scale paper {STAND_INS[found.encoder]} and {STAND_INS[found.llm]} in place of weights that are not released',
     ]
     if found.experts:
         said.append(

@@ -10,6 +10,7 @@ from ..core.recipe import Recipe, Source
 from .building import arrange, build  # with `measure` what a unit executes
 from .data import KINDS
 from .measures import measure
+from .starting import backbones as backbones
 from .studies import TINY
 from ..tables.published import Row, runnable
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from .stages import _ALL, _stage
+from .starting import from_published
 
 _STRIPES = dict(rows=1, columns=5, colors=8)
 
@@ -25,24 +26,16 @@ def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[st
     return pretrained(recipe, model, [stage], processor).state_dict()
 
 
-def build(
-    recipe: Recipe,
-) -> tuple[Any, Any]:
-    "Model and processor; at scale paper on the meta device only the shapes."
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "The small model, its weights drawn, perhaps around a language model that has read."
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
-    from mllm_replica.owl2.model import Owl2Config, Owl2Model, paper_config
+    from mllm_replica.owl2.model import Owl2Config, Owl2Model
     from mllm_replica.owl2.processor import Owl2Processor
     from mllm_replica.owl2.released import both_ways
 
     made, meta = recipe.model, torch.get_default_device().type == 'meta'
-    if recipe.scale == 'paper':
-        if not meta:
-            raise NotImplementedError(
-                f'{recipe.label}: loading Llama-2 and CLIP for training at scale paper is not wired; it is planned only'
-            )
-        return Owl2Model(paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))), None
     tokenizer = word_tokenizer(vocabulary())
     text = made['text'] | {'vocab_size': len(tokenizer)}
     config = Owl2Config(
@@ -58,6 +51,16 @@ def build(
         if 'language' in made and not meta:
             model.load_state_dict(both_ways(_language(recipe, text, processor), config), strict=False)
     return model, processor
+
+
+_BUILDERS = {'smoke': _small, 'tiny': _small, 'paper': from_published}  # by scale
+
+
+def build(
+    recipe: Recipe,
+) -> tuple[Any, Any]:
+    "Model and processor; at scale paper on the meta device only the shapes."
+    return _BUILDERS[recipe.scale](recipe)
 
 # %% ../../nbs/papers/01_owl2.ipynb #9d46d478
 def linear_probe(train: tuple[Any, Any], test: tuple[Any, Any], ridge: float = 1e-2) -> float:

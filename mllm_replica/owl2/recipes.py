@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .building import _STRIPES, build, measure  # offered here, too
+from .starting import backbones as backbones
 from mllm_replica.owl2.stages import (
     _ALL,
     _ALL_BUT_ENCODER,

@@ -7,22 +7,10 @@ __all__ = ['build', 'measure']
 from typing import Any
 
 from ..core.recipe import Recipe
+from .starting import from_published, kind_of
 
 # %% ../../nbs/papers/05_owl3.ipynb #ad62658d
 _PLACEHOLDER = '<|'  # two words instead of five; the second is the first to see the image
-_QWEN15 = dict(
-    model_type='qwen2',
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=32768,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-)
 
 
 def _scratch(model: Any, seed: int) -> None:
@@ -37,53 +25,42 @@ def _scratch(model: Any, seed: int) -> None:
         embeddings.position_embedding.weight.normal_(generator=generator)
 
 
-def _model(made: dict[str, Any], backbones: dict[str, Any], **known: Any) -> Any:
-    "The model of a way to read images, on these backbones."
-    from mllm_replica.models.vlm import VisionLanguageConfig
-    from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "The small model, its weights drawn."
+    import torch
+    from mllm_replica.data.language import word_tokenizer
+    from mllm_replica.data.worlds.vocabulary import vocabulary
+    from mllm_replica.models.templates import TURNS, without_ends
+    from mllm_replica.owl3.processor import ConcatProcessor, Owl3ImageProcessor, Owl3Processor
 
+    made, meta = (
+        {k: v for k, v in recipe.model.items() if k not in ('test', 'base')},
+        torch.get_default_device().type == 'meta',
+    )
+    tokenizer, vision = word_tokenizer([*vocabulary(), _PLACEHOLDER]), made.pop('vision')
+    parts = dict(vision_config=vision, text_config=made.pop('text') | {'vocab_size': len(tokenizer)})
+    processor = Owl3Processor(
+        Owl3ImageProcessor(vision['image_size']), tokenizer, style='plain', ends=False, placeholder=_PLACEHOLDER
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        kind, config = kind_of(made, parts, placeholder_ids=processor.placeholder_ids)
+        model = kind(config)
+        if not meta:
+            _scratch(model, recipe.seed)
     if made['fusion'] == 'concat':
-        return ConcatModel(VisionLanguageConfig(**backbones))
-    return Owl3Model(Owl3Config(**backbones, **made, **known))
+        processor = ConcatProcessor.from_config(model.config, tokenizer, chat_template=without_ends(TURNS))
+    return model, processor
+
+
+_BUILDERS = {'smoke': _small, 'tiny': _small, 'paper': from_published}  # by scale
 
 
 def build(
     recipe: Recipe,
 ) -> tuple[Any, Any]:
     "Model and processor; at scale paper on the meta device only the shapes."
-    import torch
-    from mllm_replica.data.language import word_tokenizer
-    from mllm_replica.data.worlds.vocabulary import vocabulary
-    from mllm_replica.models.templates import TURNS, without_ends
-    from mllm_replica.owl3.model import Owl3Model
-    from mllm_replica.owl3.processor import ConcatProcessor, Owl3ImageProcessor, Owl3Processor
-    from mllm_replica.owl3.released import SIGLIP, paper_config
-
-    made, meta = (
-        {k: v for k, v in recipe.model.items() if k not in ('test', 'base')},
-        torch.get_default_device().type == 'meta',
-    )
-    if recipe.scale == 'paper':
-        if not meta:
-            raise NotImplementedError(
-                f'{recipe.label}: loading Qwen2 and SigLIP for training at scale paper is not wired; it is planned only'
-            )
-        if 'size' in made:
-            return Owl3Model(paper_config(made['size'])), None
-        return _model(made, dict(vision_config=SIGLIP, text_config=_QWEN15)), None
-    tokenizer, vision = word_tokenizer([*vocabulary(), _PLACEHOLDER]), made.pop('vision')
-    backbones = dict(vision_config=vision, text_config=made.pop('text') | {'vocab_size': len(tokenizer)})
-    processor = Owl3Processor(
-        Owl3ImageProcessor(vision['image_size']), tokenizer, style='plain', ends=False, placeholder=_PLACEHOLDER
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        model = _model(made, backbones, placeholder_ids=processor.placeholder_ids)
-        if not meta:
-            _scratch(model, recipe.seed)
-    if made['fusion'] == 'concat':
-        processor = ConcatProcessor.from_config(model.config, tokenizer, chat_template=without_ends(TURNS))
-    return model, processor
+    return _BUILDERS[recipe.scale](recipe)
 
 # %% ../../nbs/papers/05_owl3.ipynb #b359c5dc
 _COUNTS = (1, 2, 3, 4, 6, 8)  # pictures in a prompt of the Distractor Resistance test
@@ -144,4 +121,6 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
     """
     if 'album' in scores:
         return {'drop': scores['control'] - scores['album']}
+    if 'test' not in recipe.model:
+        return {}
     return (_resistance if recipe.model['test'] == 'distractors' else _first_token)(model.eval(), processor, recipe)

@@ -9,6 +9,7 @@ from typing import Any
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .building import build, measure  # offered here, too
 from .stages import _LANGUAGE, ablation_stages, layers_of, published_stages
+from .starting import backbones as backbones
 from ..tables.published import Row, runnable
 from ..training.tiny import tiny_stage, world_source
 

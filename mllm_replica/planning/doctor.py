@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Finding', 'versions', 'devices', 'attention_kernels', 'run_folder', 'tracker', 'easy_vqa_files', 'kernel',
-           'configuration', 'examine']
+           'configuration', 'examine', 'stored_data', 'published_models', 'room', 'examine_table']
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #303f33d0
 import importlib.metadata, importlib.util, json, os, platform, shutil, tempfile, warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..core.settings import Strict, is_shipped, project_root, read_settings, settings, work_folder
+from ..core.recipe import Recipe
+from ..core.registry import backbones_of, recipes_of
+from ..core.settings import Scale, Strict, is_shipped, project_root, read_settings, settings, work_folder
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #7afde33e
 class Finding(Strict):
@@ -217,3 +219,134 @@ def examine() -> Iterator[Finding]:
     yield from devices()
     yield from attention_kernels()
     yield tracker()
+
+# %% ../../nbs/foundations/planning/81_doctor.ipynb #3cf9266f
+def _looked_for(topic: str, look: Callable[[], str]) -> Finding:
+    "What a look found, or what it raised: what is missing, then what to do."
+    try:
+        return Finding(topic=topic, state='ok', found=look())
+    except (ValueError, OSError) as error:
+        found, _, advice = str(error).partition('; ')
+        return Finding(topic=topic, state='fail', found=found, advice=advice)
+
+
+def stored_data(
+    recipes: Iterable[Recipe],
+) -> Iterator[Finding]:
+    "Are the files of every stored source there?"
+    from mllm_replica.data.sources import data_files
+
+    sources = {
+        (source.name, source.split): source
+        for recipe in recipes
+        for source in recipe.sources.values()
+        if source.kind in ('folder', 'parquet', 'tar')
+    }
+    root = work_folder() / 'data'
+    for (name, split), source in sorted(sources.items()):
+
+        def look() -> str:
+            "Number and size of its files."
+            files = data_files(source, root)
+            return f'{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.3g} MB'
+
+        found = _looked_for(f'data {name} ({split})', look)
+        advice = f'put {split}.jsonl and its pictures there, as nbs/foundations/data/34_sources.ipynb says'
+        yield found if found.state == 'ok' else found.model_copy(update={'advice': found.advice or advice})
+
+
+def published_models(
+    recipes: Iterable[Recipe],
+) -> Iterator[Finding]:
+    "Are the backbones there, each of the kind that its name says, and the tokenizers of the language models?"
+    from mllm_replica.models.backbones import backbone_files, backbone_settings, backbone_tokenizer
+
+    parts = {name: part for recipe in recipes for part, name in backbones_of(recipe).items()}
+
+    def look(name: str) -> str:
+        "Folder and size of its weights."
+        files = backbone_files(name)
+        backbone_settings(name)
+        return f'{files[0].parent}, {sum(file.stat().st_size for file in files) / 1e9:.3g} GB'
+
+    for name in parts:
+        yield _looked_for(f'backbone {name}', lambda: look(name))
+    for name in (name for name, part in parts.items() if part == 'text'):
+        yield _looked_for(f'tokenizer of {name}', lambda: f'{len(backbone_tokenizer(name))} tokens')
+
+# %% ../../nbs/foundations/planning/81_doctor.ipynb #56f3fb4b
+def _on_host(recipe: Recipe) -> float:
+    "Gigabytes of a model in the types in which it is built."
+    import torch
+    from mllm_replica.models.backbones import types_of
+
+    with torch.device('meta'):
+        model = recipes_of(recipe.paper).build(recipe)[0]
+    types = types_of(model, recipe.stages)
+    return sum(p.numel() * types[name].itemsize for name, p in model.named_parameters()) / 1e9
+
+
+def room(
+    paper: str,
+    table: str | None,
+    recipes: Sequence[Recipe],
+    rows: Sequence[str] = (),
+) -> Iterator[Finding]:
+    "Disk, host memory and device memory beside the plan of scale paper."
+    import psutil, torch
+    from mllm_replica.planning.plan import plan
+
+    planned, folder = plan(paper, table, 'paper', rows), settings().run_folder
+    while not folder.exists():
+        folder = folder.parent
+    free, wanted = shutil.disk_usage(folder).free / 1e9, [unit.disk_gb for unit in planned.units]
+    short = 'free some space, run the rows one by one, or set run_folder' if sum(wanted) > free else ''
+    yield Finding(
+        topic='disk',
+        state='note' if short else 'ok',
+        found=f'{free:,.0f} GB free in {folder}; checkpoints take {sum(wanted):,.0f} GB, at most {max(wanted):,.0f} a run',
+        advice=short,
+    )
+    memory, largest = psutil.virtual_memory().available / 1e9, max(map(_on_host, recipes))
+    short = 'needs another machine, or a smaller model' if largest > memory else ''
+    yield Finding(
+        topic='host memory',
+        state='note' if short else 'ok',
+        found=f'{memory:,.0f} GB free; the largest model takes {largest:,.0f} GB when it is built',
+        advice=short,
+    )
+    machine, peak = planned.machine, max(unit.peak_gb for unit in planned.units)
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    here = ', '.join(f'{d.name} with {d.total_memory / 1e9:.0f} GB' for d in devices) or 'no CUDA device'
+    fits = devices and min(device.total_memory for device in devices) / 1e9 >= peak
+    yield Finding(
+        topic='device memory',
+        state='ok' if fits else 'note',
+        found=f'{here}; the plan has {peak:,.0f} GB per device at most ({machine.devices} × {machine.name}, '
+        f'ZeRO {machine.zero})',
+        advice='' if fits else 'more devices, a higher ZeRO stage or smaller micro-batches; see `mllm-replica plan`',
+    )
+
+
+def examine_table(
+    paper: str,
+    table: str | None = None,
+    scale: Scale = 'paper',
+    rows: Sequence[str] = (),
+) -> Iterator[Finding]:
+    """Everything that a table needs: data, backbones, tokenizers, and at scale paper room.
+
+    table: None: every table with a row at that scale
+    rows: empty: all that can run
+    """
+    chapter = recipes_of(paper)
+    recipes = [
+        chapter.recipe(name, row, scale, settings().seeds[0])
+        for name in ([table] if table else chapter.tables(scale))
+        for row, reason in chapter.rows(name, scale).items()
+        if reason is None and (not rows or row in rows)
+    ]
+    yield from stored_data(recipes)
+    yield from published_models(recipes)
+    if scale == 'paper' and recipes:
+        yield from room(paper, table, list({recipe.digest(): recipe for recipe in recipes}.values()), rows)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 from ..core.keys import code_of, library_versions
 from ..core.reading import inside
 from ..core.recipe import Recipe
+from ..core.registry import backbones_of
 from ..core.settings import is_shipped, project_root, settings, work_folder
 from .engine import Process, is_alive, this_process
 
@@ -42,7 +43,7 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
     data_root: where local sources lie; the project's `data` folder by default
     """
     seen = {}
-    for part, name in sorted(recipe.model.get('backbones', {}).items()):
+    for part, name in sorted(backbones_of(recipe).items()):
         found = settings().backbones.get(name, name)  # a folder, or an id of the hub
         seen[f'backbone {part}'] = [
             found,

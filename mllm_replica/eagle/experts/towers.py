@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...models.backbones import published
 from .clip import ClipExpert, Dinov2Expert
 from .convnext import CONVNEXT, ConvNextExpert
 from .eva import EVA, EvaExpert
@@ -18,15 +19,7 @@ from .pix2struct import PIX2STRUCT, Pix2StructExpert
 from .sam import SAM, SamExpert
 
 # %% ../../../nbs/papers/04b_eagle_experts.ipynb #d4bd407d
-CLIP = dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-DINOV2 = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14)
+CLIP, DINOV2 = map(published, ('openai/clip-vit-large-patch14-336', 'facebook/dinov2-large'))
 KINDS: dict[str, type[Expert]] = dict(
     clip=ClipExpert,
     convnext=ConvNextExpert,
