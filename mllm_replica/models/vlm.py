@@ -164,6 +164,8 @@ class VisionLanguageModel(PreTrainedModel, PromptGenerationMixin):
         self.vision_model = AutoModel.from_config(config.vision_config)
         setattr(self, self.connector_name, self.build_connector(config))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if type(self.connector).__module__.startswith('mllm_replica'):  # with tables beside its parts: in one place
+            self._no_split_modules = [*(self._no_split_modules or []), type(self.connector).__name__]
         self.post_init()
 
     def build_connector(self, config: VisionLanguageConfig) -> nn.Module:

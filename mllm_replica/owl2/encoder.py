@@ -137,7 +137,7 @@ class Owl2VisionModel(WholeCheckpoint, PreTrainedModel):
     config_class = Owl2VisionConfig
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
-    _no_split_modules = ['VisionLayer']
+    _no_split_modules = ['PatchEmbeddings', 'VisionLayer']
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: Owl2VisionConfig) -> None:

@@ -64,7 +64,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 
     config_class = Owl2Config
     connector_name = 'visual_abstractor'
-    _no_split_modules = ['AbstractorLayer', 'AdaptiveLlamaLayer', 'AdaptiveQwen2Layer']
+    _no_split_modules = ['AdaptiveLlamaLayer', 'AdaptiveQwen2Layer']
 
     def __init__(self, config: Owl2Config) -> None:
         super().__init__(config)
