@@ -284,6 +284,23 @@ def test_a_unit_of_the_paper_trains_a_step_of_each_stage(standins, place, tmp_pa
     assert len(losses) == result.steps and all(0 < loss < 20 for loss in losses)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize('paper, table, row', STEPS)
+def test_a_unit_of_the_paper_trains_in_shares(standins, place, tmp_path, monkeypatch, paper, table, row):
+    "Two processes with a share of the model each give the losses of one, and leave a folder for every stage."
+    root, recipe, losses = place(standins), short(recipe_of(paper, table, row)), []
+    write_data(recipe, root / 'data')
+    monkeypatch.setattr(f'mllm_replica.{paper}.recipes.recipe', lambda *_: recipe)
+    for machine in ('{}', '{"devices": 2, "shard": "fsdp"}'):
+        monkeypatch.setenv('MLLM_REPLICA_MACHINE', machine)
+        settings.cache_clear()
+        folder = tmp_path / f'unit{len(losses)}'
+        assert unit.run_unit(recipe, folder).steps == len(recipe.stages)
+        losses.append([float(line.split(',')[2]) for line in (folder / 'curve.csv').read_text().splitlines()[1:]])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-2, atol=1e-3)  # computed in bf16
+    assert {path.name for path in (folder / 'model').iterdir()} == {stage.name for stage in recipe.stages}
+
+
 # --- what is missing or wrong is named ------------------------------------------------------------------------------------
 LLAMA, CLIP, EVA = 'meta-llama/Llama-2-7b-hf', 'openai/clip-vit-large-patch14', 'Yuxin-CV/EVA-02'
 

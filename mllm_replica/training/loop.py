@@ -218,7 +218,7 @@ class _Run:
         if len(kinds) > 1:
             raise NotImplementedError(f'sharded stages of several precisions, {sorted(kinds)}; give all the same')
         mesh = mesh_of(self.machine, self.accelerator.device.type, processes)
-        shard(self.model, mesh, *kinds)
+        shard(self.model, mesh, *kinds, {name for names in self.trained for name in names})
 
     def _latest(self) -> Checkpoint | None:
         "The newest intact checkpoint: one process looks at the files, all take its word."

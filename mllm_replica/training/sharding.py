@@ -6,7 +6,7 @@
 __all__ = ['blocks_of', 'mesh_of', 'shard', 'is_sharded', 'whole', 'feeds_all', 'clip']
 
 # %% ../../nbs/foundations/training/46b_sharding.ipynb #cfde54a2
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,17 +41,33 @@ def mesh_of(machine: Machine, device: str, processes: int) -> DeviceMesh:
     return init_device_mesh(device, (processes,), mesh_dim_names=('devices',))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, precision: str = 'fp32') -> nn.Module:
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    precision: str = 'fp32',
+    trained: Collection[str] | None = None,
+) -> nn.Module:
     """The same model, its parameters spread over the processes of the mesh; names and state dict stay.
 
     precision: of the stages: 'fp32' or 'bf16'
+    trained: names of what trains in any stage; None: everything
     """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained is None or name in trained)
     policy = MixedPrecisionPolicy()
     if precision == 'bf16':
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks_of(model):
+    blocks = blocks_of(model)
+    for block in blocks:
+        if len({parameter.dtype for parameter in block.parameters()}) > 1:  # trained in part: kept in fp32 as a whole
+            block.float()
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    own = {id(parameter) for block in blocks for parameter in block.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    frozen = {p for p in rest if p.dtype != torch.float32} if any(p.dtype == torch.float32 for p in rest) else set()
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    fully_shard.state(model)._lazy_init()  # types of gradients are decided now, by what trains in any stage
+    return model
 
 
 def is_sharded(
