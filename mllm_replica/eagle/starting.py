@@ -32,13 +32,8 @@ def from_published(
     from mllm_replica.eagle.model import EagleConfig, EagleModel
     from mllm_replica.eagle.prompts import EagleProcessor
     from mllm_replica.eagle.released import RELEASED, paper_config
-    from mllm_replica.models.backbones import (
-        Tower,
-        backbone_config,
-        backbone_settings,
-        backbone_tokenizer,
-        on_backbones,
-    )
+    from mllm_replica.models.assembly import Tower, on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_settings, backbone_tokenizer
 
     planned, names = paper_config(**recipe.model), backbones(recipe)
     if torch.get_default_device().type == 'meta':

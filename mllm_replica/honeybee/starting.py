@@ -15,7 +15,8 @@ def from_published(
     "Encoder, language model and a drawn projector; on meta only the shapes."
     import torch
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
-    from mllm_replica.models.backbones import Tower, backbone_config, backbone_tokenizer, on_backbones
+    from mllm_replica.models.assembly import Tower, on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
 
     made, names = recipe.model, recipe.model['backbones']
     if torch.get_default_device().type == 'meta' and 'size' in made:

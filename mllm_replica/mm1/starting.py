@@ -28,7 +28,8 @@ def from_published(
     import torch
     from mllm_replica.mm1.model import MM1Config, MM1Model, MM1Processor
     from mllm_replica.mm1.presets import paper_config
-    from mllm_replica.models.backbones import Tower, at_size, backbone_config, backbone_tokenizer, on_backbones
+    from mllm_replica.models.assembly import Tower, at_size, on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
 
     names = backbones(recipe)
     fields = {name: value for name, value in recipe.model.items() if name not in ('preset', 'in_stage')}

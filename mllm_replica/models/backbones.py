@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'LLAMA', 'BACKBONES', 'STAND_INS', 'QWEN_FIELDS', 'Sources', 'Form', 'Backbone', 'sized', 'published',
            'BackboneError', 'find_backbone', 'backbone_files', 'backbone_config', 'backbone_settings',
-           'backbone_tokenizer', 'Source', 'planned', 'load_backbone', 'types_of', 'Tower', 'at_size', 'first_words',
-           'on_backbones']
+           'backbone_tokenizer', 'Source', 'planned', 'load_backbone']
 
 # %% ../../nbs/foundations/models/46_backbones.ipynb #068a9602
 import re
@@ -17,17 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..core.recipe import Recipe, Stage
 from ..core.settings import Trouble, settings, work_folder
 from ..core.writing import read_json_file
 from .official import OfficialWeightsError, _tensors, check_keys, weight_files
-from .vision import resize_positions
 
 # %% ../../nbs/foundations/models/46_backbones.ipynb #9f96fe1b
 class Form(NamedTuple):
@@ -113,19 +109,17 @@ class Backbone(NamedTuple):
     config: dict[str, Any] = {}
 
 
-_CLIP = dict(
+_VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+_CLIP = _VIT_L | dict(
     model_type='clip_vision_model',
-    hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
     image_size=224,
-    patch_size=14,
     projection_dim=768,
     hidden_act='quick_gelu',
     layer_norm_eps=1e-5,
 )
 _DFN = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, image_size=378, projection_dim=1024)
+_SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, image_size=384, vision_use_head=False)
 LLAMA = dict(  # what all Llama-2 models share
     model_type='llama',
     vocab_size=32000,
@@ -168,30 +162,8 @@ BACKBONES = {  # hub id -> what is known of it
     'openai/clip-vit-large-patch14': Backbone('clip', _CLIP),
     'openai/clip-vit-large-patch14-336': Backbone('clip', _CLIP | dict(image_size=336)),
     'apple/DFN5B-CLIP-ViT-H-14-378': Backbone('clip', _CLIP | _DFN),
-    'google/siglip-so400m-patch14-384': Backbone(
-        'siglip',
-        dict(
-            model_type='siglip_vision_model',
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=384,
-            patch_size=14,
-            vision_use_head=False,
-        ),
-    ),
-    'facebook/dinov2-large': Backbone(
-        'dinov2',
-        dict(
-            model_type='dinov2',
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=518,
-            patch_size=14,
-        ),
-    ),
+    'google/siglip-so400m-patch14-384': Backbone('siglip', _VIT_L | _SO400M | dict(model_type='siglip_vision_model')),
+    'facebook/dinov2-large': Backbone('dinov2', _VIT_L | dict(model_type='dinov2', image_size=518)),
     'timm/convnext_xxlarge.clip_laion2b_soup_ft_in1k': Backbone('convnext'),
     'Yuxin-CV/EVA-02': Backbone('eva'),
     'facebook/sam-vit-large': Backbone('sam'),
@@ -461,14 +433,6 @@ def _set(tower: nn.Module, key: str, tensor: Tensor) -> None:
     setattr(tower.get_submodule(owner), last, nn.Parameter(tensor))
 
 
-def _draw(tower: nn.Module) -> None:
-    "Initialise what has no numbers yet as its modules do."
-    for module in tower.modules():
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            module.to_empty(device='cpu', recurse=False)
-            module.reset_parameters()
-
-
 @torch.no_grad()
 def load_backbone(
     name: str,
@@ -502,93 +466,3 @@ def load_backbone(
         _set(into, key, source.of(stored).to(dtype, copy=True).contiguous())
     if tied:
         into.tie_weights()
-
-# %% ../../nbs/foundations/models/46_backbones.ipynb #941e43aa
-def types_of(
-    model: nn.Module,
-    stages: Sequence[Stage],
-) -> dict[str, torch.dtype]:
-    "Parameter -> fp32 if a stage trains it; else bf16 if all stages compute in that, or fp32."
-    low = torch.bfloat16 if stages and all(stage.precision == 'bf16' for stage in stages) else torch.float32
-    patterns = [re.compile(pattern) for stage in stages for pattern in stage.trainable]
-    trained = {
-        id(parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(pattern.search(name) for pattern in patterns)
-    }
-    return {name: torch.float32 if id(p) in trained else low for name, p in model.named_parameters()}
-
-
-def _widest(types: Mapping[str, torch.dtype], path: str) -> torch.dtype:
-    "The type that a whole part is loaded in."
-    own = {dtype for name, dtype in types.items() if name.startswith(f'{path}.')}
-    return torch.bfloat16 if own == {torch.bfloat16} else torch.float32
-
-
-class Tower(NamedTuple):
-    """A part of a model, and the backbone that it starts from.
-
-    name: hub id
-    changed: as for `load_backbone`
-    """
-
-    name: str
-    changed: Callable[[Sources], Sources] | None = None
-
-
-def at_size(num_patches: int) -> Callable[[Sources], Sources]:
-    """What changes for a CLIP that sees pictures of another size: its position table is interpolated.
-
-    num_patches: of a picture, a square number
-    """
-    table = 'embeddings.position_embedding.weight'
-    resize = partial(resize_positions, patches=num_patches, leading=1)
-    return lambda plan: plan | {key: source._replace(make=resize) for key, source in plan.items() if key == table}
-
-
-def first_words(
-    count: int,
-) -> Callable[[Sources], Sources]:
-    "What changes for a language model that keeps the first words of its vocabulary."
-    tables = ('model.embed_tokens.weight', 'lm_head.weight')
-    return lambda plan: (
-        plan | {key: plan[key]._replace(make=lambda table: table[:count]) for key in tables if key in plan}
-    )
-
-# %% ../../nbs/foundations/models/46_backbones.ipynb #57d9bbc9
-def on_backbones(
-    kind: Callable[[PreTrainedConfig], nn.Module],
-    config: PreTrainedConfig,
-    towers: Mapping[str, Tower],
-    recipe: Recipe,
-    grow: Callable[[nn.Module], None] | None = None,
-) -> nn.Module:
-    """A model of this configuration whose towers are filled and whose connector is drawn, in the types of the recipe.
-
-    kind: of `VisionLanguageModel`s
-    towers: path of a part -> what it starts from
-    recipe: its seed draws, its stages decide the types
-    grow: adds to the language model what its class has not
-    """
-    if torch.get_default_device().type == 'meta':
-        return kind(config)
-    with init_empty_weights(include_buffers=False):
-        model = kind(config)
-        types = types_of(model, recipe.stages)
-        if grow:
-            model.language_model = AutoModelForCausalLM.from_config(config.text_config)
-    for path, tower in towers.items():
-        load_backbone(tower.name, model.get_submodule(path), _widest(types, path), tower.changed)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        setattr(model, model.connector_name, model.build_connector(config))
-        for path, tower in towers.items():
-            _draw(model.get_submodule(path))
-        if grow:
-            grow(model)
-    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise OfficialWeightsError(f'nothing fills {len(empty)} weights: {empty[:8]}; name their backbone')
-    types = types_of(model, recipe.stages)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(types[name])
-    return model

@@ -23,7 +23,8 @@ def from_published(
     "CLIP, Llama-2 with ways, a drawn abstractor, and the processor of the public training script; on meta the shapes."
     import torch
     from functools import partial
-    from mllm_replica.models.backbones import Tower, backbone_config, backbone_tokenizer, on_backbones
+    from mllm_replica.models.assembly import Tower, on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
     from mllm_replica.owl2.components import adapt_layers
     from mllm_replica.owl2.model import AS_RELEASED, Owl2Config, Owl2Model, paper_config
     from mllm_replica.owl2.processor import Owl2Processor

@@ -54,7 +54,8 @@ def from_published(
 ) -> tuple[Any, Any]:
     "SigLIP and Qwen2, whose image layers start from its own keys and values; on meta only the shapes."
     import torch
-    from mllm_replica.models.backbones import Tower, backbone_config, backbone_tokenizer, first_words, on_backbones
+    from mllm_replica.models.assembly import Tower, first_words, on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
     from mllm_replica.models.processing import VisionLanguageProcessor
     from mllm_replica.owl3.components import insert_layers
     from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor

@@ -278,7 +278,7 @@ def published_models(
 def _on_host(recipe: Recipe) -> float:
     "Gigabytes of a model in the types in which it is built."
     import torch
-    from mllm_replica.models.backbones import types_of
+    from mllm_replica.models.assembly import types_of
 
     with torch.device('meta'):
         model = recipes_of(recipe.paper).build(recipe)[0]
@@ -304,7 +304,8 @@ def room(
     yield Finding(
         topic='disk',
         state='note' if short else 'ok',
-        found=f'{free:,.0f} GB free in {folder}; checkpoints take {sum(wanted):,.0f} GB, at most {max(wanted):,.0f} a run',
+        found=f'{free:,.0f} GB free in {folder}; checkpoints take {sum(wanted):,.0f} GB, '
+        f'at most {max(wanted):,.0f} a run',
         advice=short,
     )
     memory, largest = psutil.virtual_memory().available / 1e9, max(map(_on_host, recipes))
