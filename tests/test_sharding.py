@@ -132,6 +132,16 @@ def test_a_unit_trains_on_the_devices_of_its_machine(tmp_path, monkeypatch):
     assert together.metrics.keys() == alone.metrics.keys()
 
 
+def test_the_machine_changes_how_and_not_what(tmp_path):
+    "Layers recomputed, another kernel, other micro-batches, processes that read ahead: the losses stay."
+    _, plain = run('honeybee', tmp_path / 'plain')
+    other = Machine(checkpointing=True, attention='eager', micro_batch=1, loaders=1, save_every=3, keep=1)
+    model, history = run('honeybee', tmp_path / 'other', other)
+    torch.testing.assert_close(torch.tensor(history.losses), torch.tensor(plain.losses), rtol=1e-5, atol=1e-6)
+    assert model.is_gradient_checkpointing and steps_of(tmp_path / 'other') == [9]
+    assert model.config.text_config._attn_implementation == 'eager'
+
+
 def steps_of(folder):
     return sorted(int(path.name[5:]) for path in (folder / 'checkpoints').glob('step-*'))
 

@@ -22,7 +22,6 @@ class Machine(BaseModel):
     devices: of a node; one process each
     checkpointing: layers are recomputed in the backward pass
     attention: kernel by the name that transformers gives it; None: its choice
-    compile: of the model's forward
     loaders: processes that read ahead, for each device
     micro_batch: samples of a forward; None: as the recipe says
     save_every: steps between checkpoints; None: as the recipe says
@@ -39,7 +38,6 @@ class Machine(BaseModel):
     )
     checkpointing: bool = False
     attention: str | None = None
-    compile: bool = False
     loaders: Annotated[int, Field(ge=0)] = 0
     micro_batch: Count | None = None
     save_every: Count | None = None

@@ -89,9 +89,8 @@ def load(
     chapter = registry.recipes_of(unit.recipe.paper)
     unit.progress('loading data')
     read = chapter.load_source or load_source
-    unit.sources = {
-        name: read(source, unit.recipe.seed, work_folder() / 'data') for name, source in unit.recipe.sources.items()
-    }
+    place = Path(settings().machine.data_root or work_folder() / 'data')
+    unit.sources = {name: read(source, unit.recipe.seed, place) for name, source in unit.recipe.sources.items()}
     unit.progress('building the model')
     unit.model, unit.processor = chapter.build(unit.recipe)
 

@@ -203,6 +203,10 @@ class _Run:
         _check(model, stages, datasets, machine, processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
+        if machine.attention:
+            model.set_attn_implementation(machine.attention)
+        if machine.checkpointing:
+            model.gradient_checkpointing_enable({'use_reentrant': False})
         if machine.shard != 'none' and processes > 1:
             self._shard(processes)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
