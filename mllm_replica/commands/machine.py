@@ -6,16 +6,16 @@
 __all__ = ['AnyPaper', 'doctor', 'ui']
 
 # %% ../../nbs/foundations/commands/89_machine.ipynb #cd1ad546
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import Scale, as_bad_parameter, check_rows, known, new_console, table_of
+from .shared import as_bad_parameter, check_rows, known, new_console, table_of
 from ..core import registry
 from ..core.registry import PAPERS
-from ..core.settings import settings
+from ..core.settings import SCALES, settings
 
 AnyPaper = Annotated[
     Optional[str],
@@ -26,27 +26,33 @@ AnyPaper = Annotated[
 ]
 
 # %% ../../nbs/foundations/commands/89_machine.ipynb #23a9b7f7
+def _findings(paper: str, table: str | None, scale: str, rows: list[str] | None) -> list[Any]:
+    "What a paper's table needs, its names checked first."
+    from mllm_replica.planning.doctor import examine_table
+
+    table = table and table_of(paper, table)
+    check_rows(registry.recipes_of(paper), table, scale, rows)
+    return list(examine_table(paper, table, scale, rows or ()))
+
+
 def doctor(
     paper: AnyPaper = None,
     table: Annotated[Optional[str], typer.Argument(help='as in `tables PAPER`; without it every table')] = None,
-    scale: Scale = None,
+    scale: Annotated[
+        Optional[str], typer.Option(help=' or '.join(SCALES) + '; by default that of settings.ini')
+    ] = None,
     row: Annotated[Optional[list[str]], typer.Option(help='only this row; can be repeated')] = None,
 ) -> None:
     "Versions, devices, write access, tracker; of a PAPER instead: data, backbones, tokenizers and room."
-    from mllm_replica.planning.doctor import examine, examine_table
+    from mllm_replica.planning.doctor import examine
 
-    title = ' '.join(filter(None, ('mllm-replica doctor', paper, table)))
-    out, failed, console = (
-        Table('what', 'state', 'found', 'what to do', title=title, title_justify='left'),
-        0,
-        new_console(),
-    )
-    if paper:
-        table = table and table_of(paper, table)
-        check_rows(registry.recipes_of(paper), table, scale, row)
+    title, failed, console = ' '.join(filter(None, ('mllm-replica doctor', paper, table))), 0, new_console()
+    out = Table('what', 'state', 'found', 'what to do', title=title, title_justify='left')
     with console.status('looking'):
-        findings = list(examine_table(paper, table, scale, row or ()) if paper else examine())
-    for f in findings:
+        if paper:
+            scale = known('scale', scale or settings().scale, SCALES)
+        found = _findings(paper, table, scale, row) if paper else list(examine())
+    for f in found:
         out.add_row(
             escape(f.topic),
             {'ok': 'ok', 'note': '[yellow]note[/]', 'fail': '[red]fail[/]'}[f.state],
