@@ -14,6 +14,7 @@ import pytest
 
 import mllm_replica
 from mllm_replica.core import settings as settings_module
+from mllm_replica.core.keys import reach
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.running import verify as verification
 from mllm_replica.tables.published import load_table, tables_of
@@ -101,6 +102,31 @@ def test_what_no_canary_ran_stays_stale(house):
     )  # trains nothing
     assert all(f.uncovered and not f.valid for f in found)
     assert 'no verification ran _ChunkedCrossEntropy.backward' in checked(house)[1]
+
+
+def test_canaries_execute_nothing_that_their_rows_are_not_keyed_by():
+    "What a unit runs is in its row's reach, or it writes the recipe, or it is no matter of numbers."
+    aside = (
+        'core.',
+        'running.',
+        'tables.',
+        'data.worlds.',
+        'training.tiny',
+        'models.backbones',
+    )  # the last two: recipes
+    recipes = {
+        verification._name(recipe): recipe for paper in PAPERS for recipe in verification.canaries(paper, True)[:1]
+    }
+    (seen,) = verification.observe_all([ROOT], list(recipes))
+    for unit, recipe in recipes.items():
+        tree = seen.tree(recipe.paper)
+        ran = verification.executed(tree, [tuple(place) for place in seen.units[unit]['ran']])
+        written = tree.reached([(f'mllm_replica.{recipe.paper}.recipes', 'recipe')], [recipe.table, recipe.scale])
+        keyed = {part.name for part in (*reach(recipe, tree), *written)}
+        ran = {(part.module, part.name) for part in ran if part.is_function}
+        missed = [(module, name) for module, name in sorted(ran) if name not in keyed]
+        assert [part for part in missed if not part[0].removeprefix('mllm_replica.').startswith(aside)] == []
+        assert any(module.startswith(f'mllm_replica.{recipe.paper}.') and name == 'build' for module, name in ran)
 
 
 @pytest.mark.parametrize('paper', PAPERS)

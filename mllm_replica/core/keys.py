@@ -186,7 +186,7 @@ def reach(recipe: Recipe, tree: Tree | None = None) -> list[Part]:
     entries = [(unit, name) for name in _UNIT] + [
         (f'{registry.CHAPTERS[recipe.paper]}.recipes', name) for name in _CHAPTER
     ]
-    content = recipe.model_dump(include={'model', 'sources', 'stages', 'benchmarks'})
+    content = recipe.model_dump(include={'scale', 'model', 'sources', 'stages', 'benchmarks'})
     return tree.reached(entries, frozenset(_strings(content)))
 
 
