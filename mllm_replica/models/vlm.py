@@ -383,10 +383,9 @@ def forward(
     if labels is not None:  # nobody is to say placeholders
         labels = labels.masked_fill(self.image_places(labels, None), IGNORED)
     loss = None if labels is None else answer_loss(states, head, labels, num_items_in_batch)
-    if loss is not None and torch.is_grad_enabled() and visual_embeds is None:
-        if not any(weight.requires_grad for weight in self.language_model.parameters()):
-            # text teaches a connector nothing: gradients of zero, not none
-            loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), loss)
+    if loss is not None and torch.is_grad_enabled() and not loss.requires_grad:
+        # text teaches a connector nothing: gradients of zero, not none
+        loss = sum((0 * weight.sum() for weight in self.parameters() if weight.requires_grad), loss)
     logits = None
     if labels is None or return_logits:
         logits = head(

@@ -282,9 +282,9 @@ def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[
     accelerator = run.accelerator
     own = [any(name in batch for name in ('pixel_values', 'image_features')) for batch in batches]
     numbers = torch.tensor([sum(supervised(batch['labels']) for batch in batches), *own], device=accelerator.device)
-    if accelerator.num_processes == 1:
-        return int(numbers[0]), [False] * len(own)
-    total, *everywhere = accelerator.reduce(numbers, 'sum').tolist()
+    if accelerator.num_processes > 1:
+        numbers = accelerator.reduce(numbers, 'sum')
+    total, *everywhere = numbers.tolist()
     decoder = getattr(run.model, 'get_decoder', lambda: run.model)()
     text_teaches = any(parameter.requires_grad for parameter in decoder.parameters())
     return total, [not mine and (bool(count) or not text_teaches) for count, mine in zip(everywhere, own)]
