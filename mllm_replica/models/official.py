@@ -117,10 +117,11 @@ class StoredWeights(Mapping[str, Tensor]):
     """The tensors of a checkpoint folder under their official names, on disk until they are asked for.
 
     folder: an official checkpoint
+    files: of weights, where they have names of their own; None: as usual
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files, places = _found_files(folder)
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        self.files, places = _found_files(folder) if files is None else (files, {})
         self.meta: dict[str, Tensor] = {}  # shapes and types
         self._files: dict[str, Path] = {}
         for path in self.files:
@@ -187,7 +188,15 @@ class Source(NamedTuple):
     """
 
     names: tuple[str, ...]
-    make: Callable[..., Tensor] | None
+    make: Callable[..., Tensor] | None = None
+
+    def of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The weight.
+
+        state: official names
+        """
+        given = [state[name] for name in self.names]
+        return self.make(*given) if self.make else given[0]
 
 
 @dataclass
@@ -246,9 +255,7 @@ class Plan:
         name: ours
         state: official names
         """
-        source = self.weights[name]
-        given = [state[official] for official in source.names]
-        return source.make(*given) if source.make else given[0]
+        return self.weights[name].of(state)
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Compare the official tables that we compute with ours.

@@ -18,10 +18,11 @@ from mllm_replica.models.official import (
     LANGUAGE_OPTIONS,
     OfficialWeightsError,
     Plan,
+    Source,
     known_fields,
     load_planned,
 )
-from ..models.backbones import FORMS, QWEN_FIELDS, Source, Sources, planned
+from ..models.backbones import FORMS, QWEN_FIELDS, Sources, planned
 from ..models.vision import resize_positions
 from .abstractor import abstractor_fields, sine_grid, sine_positions
 from .encoder import Owl2VisionConfig

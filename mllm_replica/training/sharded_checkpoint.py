@@ -6,8 +6,9 @@
 __all__ = ['save_sharded', 'restore', 'export']
 
 # %% ../../nbs/foundations/training/46c_sharded_checkpoint.ipynb #3f95d35c
-import errno, hashlib, os, shutil, warnings
+import hashlib, os, shutil, warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mllm_replica.training.checkpoint import (
     WHOLE,
     Checkpoint,
     CheckpointError,
-    complete_checkpoints,
+    new_checkpoint,
     seal,
     unpack_state,
 )
@@ -61,33 +62,17 @@ def save_sharded(
     """
     main, target = dist.get_rank() == 0, folder / f'step-{step:08d}'
     partial = folder / f'.{target.name}.partial'
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob('.step-*'):
-            shutil.rmtree(left_over)
-        partial.mkdir()
-    dist.barrier()
-    try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-        sums = _own_sums(partial)
-    except Exception as error:  # of any process: torch gathers them
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with new_checkpoint(folder, step, needed, keep) if main else nullcontext():
         dist.barrier()
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        if 'No space left' not in str(error):
+        try:
+            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+            sums = _own_sums(partial)
+        except Exception:  # of any process: torch gathers them
+            dist.barrier()
             raise
-        raise OSError(
-            errno.ENOSPC,
-            f'no room for the checkpoint of step {step}; older checkpoints are untouched; free some space and run again',
-            str(folder),
-        ) from error
-    if main:
-        seal(partial, step, state, sums)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(partial, target)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        if main:
+            seal(partial, step, state, sums)
     dist.barrier()
     return target
 

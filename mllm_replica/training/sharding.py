@@ -99,7 +99,7 @@ def feeds_all(model: nn.Module, needed: bool) -> Iterator[None]:
     """Meanwhile a forward without images uses every parameter.
 
     model: perhaps sharded
-    needed: whether only other processes have images
+    needed: whether what images use would get no gradient
     """
     if not needed:
         yield
