@@ -21,7 +21,9 @@ from mllm_replica.mm1.presets import ENCODERS, LANGUAGE_MODELS, PRESETS, assumed
 from mllm_replica.mm1.shots import VQA, Template, few_shot
 from mllm_replica.models.cost import count
 from mllm_replica.models.vision import clip_pixels, resize_positions
-from mllm_replica.planning.plan import gpu_node, plan_unit, stage_cost
+from mllm_replica.core.machine import Machine
+from mllm_replica.planning.memory import gpu_of
+from mllm_replica.planning.plan import plan_unit, stage_cost
 from mllm_replica.training.loop import train
 
 torch.set_num_threads(1)
@@ -710,7 +712,7 @@ def test_a_plan_of_the_sparse_model():
         return paper_config(name, **parts)
 
     plans = [
-        plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), gpu_node()) for name in ('mm1-7b', 'mm1-7b-moe')
+        plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), Machine(devices=8), gpu_of()) for name in ('mm1-7b', 'mm1-7b-moe')
     ]
     dense, sparse = plans
     assert all(

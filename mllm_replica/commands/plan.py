@@ -6,13 +6,28 @@
 __all__ = ['plan']
 
 # %% ../../nbs/foundations/commands/84_plan.ipynb #e4585d9e
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import AsJson, Paper, Scale, check_rows, known, new_console, print_json, table_of
+from mllm_replica.commands.shared import (
+    AsJson,
+    Checkpointing,
+    MicroBatch,
+    Nodes,
+    Paper,
+    Scale,
+    Shard,
+    check_rows,
+    known,
+    new_console,
+    on_machine,
+    print_json,
+    table_of,
+)
 from ..core import registry
 from ..core.registry import PAPERS
 
@@ -33,10 +48,25 @@ def _time(seconds: float) -> str:
     return f'{seconds:.0f} s'
 
 # %% ../../nbs/foundations/commands/84_plan.ipynb #c87d84fb
-def _plan_table(found) -> Table:
+def _say_what_fits(console: Console, found: Any) -> None:
+    "What to change in `[machine]` where a unit does not fit, said once for all units with the same answer."
+    answers = {}
+    for unit in found.units:
+        answers.setdefault(unit.fits_with, []).append('/'.join(unit.label.split('/')[1:3]))
+    for changes, rows in answers.items():
+        where = f'{", ".join(rows[:6])}{" …" * (len(rows) > 6)}'
+        if changes is None:
+            console.print(f'  too large for every machine tried, up to 64 devices: {where}', style='red')
+        elif changes:
+            console.print(f'  does not fit: {where}; set in \\[machine]: {changes}', style='red')
+
+
+def _plan_table(found: Any) -> Table:
     "A row per unit and stage."
-    at_paper = found.machine.name != 'one CPU thread'
-    hours = 'GPU-hours' if at_paper else 'time'
+    from mllm_replica.planning.memory import LIBRARIES
+
+    at_paper = found.scale == 'paper'
+    hours, room = 'GPU-hours' if at_paper else 'time', found.device.memory_gb
     out = Table(
         'table/row',
         'parameters',
@@ -48,8 +78,8 @@ def _plan_table(found) -> Table:
         'tokens',
         'FLOPs',
         hours,
-        f'GB per device (of {found.machine.memory_gb:.0f})',
-        'weights + gradients + optimizer + activations',
+        f'GB per device (of {room:.0f})',
+        'weights + gradients + optimizer + buffers + activations',
         title=f'{PAPERS[found.paper]} at scale {found.scale}',
         title_justify='left',
     )
@@ -57,7 +87,7 @@ def _plan_table(found) -> Table:
         first = ['/'.join(unit.label.split('/')[1:3]), _amount(unit.parameters), str(unit.visual_tokens)]
         for s in unit.stages:
             parts, total = ' + '.join(f'{size:.3g}' for size in s.memory.values()), sum(s.memory.values())
-            size = f'{total:.3g}' if total <= found.machine.memory_gb else f'[red]{total:.3g}, too much[/]'
+            size = f'{total:.3g}' if total + LIBRARIES <= room else f'[red]{total:.3g}, too much[/]'
             out.add_row(
                 *first,
                 s.stage,
@@ -82,24 +112,30 @@ def plan(
     scale: Scale = None,
     row: Annotated[Optional[list[str]], typer.Option(help='only this row; can be repeated')] = None,
     gpu: Annotated[str, typer.Option(help='at scale paper: kind of GPU')] = 'A100-80GB',
-    gpus: Annotated[int, typer.Option(help='at scale paper: how many', min=1)] = 8,
+    gpus: Annotated[
+        Optional[int], typer.Option('--gpus', '--devices', help='of a node; by default as settings.ini says', min=1)
+    ] = None,
     utilisation: Annotated[
         float, typer.Option(help='at scale paper: part of the peak that is reached', min=0.01, max=1)
     ] = 0.4,
-    zero: Annotated[int, typer.Option(help='at scale paper: ZeRO stage', min=0, max=3)] = 2,
+    shard: Shard = None,
+    nodes: Nodes = None,
+    checkpointing: Checkpointing = None,
+    micro_batch: MicroBatch = None,
     as_json: AsJson = False,
 ) -> None:
     "Time, memory, FLOPs and disk, before anything runs."
+    on_machine(devices=gpus, shard=shard, nodes=nodes, checkpointing=checkpointing, micro_batch=micro_batch)
     recipes = registry.recipes_of(paper)
     table = table and table_of(paper, table)
     check_rows(recipes, table, scale, row)
-    from mllm_replica.planning import plan as planning
+    from mllm_replica.planning import memory, plan as planning
 
-    known('GPU', gpu, planning.GPUS)
-    machine = planning.gpu_node(gpu, gpus, utilisation, zero) if scale == 'paper' else planning.this_machine()
+    known('GPU', gpu, memory.GPUS)
+    device = memory.gpu_of(gpu, utilisation) if scale == 'paper' else memory.this_thread()
     console = new_console()
     with console.status('counting'):
-        found = planning.plan(paper, table, scale, row or (), machine)
+        found = planning.plan(paper, table, scale, row or (), device=device)
     if as_json:
         return print_json(found.model_dump(mode='json') | {'seconds': found.seconds})
     if found.units:
@@ -111,6 +147,7 @@ def plan(
         f'{len(found.units) * found.seeds} runs, {_amount(flops)}FLOP, {_time(found.seconds)} with {found.workers} at a time '
         f'(from {source or "nothing"}), {disk:.3g} GB of disk for checkpoints; data and features come on top'
     )
+    _say_what_fits(console, found)
     for sentence in found.assumptions:
         console.print(f'  assumed: {escape(sentence)}')
     for name, reason in found.skipped.items():

@@ -21,6 +21,7 @@ class Machine(BaseModel):
 
     devices: of a node; one process each
     checkpointing: layers are recomputed in the backward pass
+    compile: repeated layers by torch.compile
     attention: kernel by the name that transformers gives it; None: its choice
     loaders: processes that read ahead, for each device
     micro_batch: samples of a forward; None: as the recipe says
@@ -37,6 +38,7 @@ class Machine(BaseModel):
         'none'  # whether a process holds a share of the model; hsdp: shares of a node
     )
     checkpointing: bool = False
+    compile: bool = False
     attention: str | None = None
     loaders: Annotated[int, Field(ge=0)] = 0
     micro_batch: Count | None = None

@@ -367,14 +367,14 @@ def _set(tower: nn.Module, key: str, tensor: Tensor) -> None:
 def load_backbone(
     name: str,
     into: nn.Module,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     changed: Callable[[Sources], Sources] | None = None,
 ) -> None:
     """Fill a tower, one tensor after the other; nothing is filled unless every key fits.
 
     name: hub id
     into: the tower, its parameters without numbers
-    dtype: whatever the type in the file
+    dtype: whatever the type in the file; None: that type, the file stays mapped
     changed: the plan of the class's keys -> that of the tower's
     """
     (folder, _, form), files = _described(name), backbone_files(name)
@@ -393,6 +393,7 @@ def load_backbone(
         said = f'missing {error}' if isinstance(error, KeyError) else error
         raise OfficialWeightsError(f'backbone {name} in {folder}: {said}') from error
     for key, source in plan.items():
-        _set(into, key, source.of(stored).to(dtype, copy=True).contiguous())
+        tensor = source.of(stored)
+        _set(into, key, tensor if dtype is None else tensor.to(dtype, copy=True).contiguous())
     if tied:
         into.tie_weights()

@@ -277,13 +277,9 @@ def published_models(
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #56f3fb4b
 def _on_host(recipe: Recipe) -> float:
     "Gigabytes of a model in the types in which it is built."
-    import torch
-    from mllm_replica.models.assembly import types_of
+    from mllm_replica.planning.plan import as_built
 
-    with torch.device('meta'):
-        model = recipes_of(recipe.paper).build(recipe)[0]
-    types = types_of(model, recipe.stages)
-    return sum(p.numel() * types[name].itemsize for name, p in model.named_parameters()) / 1e9
+    return sum(p.numel() * p.itemsize for p in as_built(recipe, recipes_of(recipe.paper).build).parameters()) / 1e9
 
 
 def room(
@@ -294,6 +290,7 @@ def room(
 ) -> Iterator[Finding]:
     "Disk, host memory and device memory beside the plan of scale paper."
     import psutil, torch
+    from mllm_replica.planning.memory import LIBRARIES
     from mllm_replica.planning.plan import plan
 
     planned, folder = plan(paper, table, 'paper', rows), settings().run_folder
@@ -316,16 +313,16 @@ def room(
         found=f'{memory:,.0f} GB free; the largest model takes {largest:,.0f} GB when it is built',
         advice=short,
     )
-    machine, peak = planned.machine, max(unit.peak_gb for unit in planned.units)
+    machine, peak = planned.machine, max(unit.peak_gb for unit in planned.units) + LIBRARIES
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     here = ', '.join(f'{d.name} with {d.total_memory / 1e9:.0f} GB' for d in devices) or 'no CUDA device'
     fits = devices and min(device.total_memory for device in devices) / 1e9 >= peak
     yield Finding(
         topic='device memory',
         state='ok' if fits else 'note',
-        found=f'{here}; the plan has {peak:,.0f} GB per device at most ({machine.devices} × {machine.name}, '
-        f'ZeRO {machine.zero})',
-        advice='' if fits else 'more devices, a higher ZeRO stage or smaller micro-batches; see `mllm-replica plan`',
+        found=f'{here}; the plan has {peak:,.0f} GB per device at most ({machine.processes} × {planned.device.name}, '
+        f'shard = {machine.shard})',
+        advice='' if fits else 'see `mllm-replica plan`, which says what to change in [machine]',
     )
 
 

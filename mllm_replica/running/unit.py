@@ -25,6 +25,7 @@ from ..data.encoded import Encoded
 from ..data.images import open_image
 from ..data.packing import EncodedLater, arrange, truncate_all
 from ..data.sources import load_source, may_skip
+from ..models.assembly import as_stored
 from ..models.vision import FeatureCache, encoder_key, image_key
 from .engine import Metric, Result
 from .journal import processor
@@ -88,11 +89,14 @@ def load(
     "Load the sources and build the model with its processor."
     chapter = registry.recipes_of(unit.recipe.paper)
     unit.progress('loading data')
+    machine = settings().machine
     read = chapter.load_source or load_source
-    place = Path(settings().machine.data_root or work_folder() / 'data')
+    place = Path(machine.data_root or work_folder() / 'data')
     unit.sources = {name: read(source, unit.recipe.seed, place) for name, source in unit.recipe.sources.items()}
     unit.progress('building the model')
-    unit.model, unit.processor = chapter.build(unit.recipe)
+    in_shares = machine.shard != 'none' and machine.processes > 1 and bool(unit.recipe.stages)
+    with as_stored(in_shares):
+        unit.model, unit.processor = chapter.build(unit.recipe)
 
 
 _AT_ONCE = 100_000  # samples of a source that are encoded before training; a larger one is encoded on the way

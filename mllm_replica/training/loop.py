@@ -39,9 +39,11 @@ from .loading import Steps, read_ahead
 from .sharded_checkpoint import export, restore, save_sharded
 from mllm_replica.training.sharding import (
     clip,
+    blocks_of,
     feeds_all,
     is_sharded,
     mesh_of,
+    recompute_layers,
     shard,
 )
 from ..models.vlm import VisionLanguageModel
@@ -184,12 +186,7 @@ class _Run:
             mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
         processes = self.accelerator.num_processes
-        self.model, self.stages, self.datasets, self.collate = (
-            model.to(self.accelerator.device),
-            stages,
-            datasets,
-            collate,
-        )
+        self.model, self.stages, self.datasets, self.collate = model, stages, datasets, collate
         self.folder, self.seed, self.progress, self.draw, self.interrupt, self.machine = (
             out_dir / 'checkpoints',
             seed,
@@ -206,23 +203,20 @@ class _Run:
         if machine.attention:
             model.set_attn_implementation(machine.attention)
         if machine.checkpointing:
-            model.gradient_checkpointing_enable({'use_reentrant': False})
+            recompute_layers(model)
+        if machine.compile:
+            for block in blocks_of(model):
+                block.forward = torch.compile(block.forward)  # not its hooks, which gather shares
         if machine.shard != 'none' and processes > 1:
-            self._shard(processes)
+            shard(model, mesh_of(machine, self.accelerator.device.type, processes), stages)
+        else:
+            model.to(self.accelerator.device)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
         self.latest = self._latest()
         if self.latest:
             self._resume(self.latest)
         self.saved = self.done
         self.curve = Curve(out_dir / 'curve.csv', self.done, self.accelerator.is_main_process)
-
-    def _shard(self, processes: int) -> None:
-        "Spread the model; the stages must agree on a precision, which is that of the gathered blocks."
-        kinds = {stage.precision for stage in self.stages}
-        if len(kinds) > 1:
-            raise NotImplementedError(f'sharded stages of several precisions, {sorted(kinds)}; give all the same')
-        mesh = mesh_of(self.machine, self.accelerator.device.type, processes)
-        shard(self.model, mesh, *kinds, {name for names in self.trained for name in names})
 
     def _latest(self) -> Checkpoint | None:
         "The newest intact checkpoint: one process looks at the files, all take its word."
@@ -291,9 +285,9 @@ def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[
 
 
 def _synchronised(run: _Run, model: nn.Module, last: bool) -> Any:
-    "Gradients are added up over the processes in the last micro-batch only."
+    "Gradients are added up over the processes in the last micro-batch only; shares of them within a node in each."
     if is_sharded(model):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
         return nullcontext()
     return nullcontext() if last else run.accelerator.no_sync(model)
 
