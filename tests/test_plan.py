@@ -120,7 +120,9 @@ def test_rows_seeds_and_reasons(chapter):
     assert [u.label for u in found.units] == ['honeybee/3/a/paper/10', 'honeybee/3/b/paper/10']
     assert (found.shared, found.seeds) == (1, 1) and found.skipped == {'3/d': 'its data was never published'}
     assert found.units[1].flops < found.units[0].flops
-    assert 'twenty-four text tokens a caption' in found.assumptions and any('every device holds the whole model' in a for a in found.assumptions)
+    assert 'twenty-four text tokens a caption' in found.assumptions and any(
+        'every device holds the whole model' in a for a in found.assumptions
+    )
 
 
 @pytest.mark.parametrize('layers, every, counted', [(6, 2, [2, 4]), (9, 3, [3, 6]), (7, 3, [7]), (4, 2, [4])])
@@ -231,11 +233,7 @@ def test_published_step_times(row):
     cost = planning.stage_cost(
         lambda: recipes.build(recipe)[0], recipe.stages[0], published.row(row).params['num_visual_tokens'] + 180, 1
     )[0]
-    seconds = (
-        (cost.forward + cost.backward)
-        * recipe.stages[0].batch_size
-        / (8 * GPU.tflops * 1e12 * GPU.utilisation)
-    )
+    seconds = (cost.forward + cost.backward) * recipe.stages[0].batch_size / (8 * GPU.tflops * 1e12 * GPU.utilisation)
     assert seconds == pytest.approx(published.cell(row, 's_per_step'), rel=0.05)
 
 
@@ -255,7 +253,13 @@ def test_command_prints_stages_memory_and_assumptions(chapter):
         assert text in out.output
     data = json.loads(CliRunner().invoke(app, ['plan', 'honeybee', '3', '--scale', 'paper', '--json']).output)
     assert {s['stage'] for u in data['units'] for s in u['stages']} == {'align', 'tune'}
-    assert set(data['units'][0]['stages'][0]['memory']) == {'weights', 'gradients', 'optimizer', 'buffers', 'activations'}
+    assert set(data['units'][0]['stages'][0]['memory']) == {
+        'weights',
+        'gradients',
+        'optimizer',
+        'buffers',
+        'activations',
+    }
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,15 @@ def run(paper, folder, machine=Machine(), progress=None):
 
 
 def launch(mode, folder, processes=2, papers=PAPERS, fails=False):
+    launch_script([__file__, mode, str(folder), ','.join(papers)], processes, fails)
+
+
+def launch_script(script, processes=2, fails=False):
+    "A file of tests as several processes; script: its path and arguments."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
     done = subprocess.run(
-        [*command, __file__, mode, str(folder), ','.join(papers)],
+        [*command, *script],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

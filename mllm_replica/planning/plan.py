@@ -7,7 +7,7 @@ __all__ = ['STARTUP', 'stage_cost', 'StagePlan', 'as_built', 'mean_images', 'mea
            'plan_unit', 'Plan', 'assumptions', 'plan', 'earlier_seconds']
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #b770ef9e
-import json, re
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median
@@ -21,7 +21,7 @@ from ..core.registry import recipes_of
 from ..core.settings import Scale, Strict, settings
 from ..models.cost import Cost, as_fake, count
 from .memory import LIBRARIES, Device, fitting, gpu_of, memory_on_device, settings_of, this_thread
-from ..training.optimiser import types_of
+from ..training.optimiser import freeze_all_but, trainable_names, types_of
 from ..training.sharding import recompute_layers
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #ea49323f
@@ -63,8 +63,7 @@ def stage_cost(
         model = build()
     low = stage.precision == 'bf16'
     with as_fake(model, torch.bfloat16 if low else None), torch.autocast('cpu', torch.bfloat16, enabled=low):
-        for name, p in model.named_parameters():
-            p.requires_grad_(any(re.search(pattern, name) for pattern in stage.trainable))
+        freeze_all_but(model, trainable_names(model, stage.trainable))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         encoder, features = 0, None
         if images and not any(
@@ -72,7 +71,7 @@ def stage_cost(
         ):  # a frozen encoder is counted once
             features = model.visual_features(model.blank_pixels(images))
             encoder = count(lambda: model.visual_features(model.blank_pixels(images))).forward
-        step = partial(model.train().planned_step, length, images, features)
+        step = partial(model.planned_step, length, images, features)
         plain = again = _over_depth(model, step)
         if checkpointing:
             recompute_layers(model, preserve_rng_state=False)

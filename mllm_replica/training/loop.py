@@ -202,8 +202,6 @@ class _Run:
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
         if machine.attention:
             model.set_attn_implementation(machine.attention)
-        if machine.checkpointing:
-            recompute_layers(model)
         if machine.compile:
             for block in blocks_of(model):
                 block.forward = torch.compile(block.forward)  # not its hooks, which gather shares
@@ -365,6 +363,8 @@ def _batches(run: _Run, stage: Stage, order: Mixture, first: int) -> Iterator[tu
 def _train_stage(run: _Run, number: int, first: int) -> None:
     stage = run.stages[number]
     freeze_all_but(run.model, run.trained[number])
+    if run.machine.checkpointing:
+        recompute_layers(run.model)
     optimizer = make_optimizer(run.model, run.trained[number], stage)
     if run.done > first:
         restore(run.latest, run.model, optimizer)

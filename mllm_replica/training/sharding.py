@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.machine import Machine
 from ..core.recipe import Stage
@@ -98,9 +99,13 @@ def shares(model: nn.Module, stages: Sequence[Stage], processes: int) -> list[di
 
 
 def recompute_layers(model: nn.Module, **how: Any) -> None:
-    "Activation checkpointing: a layer keeps its input and is computed again in the backward pass."
+    "Activation checkpointing: a layer keeps its input and is computed again in the backward pass, a frozen one, too."
     enable = getattr(model, 'activation_checkpointing_enable', None) or model.gradient_checkpointing_enable
     enable({'use_reentrant': False, **how})  # the second is the older name
+    model.disable_input_require_grads()  # it would send gradients through a frozen encoder
+    for block in blocks_of(model):
+        if isinstance(block, GradientCheckpointingLayer):
+            block.training = True  # the layer's own mode, which decides; that of its parts stays
 
 
 def is_sharded(
