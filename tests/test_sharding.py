@@ -143,7 +143,7 @@ def test_the_machine_changes_how_and_not_what(tmp_path):
     other = Machine(checkpointing=True, attention='eager', micro_batch=1, loaders=1, save_every=3, keep=1)
     model, history = run('honeybee', tmp_path / 'other', other)
     torch.testing.assert_close(torch.tensor(history.losses), torch.tensor(plain.losses), rtol=1e-5, atol=1e-6)
-    assert model.is_gradient_checkpointing and steps_of(tmp_path / 'other') == [9]
+    assert model.is_activation_checkpointing and steps_of(tmp_path / 'other') == [9]
     assert model.config.text_config._attn_implementation == 'eager'
 
 

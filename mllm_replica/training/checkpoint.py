@@ -146,8 +146,6 @@ def save_checkpoint(
     """
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 2**20
     with new_checkpoint(folder, step, needed, keep) as partial:
-        if shutil.disk_usage(folder).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(partial, step, tensors, state)
     return folder / f'step-{step:08d}'
 
@@ -168,6 +166,8 @@ def new_checkpoint(folder: Path, step: int, needed: int, keep: int) -> Iterator[
     partial, replaced = (folder / f'.{target.name}.{end}' for end in ('partial', 'replaced'))
     try:
         partial.mkdir()
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield partial
         if target.exists():
             target.rename(replaced)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from mllm_replica.training.checkpoint import (
     save_checkpoint,
 )
 from .loading import Steps, read_ahead
-from .sharded_checkpoint import export, restore, save_sharded
+from .sharded_checkpoint import Writing, export, restore
 from mllm_replica.training.sharding import (
     clip,
     blocks_of,
@@ -210,6 +211,7 @@ class _Run:
         else:
             model.to(self.accelerator.device)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
+        self.writing, self.beside = None, dist.new_group(backend='gloo') if is_sharded(model) else None
         self.latest = self._latest()
         if self.latest:
             self._resume(self.latest)
@@ -222,7 +224,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return found
         step = torch.tensor(found.step if found else -1, device=self.accelerator.device)
-        torch.distributed.broadcast(step, 0)
+        dist.broadcast(step, 0)
         path = self.folder / f'step-{int(step):08d}'
         return found or (load_checkpoint(path, verify=False) if step >= 0 else None)
 
@@ -244,8 +246,8 @@ class _Run:
         "Seconds of training, earlier runs included."
         return self.seconds + time.monotonic() - self.started
 
-    def save(self, number: int, optimizer: torch.optim.Optimizer | None) -> None:
-        "Write a checkpoint, unless this step has one."
+    def save(self, number: int, optimizer: torch.optim.Optimizer | None, now: bool = True) -> None:
+        "Write a checkpoint, unless this step has one; shares are written beside the next steps, unless it must be now."
         if self.saved == self.done:
             return
         names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
@@ -256,14 +258,23 @@ class _Run:
             'notes': self.notes,
         }
         self.curve.flush()
+        self.finish_writing()
         if is_sharded(self.model):
             tensors = pack_state(self.model, names, optimizer)
-            save_sharded(self.folder, self.done, tensors, state, self.machine.keep)
+            self.writing = Writing(self.folder, self.done, tensors, state, self.machine.keep, self.beside)
         elif self.accelerator.is_main_process:
             tensors = pack_state(self.model, names, optimizer)
             save_checkpoint(self.folder, self.done, tensors, state, self.machine.keep)
         self.accelerator.wait_for_everyone()
         self.saved = self.done
+        if now:
+            self.finish_writing()
+
+    def finish_writing(self) -> None:
+        "Wait for the checkpoint that is being written, if there is one."
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.finish()
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #39122cba
 def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[bool]]:
@@ -310,10 +321,13 @@ def _step(
             accelerator.backward(loss)
         losses.append(loss.detach())
     norm = clip([p for group in optimizer.param_groups for p in group['params']], stage.clip)
-    summary = torch.stack([sum(losses), norm.float(), norm.new_tensor(float(run.interrupt.asked))])
+    flags = [float(run.interrupt.asked), float(run.writing is None or run.writing.done())]
+    summary = torch.stack([sum(losses), norm.float(), *norm.new_tensor(flags)])
     if world > 1:
         summary = accelerator.reduce(summary, 'mean')
-    value, norm_value, stop = summary.tolist()
+    value, norm_value, stop, written = summary.tolist()
+    if written == 1:
+        run.finish_writing()
     if not math.isfinite(value + norm_value):
         bad = [name for share, loss in zip(names, losses) if not loss.isfinite() for name in share] or sum(names, [])
         raise FloatingPointError(f'loss {value}, gradient norm {norm_value}, with the samples {", ".join(bad[:64])}')
@@ -393,7 +407,7 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
             run.progress(run.done, total, loss)
         last = step + 1 == stage.steps
         if last or stop or (every and (step + 1) % every == 0):
-            run.save(number, None if last else optimizer)
+            run.save(number, None if last else optimizer, now=last or stop)
         if stop:
             raise KeyboardInterrupt(
                 f'stopped after step {run.done} of {total}; run again to continue from {run.folder}'
@@ -439,5 +453,6 @@ def train(
                 first += stage.steps
         finally:
             run.curve.flush()
+        run.finish_writing()
     model.eval()
     return History(run.curve.points, run.spent(), tuple(run.notes))
