@@ -2827,6 +2827,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'mllm_replica/planning/memory.py'),
                                               'mllm_replica.planning.memory.memory_on_device': ( 'foundations/planning/memory.html#memory_on_device',
                                                                                                  'mllm_replica/planning/memory.py'),
+                                              'mllm_replica.planning.memory.micro_batch_of': ( 'foundations/planning/memory.html#micro_batch_of',
+                                                                                               'mllm_replica/planning/memory.py'),
                                               'mllm_replica.planning.memory.remedies': ( 'foundations/planning/memory.html#remedies',
                                                                                          'mllm_replica/planning/memory.py'),
                                               'mllm_replica.planning.memory.settings_of': ( 'foundations/planning/memory.html#settings_of',

@@ -170,7 +170,6 @@ def test_every_stage_of_every_paper_fits_a_node_or_the_plan_says_what_to_change(
     )
     for unit in found.units:
         assert (unit.peak_gb + LIBRARIES <= 80) == (unit.fits_with == ''), unit.label
-        assert unit.fits_with is not None, unit.label
 
 
 if __name__ == '__main__':

@@ -55,9 +55,7 @@ def _say_what_fits(console: Console, found: Any) -> None:
         answers.setdefault(unit.fits_with, []).append('/'.join(unit.label.split('/')[1:3]))
     for changes, rows in answers.items():
         where = f'{", ".join(rows[:6])}{" …" * (len(rows) > 6)}'
-        if changes is None:
-            console.print(f'  too large for every machine tried, up to 64 devices: {where}', style='red')
-        elif changes:
+        if changes:
             console.print(f'  does not fit: {where}; set in \\[machine]: {changes}', style='red')
 
 

@@ -20,7 +20,16 @@ from ..core.recipe import Recipe, Stage
 from ..core.registry import recipes_of
 from ..core.settings import Scale, Strict, settings
 from ..models.cost import Cost, as_fake, count
-from .memory import LIBRARIES, Device, fitting, gpu_of, memory_on_device, settings_of, this_thread
+from mllm_replica.planning.memory import (
+    LIBRARIES,
+    Device,
+    fitting,
+    gpu_of,
+    memory_on_device,
+    micro_batch_of,
+    settings_of,
+    this_thread,
+)
 from ..training.optimiser import freeze_all_but, trainable_names, types_of
 from ..training.sharding import recompute_layers
 
@@ -178,7 +187,7 @@ class UnitPlan(Strict):
     disk_gb: checkpoints: what is trained and the optimizer's moments in fp32, as many as are kept and one more
     seconds: on the machine, with `STARTUP`
     seconds_from: 'earlier runs' or 'FLOPs'
-    fits_with: what to change in `[machine]` so that it fits; None: nothing known
+    fits_with: what to change in `[machine]` so that it fits
     """
 
     label: str
@@ -189,7 +198,7 @@ class UnitPlan(Strict):
     disk_gb: float
     seconds: float
     seconds_from: str
-    fits_with: str | None = ''
+    fits_with: str = ''
 
     @property
     def flops(self) -> float:
@@ -237,17 +246,15 @@ class _Counter:
         )
         return memory_on_device(model, self.recipe.stages, stage, machine, activations.activations)
 
-    def advice(self, machine: Machine, room: float) -> str | None:
-        "What to change so that all stages fit; empty: nothing."
+    def advice(self, machine: Machine, room: float) -> str:
+        "What to change so that all stages fit, and larger devices where nothing else helps; empty: nothing."
         stages = self.recipe.stages
-        most = max(
-            (-(-s.batch_size // (machine.processes * machine.accumulate(s.batch_size, s.accumulate))) for s in stages),
-            default=1,
-        )
-        found = fitting(
+        most = max((micro_batch_of(s, machine) for s in stages), default=1)
+        found, needed = fitting(
             machine, most, lambda m: max((sum(self.memory(s, m).values()) for s in stages), default=0.0), room
         )
-        return None if found is None else settings_of(found, machine)
+        larger = [f'devices of {needed:.0f} GB'] * (needed > room)
+        return ', '.join(filter(None, [settings_of(found, machine), *larger]))
 
 
 def plan_unit(
