@@ -274,7 +274,7 @@ def asked(source, number):
     found |= dict(box=[10, 20, 30, 40], width=100, height=200, image=f'{number % 2}.png')
     if name == 'sharegpt':
         del found['image']
-    if name in ('coyo', 'coyo_pairs', 'blipcapfilt', 'refcoco', 'refcoco_plus', 'refcocog', 'vg'):
+    if name in ('coyo', 'coyo_pairs', 'blipcapfilt', 'refcoco', 'refcoco_plus', 'refcocog', 'vg', 'mme', 'pope'):
         del found['options']
     mark = '<image>\n' * ('image' in found)
     found['conversations'] = [

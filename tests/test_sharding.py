@@ -23,6 +23,7 @@ from mllm_replica.running.unit import run_unit
 from mllm_replica.training.checkpoint import load_latest, read_curve
 from mllm_replica.training.loop import train
 from mllm_replica.training.sharded_checkpoint import restore
+from mllm_replica.training.sharding import mesh_of, shard
 
 torch.set_num_threads(1)
 CONNECTOR = {'owl2': r'^vision2text|abstractor', 'honeybee': 'abstractor'}
@@ -171,6 +172,30 @@ def test_a_warning_from_the_cluster_leaves_a_checkpoint(number, tmp_path):
 
 
 @pytest.mark.nightly
+def test_shares_within_a_node_give_the_losses_of_one(tmp_path):
+    "Two nodes of two devices."
+    launch('hsdp', tmp_path, 4, papers=['honeybee'])
+    _, history = run('honeybee', tmp_path / 'one')
+    found = json.loads((tmp_path / 'honeybee.json').read_text())
+    torch.testing.assert_close(torch.tensor(found['losses']), torch.tensor(history.losses), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('mode', ['compiled', 'compiled alone'])
+def test_compiled_layers_give_the_same_losses(mode, tmp_path):
+    launch(mode, tmp_path, 1 + (mode == 'compiled'), papers=['honeybee'])
+    _, history = run('honeybee', tmp_path / 'one')
+    found = json.loads((tmp_path / 'honeybee.json').read_text())
+    torch.testing.assert_close(torch.tensor(found['losses']), torch.tensor(history.losses), rtol=1e-4, atol=1e-5)
+
+
+def test_shared_models_answer_as_whole_ones(sharded):
+    "Also where one process says more words than the other."
+    found = json.loads((sharded / 'answers.json').read_text())
+    assert set(found) == set(PAPERS) and all(found[paper] == 2 * [[True, True]] for paper in PAPERS), found
+
+
+@pytest.mark.nightly
 def test_a_damaged_share_costs_only_time(sharded, tmp_path):
     launch('kill', tmp_path, papers=['mm1'], fails=True)
     share = next((tmp_path / 'mm1/checkpoints/step-00000006').glob('shard-00002*'))
@@ -192,13 +217,40 @@ def disturb(mode):
     return progress
 
 
+def answers(paper):
+    "Whether a model in shares says what it said before: as many words on each process, and other numbers of them."
+    model = model_of(paper)
+    batch, length, rank = batch_of(model), batch_of(model)['input_ids'].shape[1], torch.distributed.get_rank()
+    whole = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    shard(model, mesh_of(MACHINES['train'], 'cpu', 2), stages_of(model))
+    same = []
+    for new in (5, 3 + 2 * rank):
+        said = model.generate(**batch, max_new_tokens=new, do_sample=False, synced_gpus=True)
+        same.append(torch.equal(said, whole[:, : length + new]))
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, same)
+    return found
+
+
+MACHINES = {
+    'train': Machine(devices=2, shard='fsdp'),
+    'hsdp': Machine(devices=2, nodes=2, shard='hsdp', micro_batch=1),
+    'compiled': Machine(devices=2, shard='fsdp', compile=True),
+    'compiled alone': Machine(compile=True),
+}
+
 if __name__ == '__main__':
     mode, folder, papers = sys.argv[1:]
     torch.set_num_threads(1)
     for paper in papers.split(','):
-        model, history = run(paper, Path(folder) / paper, Machine(devices=2, shard='fsdp'), disturb(mode))
+        machine = MACHINES.get(mode, MACHINES['train'])
+        model, history = run(paper, Path(folder) / paper, machine, disturb(mode))
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             found = dict(losses=history.losses, tokens=[point.tokens for point in history.points], notes=history.notes)
             (Path(folder) / f'{paper}.json').write_text(json.dumps(found))
+    if torch.distributed.is_initialized() and papers == ','.join(PAPERS):
+        said = {paper: answers(paper) for paper in PAPERS}
+        if torch.distributed.get_rank() == 0:
+            (Path(folder) / 'answers.json').write_text(json.dumps(said))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

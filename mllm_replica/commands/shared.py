@@ -22,6 +22,7 @@ from ..core import registry
 from ..core.machine import VARIABLE
 from ..core.registry import PAPERS
 from ..core.settings import SCALES, Trouble, settings
+from ..core.variation import split_row
 
 # %% ../../nbs/foundations/commands/82_shared.ipynb #0848de44
 def known(what: str, given: str, names: Iterable[str]) -> str:
@@ -115,7 +116,8 @@ def check_rows(
         raise typer.BadParameter('--row needs a TABLE')
     for name in rows or ():
         reasons = recipes.rows(table, scale)
-        if (reason := reasons[known(f'row of table {table}', name, reasons)]) is not None:
+        base = known(f'row of table {table}', split_row(name)[0], reasons)  # of one that carries changes
+        if (reason := reasons[base]) is not None:
             raise typer.BadParameter(f'row {name} of table {table} cannot run at scale {scale}: {reason}')
 
 # %% ../../nbs/foundations/commands/82_shared.ipynb #fecbdc50

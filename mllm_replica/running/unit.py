@@ -7,7 +7,7 @@ __all__ = ['Unit', 'open_unit', 'load', 'encode', 'encoder_is_frozen', 'cache_fe
            'run_unit']
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #169e03d1
-import fcntl, resource, time
+import fcntl, os, resource, time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +190,7 @@ def train_here(unit: Unit, machine: Machine, exports: Path | None = None) -> His
         "Show how far training is."
         return unit.progress('training', step=step, steps=steps, loss=loss)
 
-    return train(
+    history = train(
         unit.model,
         unit.recipe.stages,
         **arranged,
@@ -200,19 +200,23 @@ def train_here(unit: Unit, machine: Machine, exports: Path | None = None) -> His
         machine=machine,
         exports=exports,
     )
+    if exports is not None and int(os.environ.get('RANK', 0)) == 0:
+        for stage in unit.recipe.stages:
+            unit.processor.save_pretrained(exports / stage.name)
+    return history
 
 
 def fit(
     unit: Unit,
 ) -> History:
     "Train all stages, here or on all devices of the machine; the model is then the trained one."
-    machine = settings().machine
+    machine, exports = settings().machine, unit.folder / EXPORTS
     if machine.processes == 1:
-        unit.history = train_here(unit, machine)
+        unit.history = train_here(unit, machine, exports if unit.recipe.scale in ('small', 'paper') else None)
         return unit.history
     left = launch(unit.folder, machine)
-    trained = unit.folder / EXPORTS / unit.recipe.stages[-1].name
-    unit.model = type(unit.model).from_pretrained(trained).eval()
+    trained, place = exports / unit.recipe.stages[-1].name, torch.accelerator.current_accelerator() or 'cpu'
+    unit.model = type(unit.model).from_pretrained(trained).eval().to(place)
     unit.history = History(read_curve(unit.folder / 'curve.csv'), left['seconds'], tuple(left['notes']))
     return unit.history
 

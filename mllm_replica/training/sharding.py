@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -82,6 +82,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, stages: Sequence[Stage]) -> nn.Mod
         for parameter in kept:
             parameter.data = parameter.data.to(mesh.device_type)
     fully_shard.state(model)._lazy_init()  # types of gradients are decided now, by what trains in any stage
+    for name in ('generate', 'get_image_features'):  # what calls parts of the model beside its forward
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     return model
 
 
