@@ -242,12 +242,16 @@ def measured_lengths(recipe: Recipe, processor: object, samples: int = 16) -> di
     processor: with `encode`
     samples: per source
     """
-    from mllm_replica.data.sources import load_source
+    from mllm_replica.data.sources import is_streamed, load_source
 
     names, found = {name for s in recipe.stages for name in s.mixture}, {}
     for name in sorted(names):
-        few = recipe.sources[name].model_copy(update=dict(size=samples))
-        encoded = [processor.encode(s) for s in load_source(few, recipe.seed, settings().run_folder / 'data')]
+        source, root = recipe.sources[name], settings().run_folder / 'data'
+        if is_streamed(source):
+            few = load_source(source, recipe.seed, root).first(samples)
+        else:
+            few = load_source(source.model_copy(update=dict(size=samples)), recipe.seed, root)
+        encoded = [processor.encode(sample) for sample in few]
         found[name] = sum(len(e.input_ids) for e in encoded) / len(encoded)
     return found
 
