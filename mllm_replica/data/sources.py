@@ -19,11 +19,10 @@ from ..core.settings import settings
 from ..core.writing import read_json, replacing, write_atomic
 from .images import ImageError, open_image, resolve_image
 from .samples import FORMAT, as_sample, choose, left_out, schema
+from .streams import Stream
 
 if TYPE_CHECKING:
     import datasets
-
-    from mllm_replica.data.streams import Stream
 
 # %% ../../nbs/foundations/data/34_sources.ipynb #2bdc0c87
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -292,6 +291,16 @@ def is_streamed(
     return asked
 
 
+def _open_stream(source: Source, data_root: Path) -> Stream:
+    "The shards of a source that has at least one record."
+    files = tuple(data_files(source, data_root))
+    read = partial(records, source)
+    stream = Stream(source.name, files, read, checked, source.options.get('buffer', 1000), may_skip(source))
+    if not any(True for path in files for _ in read(path)):
+        raise ValueError(f'source {source.name!r} ({source.split}) has no samples')
+    return stream
+
+
 def _stored(source: Source, seed: int, data_root: Path | None) -> 'datasets.Dataset | Stream':
     streamed = is_streamed(source)
     unknown = sorted(set(source.options) - {*PLANNED, 'skip', 'stream', *['buffer'] * streamed})
@@ -300,9 +309,7 @@ def _stored(source: Source, seed: int, data_root: Path | None) -> 'datasets.Data
     if data_root is None:
         raise ValueError(f'source {source.name!r}: kind {source.kind!r} needs data_root, the folder it is relative to')
     if streamed:
-        from mllm_replica.data.streams import open_stream
-
-        return open_stream(source, data_root)
+        return _open_stream(source, data_root)
     return choose(_read_cached(source, data_root), source.size, seed)
 
 
