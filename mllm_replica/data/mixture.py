@@ -41,11 +41,11 @@ def sampling_weights(lengths: Sequence[int], rule: str | Sequence[float]) -> lis
 class Mixture:
     """Which samples each training step sees.
 
-    sizes: samples per source
+    sizes: samples per source; None: a stream, of which the next one is taken
     weights: weight per source, any positive sum
     """
 
-    sizes: dict[str, int]
+    sizes: dict[str, int | None]
     weights: dict[str, float]
     seed: int
 
@@ -58,18 +58,18 @@ class Mixture:
             raise ValueError(
                 f'weights {wrong or self.weights} of the mixture: expected numbers from 0 on, not all of them 0'
             )
-        empty = sorted(name for name, weight in self.weights.items() if weight and self.sizes[name] < 1)
+        empty = sorted(name for name, weight in self.weights.items() if weight and self.sizes[name] == 0)
         if empty:
             raise ValueError(f'sources {empty} of the mixture have no samples; add some, or set their weight to 0')
 
     def _chances(self) -> list[float]:
-        return sampling_weights([self.sizes[name] for name in self.weights], list(self.weights.values()))
+        return sampling_weights([self.sizes[name] or 1 for name in self.weights], list(self.weights.values()))
 
     def indices(self, step: int, batch_size: int) -> list[tuple[str, int]]:
-        "(source, index) of each sample of a step."
+        "(source, index) of each sample of a step; the index of a stream is 0."
         rng, names = np.random.default_rng([self.seed, step]), list(self.weights)
         chosen = rng.choice(len(names), size=batch_size, p=self._chances())
-        return [(names[i], int(rng.integers(self.sizes[names[i]]))) for i in chosen]
+        return [(names[i], int(rng.integers(self.sizes[names[i]] or 1))) for i in chosen]
 
     def digest(self, steps: int, batch_size: int) -> str:
         "Hash of the whole order."

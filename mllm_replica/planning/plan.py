@@ -168,12 +168,14 @@ def measured_lengths(recipe: Recipe, processor: object, samples: int = 16) -> di
     processor: with `encode`
     samples: per source
     """
-    from mllm_replica.data.sources import load_source
+    from mllm_replica.data.sources import is_streamed, load_source
+    from mllm_replica.data.streams import first_of
 
     names, found = {name for s in recipe.stages for name in s.mixture}, {}
     for name in sorted(names):
-        few = recipe.sources[name].model_copy(update=dict(size=samples))
-        encoded = [processor.encode(s) for s in load_source(few, recipe.seed, settings().run_folder / 'data')]
+        source, root = recipe.sources[name], settings().run_folder / 'data'
+        few = source if is_streamed(source) else source.model_copy(update=dict(size=samples))
+        encoded = [processor.encode(s) for s in first_of(load_source(few, recipe.seed, root), samples)]
         found[name] = sum(len(e.input_ids) for e in encoded) / len(encoded)
     return found
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.writing import verbatim
 from ..data.images import open_image
+from ..data.streams import first_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,9 +49,9 @@ def _grid(
 def samples_figure(samples: Any, count: int = 4) -> 'Figure':
     """The first samples: images, and the conversation beside them.
 
-    samples: a data set with the canonical columns
+    samples: a data set with the canonical columns, or a stream
     """
-    chosen = [samples[i] for i in range(min(count, len(samples)))]
+    chosen = first_of(samples, count)
 
     def said(s) -> 'str':
         "All that a sample says, on one line."

@@ -24,7 +24,8 @@ from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
 from ..data.packing import EncodedLater, arrange, truncate_all
-from ..data.sources import load_source, may_skip
+from ..data.sources import is_streamed, load_source, may_skip
+from ..data.streams import Stream
 from ..models.assembly import as_stored
 from ..models.vision import FeatureCache, encoder_key, image_key
 from .engine import Metric, Result
@@ -42,7 +43,7 @@ class Unit:
     """A unit at work.
 
     folder: gets everything it writes
-    sources: name -> datasets.Dataset
+    sources: name -> datasets.Dataset or Stream
     encoded: sources that are trained on
     features: of the frozen encoder
     """
@@ -52,7 +53,7 @@ class Unit:
     model: Any = None
     processor: Any = None
     sources: dict[str, Any] = field(default_factory=dict)
-    encoded: dict[str, Sequence[Encoded]] = field(default_factory=dict)
+    encoded: dict[str, Sequence[Encoded] | Stream] = field(default_factory=dict)
     features: FeatureCache | None = None
     history: History | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -88,6 +89,12 @@ def load(
 ) -> None:
     "Load the sources and build the model with its processor."
     chapter = registry.recipes_of(unit.recipe.paper)
+    for benchmark in unit.recipe.benchmarks:
+        if is_streamed(unit.recipe.sources[benchmark.source]):
+            raise ValueError(
+                f'{unit.recipe.label}: benchmark {benchmark.name!r} needs all samples of source {benchmark.source!r}, '
+                'which is streamed; leave stream out of its options'
+            )
     unit.progress('loading data')
     machine = settings().machine
     read = chapter.load_source or load_source
@@ -117,7 +124,10 @@ def encode(
     for name, length in lengths.items():
         unit.progress(f'encoding {name}')
         source, limit = unit.sources[name], may_skip(unit.recipe.sources[name])
-        if len(source) > _AT_ONCE and not any(stage.pack for stage in unit.recipe.stages):
+        packed = any(stage.pack for stage in unit.recipe.stages)
+        if isinstance(source, Stream) and not packed:
+            unit.encoded[name] = source.encoded(unit.processor.encode, length)
+        elif len(source) > _AT_ONCE and not packed:
             unit.encoded[name] = EncodedLater(source, unit.processor.encode, length, limit)
         else:
             unit.encoded[name] = truncate_all(map(unit.processor.encode, source), length, limit)
@@ -141,6 +151,8 @@ def cache_features(
 ) -> None:
     "Compute or open the features of a frozen encoder for every image of the recipe."
     if settings().machine.shard != 'none' or not encoder_is_frozen(unit.model, unit.recipe):
+        return
+    if any(isinstance(source, Stream) for source in unit.sources.values()):  # whose images are not known before
         return
     images = {
         image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images

@@ -7,13 +7,15 @@ __all__ = ['Steps', 'read_ahead']
 
 # %% ../../nbs/foundations/training/46d_loading.ipynb #a88d6066
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.encoded import Encoded
+from ..data.streams import Reader, Stream, resumed
 
 # %% ../../nbs/foundations/training/46d_loading.ipynb #5f097e9e
 @dataclass
@@ -25,54 +27,92 @@ class Steps(Dataset):
     batch_size: samples of a step, on all processes
     accumulate: micro-batches of a process
     process: number of this one
+    loaders: processes of this process that read ahead
+    seed: of the streams
+    begun: stream → what `where` gave, of an earlier run
     """
 
     order: Any
-    datasets: Mapping[str, Sequence[Encoded]]
+    datasets: Mapping[str, Sequence[Encoded] | Stream]
     collate: Callable[[list[Encoded]], dict[str, Any]]
     steps: int
     batch_size: int
     accumulate: int = 1
     process: int = 0
     processes: int = 1
+    loaders: int = 0
+    seed: int = 0
+    begun: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lanes, self._readers = max(1, self.loaders), {}
+        streams = [name for name, samples in self.datasets.items() if isinstance(samples, Stream)]
+        self.begun = {name: resumed(self.begun.get(name), self.lanes * self.processes) for name in streams}
+        own = slice(self.process * self.lanes, (self.process + 1) * self.lanes)
+        self.standing = {name: begun['readers'][own] for name, begun in self.begun.items()}  # after the newest steps
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> tuple[list[list[str]], list[dict[str, Any]]]:
-        samples = [self.datasets[name][index] for name, index in self.order.indices(step, self.batch_size)]
+    def __getitem__(self, step: int) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, Any]]:
+        drawn = self.order.indices(step, self.batch_size)
         first, parts = self.process * self.accumulate, self.processes * self.accumulate
         shares = [
-            samples[len(samples) * n // parts : len(samples) * (n + 1) // parts]
+            [
+                next(self._reader(name, step)) if name in self.begun else self.datasets[name][index]
+                for name, index in drawn[len(drawn) * n // parts : len(drawn) * (n + 1) // parts]
+            ]
             for n in range(first, first + self.accumulate)
         ]
         batches = [self.collate(share) for share in shares]
         for batch in batches:
             batch.pop('ids', None)
-        return [[sample.id for sample in share] for share in shares], batches
+        names = [[sample.id for sample in share] for share in shares]
+        return names, batches, {name: self._reader(name, step).state() for name in self.begun}
+
+    def _reader(self, name: str, step: int) -> Reader:
+        "The reader of a stream at a step."
+        lane = step % self.lanes
+        if (name, lane) not in self._readers:
+            number, begun = self.process * self.lanes + lane, self.begun[name]
+            state = self.standing[name][lane]
+            self._readers[name, lane] = Reader(
+                self.datasets[name], self.seed, number, self.lanes * self.processes, state, begun['passed']
+            )
+        return self._readers[name, lane]
+
+    def where(self) -> dict[str, Any]:
+        "Where all readers of each stream stand, of all processes, which must all ask; JSON values."
+        if not self.begun:
+            return {}
+        everywhere = gather_object([self.standing])
+        return {
+            name: dict(passed=begun['passed'], readers=[state for each in everywhere for state in each[name]])
+            for name, begun in self.begun.items()
+        }
 
 
 def read_ahead(
     steps: Steps,
     first: int = 0,
-    loaders: int = 0,
     pin: bool = False,
 ) -> Iterator[tuple[list[list[str]], list[dict[str, Any]]]]:
     """The steps in order.
 
     first: step to begin with
-    loaders: processes that read ahead; 0: none
     pin: memory that a GPU copies from
     """
-    more = dict(prefetch_factor=2, multiprocessing_context='fork') if loaders else {}
-    return iter(
-        DataLoader(
-            steps,
-            batch_size=None,
-            sampler=range(first, len(steps)),
-            num_workers=loaders,
-            pin_memory=pin,
-            generator=torch.Generator(),  # its own, so that no other random number is drawn
-            **more,
-        )
+    more = dict(prefetch_factor=2, multiprocessing_context='fork') if steps.loaders else {}
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=steps.loaders,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its own, so that no other random number is drawn
+        **more,
     )
+    for step, (names, batches, standing) in enumerate(loader, first):
+        for name, state in standing.items():
+            steps.standing[name][step % steps.lanes] = state
+        yield names, batches

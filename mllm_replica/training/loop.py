@@ -25,6 +25,7 @@ from ..core.recipe import Stage
 from ..core.writing import replacing
 from ..data.encoded import IGNORED, Encoded
 from ..data.mixture import Mixture
+from ..data.streams import Stream, size_of
 from mllm_replica.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -91,11 +92,13 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], 'big')
 
 
-def data_digest(samples: Sequence[Encoded]) -> str:
-    """Hash of the number of samples and of at most 4,096 of them, evenly spaced.
+def data_digest(samples: Sequence[Encoded] | Stream) -> str:
+    """Hash of the number of samples and of at most 4,096 of them, evenly spaced; of a stream that of its shards' sizes.
 
     samples: one encoded source
     """
+    if isinstance(samples, Stream):
+        return samples.digest()
     digest = hashlib.sha256(str(len(samples)).encode())
     for index in range(0, len(samples), max(1, -(-len(samples) // 4096))):
         sample = samples[index]
@@ -137,7 +140,7 @@ def _check(
         missing = sorted(set(stage.mixture) - set(datasets))
         if missing:
             raise ValueError(f'stage {stage.name!r} mixes {missing}; the data sets given are {sorted(datasets)}')
-        empty = [name for name in stage.mixture if not len(datasets[name])]
+        empty = [name for name in stage.mixture if size_of(datasets[name]) == 0]
         if empty:
             raise ValueError(f'stage {stage.name!r}: the data sets {empty} have no samples')
         accumulate = machine.accumulate(stage.batch_size, stage.accumulate)
@@ -201,6 +204,8 @@ class _Run:
         _check(model, stages, datasets, machine, processes)
         self.trained = [trainable_names(model, stage.trainable) for stage in stages]
         self.config, self.environment = _config(model, stages, datasets, seed), _environment(self.accelerator)
+        if any(isinstance(samples, Stream) for samples in datasets.values()):
+            self.environment['readers'] = processes * max(1, machine.loaders)
         if machine.attention:
             model.set_attn_implementation(machine.attention)
         if machine.compile:
@@ -212,6 +217,7 @@ class _Run:
             model.to(self.accelerator.device)
         self.done, self.seconds, self.notes, self.started = 0, 0.0, [], time.monotonic()
         self.writing, self.beside = None, dist.new_group(backend='gloo') if is_sharded(model) else None
+        self.streams = {}  # where their readers stood in the stage that is gone on with
         self.latest = self._latest()
         if self.latest:
             self._resume(self.latest)
@@ -238,6 +244,7 @@ class _Run:
             )
         restore(checkpoint, self.model)
         self.done, self.seconds, self.notes = checkpoint.step, state['seconds'], list(state['notes'])
+        self.streams = state.get('streams', {})
         moved = differences(state['environment'], self.environment)
         if moved:
             self.notes.append(f'resumed at step {self.done} with {", ".join(moved)}: not bit-exact')
@@ -257,6 +264,8 @@ class _Run:
             'seconds': self.spent(),
             'notes': self.notes,
         }
+        if streams := self.steps.where():
+            state['streams'] = streams
         self.curve.flush()
         self.finish_writing()
         if is_sharded(self.model):
@@ -347,7 +356,7 @@ def _order(run: _Run, number: int, resumed: bool) -> Mixture:
     "The stage's order of samples. The names of its first steps are kept; on resume it must come out again."
     stage, path = run.stages[number], run.folder.parent / f'order-{number}.json'
     order = run.draw(
-        {name: len(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number)
+        {name: size_of(run.datasets[name]) for name in stage.mixture}, stage.mixture, derived_seed(run.seed, number)
     )
     order.indices(stage.steps - 1, stage.batch_size)  # one that does not last is refused now
     if run.accelerator.is_main_process and resumed and path.exists():
@@ -361,17 +370,20 @@ def _order(run: _Run, number: int, resumed: bool) -> Mixture:
 def _batches(run: _Run, stage: Stage, order: Mixture, first: int) -> Iterator[tuple[list[list[str]], list[dict]]]:
     "This process's micro-batches of every step from one on."
     accelerator, accumulate = run.accelerator, run.machine.accumulate(stage.batch_size, stage.accumulate)
-    steps = Steps(
+    run.steps = Steps(
         order,
-        run.datasets,
+        {name: run.datasets[name] for name in stage.mixture},
         run.collate,
         stage.steps,
         stage.batch_size,
         accumulate,
         accelerator.process_index,
         accelerator.num_processes,
+        run.machine.loaders,
+        order.seed,
+        run.streams if first else {},
     )
-    return read_ahead(steps, first, run.machine.loaders, accelerator.device.type == 'cuda')
+    return read_ahead(run.steps, first, accelerator.device.type == 'cuda')
 
 
 def _train_stage(run: _Run, number: int, first: int) -> None:
@@ -418,7 +430,7 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
 def train(
     model: nn.Module,
     stages: Sequence[Stage],
-    datasets: Mapping[str, Sequence[Encoded]],
+    datasets: Mapping[str, Sequence[Encoded] | Stream],
     collate: Callable[[list[Encoded]], dict[str, Any]],
     out_dir: Path,
     seed: int,
