@@ -75,7 +75,9 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
         if not names:
             continue
         apart = sum(float((found[name] - expected[name]).double().square().sum()) for name in names)
-        errors[part.strip('.')] = math.sqrt(apart / sum(float(expected[name].double().square().sum()) for name in names))
+        errors[part.strip('.')] = math.sqrt(
+            apart / sum(float(expected[name].double().square().sum()) for name in names)
+        )
     return errors
 
 

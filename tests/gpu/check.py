@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +26,7 @@ sys.path[:] = [place for place in sys.path if Path(place or '.').resolve() != HE
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
-from gpu.lacking import stand_in  # noqa: E402
+from gpu.lacking import WITHOUT, missing, needed, stand_in  # noqa: E402
 from gpu.page import page, training  # noqa: E402
 from gpu.record import ERROR, FAIL, LEFT_OUT, PASS, Checks, read  # noqa: E402
 
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
 JOBS = (
     Job('plan', 'planned.run', 200),
-    Job('device', 'device.run', 60),
+    Job('device', 'device.run', 120),
     Job('parity', 'parity.run', 80),
     *(Job(f'train {paper}', 'steps.run', 70, ((paper,),)) for paper in PAPERS),
     Job('compile', 'steps.run_compiled', 80),
@@ -63,10 +64,14 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='folder for gpu-check.json and gpu-check.md')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
     parser.add_argument('--tiny', action='store_true', help='shapes of a few numbers')
-    parser.add_argument('--minutes', type=float, default=8.0, help='no job begins after that, and those that run are ended')
+    parser.add_argument(
+        '--minutes', type=float, default=8.0, help='no job begins after that, and those that run are ended'
+    )
     parser.add_argument('--only', nargs='+', choices=sorted({job.name.split()[0] for job in JOBS}), help='these jobs')
     parser.add_argument('--papers', nargs='+', choices=PAPERS, default=PAPERS, help='whose steps are measured')
-    parser.add_argument('--here', action='store_true', help='all in this process: what hangs or crashes ends everything')
+    parser.add_argument(
+        '--here', action='store_true', help='all in this process: what hangs or crashes ends everything'
+    )
     parser.add_argument('--job', help=argparse.SUPPRESS)
     parser.add_argument('--until', type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
@@ -85,13 +90,22 @@ def work(options: argparse.Namespace, job: Job, until: float) -> None:
     stand_in()
     module, function = job.function.split('.')
     checks = Checks(job.name, options.device, options.tiny, until, file_of(options, job.name), options.out / 'jobs')
-    getattr(import_module(f'gpu.{module}'), function)(checks, *job.given)
+    given = (tuple(options.papers),) if job.name == 'plan' else job.given
+    getattr(import_module(f'gpu.{module}'), function)(checks, *given)
+
+
+def told(options: argparse.Namespace, job: Job, check: str, status: str, detail: str) -> None:
+    "A line in place of a job's own."
+    line = dict(job=job.name, check=check, status=status, seconds=0, figures={}, bound='', detail=detail, rows=[])
+    with file_of(options, job.name).open('a') as lines:
+        lines.write(json.dumps(line) + '\n')
+    print(f'{status:13} {job.name}: {check}: {detail}', flush=True)
 
 
 def start(options: argparse.Namespace, job: Job, until: float) -> subprocess.Popen:
     "A job in a process of its own, its errors in a file."
     command = [sys.executable, str(HERE), '--job', job.name, '--until', str(until), '--out', str(options.out)]
-    command += ['--device', options.device] + ['--tiny'] * options.tiny
+    command += ['--device', options.device, '--papers', *options.papers] + ['--tiny'] * options.tiny
     with file_of(options, job.name).with_suffix('.log').open('w') as log:
         return subprocess.Popen(command, stderr=log, start_new_session=True)
 
@@ -110,34 +124,36 @@ def finish(options: argparse.Namespace, job: Job, process: subprocess.Popen, unt
     process.wait()
     if problem:
         now = file.with_suffix('.now')
-        name = now.read_text() if now.exists() else 'start'
-        line = dict(job=job.name, check=name, status=ERROR, seconds=0, figures={}, bound='', detail=problem, rows=[])
-        with file.open('a') as lines:
-            lines.write(json.dumps(line) + '\n')
-        print(f'{ERROR:13} {job.name}: {name}: {problem}', flush=True)
+        told(options, job, now.read_text() if now.exists() else 'start', ERROR, problem)
 
 
-def all_jobs(options: argparse.Namespace, jobs: list[Job], deadline: float) -> None:
+def lacks_device(lines: Iterable[dict]) -> bool:
+    "Whether the first check found no GPU."
+    return any((line['job'], line['check'], line['status']) == ('device', 'what it is', ERROR) for line in lines)
+
+
+def all_jobs(options: argparse.Namespace, jobs: list[Job], deadline: float, absent: list[str]) -> None:
     "One after the other; the plan is counted beside them, by the CPU."
     background = None
     for job in jobs:
         until = min(deadline, time.time() + job.seconds)
-        if until - time.time() < 5:
-            line = dict(job=job.name, check='all', status=LEFT_OUT, seconds=0, figures={}, bound='', rows=[])
-            file_of(options, job.name).write_text(json.dumps(line | dict(detail='no time was left')) + '\n')
+        reason = 'no time was left' if until - time.time() < 5 else ''
+        if reason := reason or ', '.join(f'{name} is not installed' for name in needed(job.name, absent)):
+            told(options, job, 'all', LEFT_OUT, reason)
         elif options.here:
             work(options, job, until)
         elif job.name == 'plan':
             background = job, start(options, job, until), until
         else:
             finish(options, job, start(options, job, until), until)
-        if job.name == 'device' and any(line['status'] == ERROR for line in read(file_of(options, job.name))):
+        if lacks_device(read(file_of(options, job.name))):
+            deadline = 0.0
             break
     if background:
-        finish(options, *background)
+        finish(options, *background[:2], min(background[2], deadline))
 
 
-def report(options: argparse.Namespace, jobs: list[Job], began: float) -> int:
+def report(options: argparse.Namespace, jobs: list[Job], began: float, absent: list[str]) -> int:
     "Write what was found; the exit code."
     lines = [line for job in jobs for line in read(file_of(options, job.name))]
     file = options.out / 'jobs' / 'planned.json'
@@ -147,7 +163,7 @@ def report(options: argparse.Namespace, jobs: list[Job], began: float) -> int:
         device=options.device,
         tiny=options.tiny,
         seconds=time.time() - began,
-        missing=stand_in(),
+        missing={name: WITHOUT.get(name, 'nothing can be checked') for name in absent},
         training=training(lines, planned),
         planned=planned,
         results=lines,
@@ -155,11 +171,10 @@ def report(options: argparse.Namespace, jobs: list[Job], began: float) -> int:
     (options.out / 'gpu-check.json').write_text(json.dumps(found, indent=1) + '\n')
     (options.out / 'gpu-check.md').write_text(page(found))
     print(f'{options.out / "gpu-check.md"} and .json, {found["seconds"]:.0f} s')
-    no_device = any(line['job'] == 'device' and line['status'] == ERROR for line in lines)
     parity, kernels = ([line['status'] for line in lines if line['job'] == job] for job in ('parity', 'attention'))
     asked = any(job.name == 'parity' for job in jobs)
     wrong = FAIL in kernels or asked and (not parity or any(status != PASS for status in parity))
-    return 2 if no_device else int(wrong)
+    return 2 if lacks_device(lines) else int(wrong)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -169,12 +184,13 @@ def main(given: list[str] | None = None) -> int:
         work(options, next(job for job in JOBS if job.name == options.job), options.until)
         return 0
     (options.out / 'jobs').mkdir(parents=True, exist_ok=True)
-    for old in (options.out / 'jobs').glob('*.json*'):
+    for old in (options.out / 'jobs').glob('*.*'):
         old.unlink()
     chosen = [job for job in JOBS if not options.only or job.name.split()[0] in options.only]
     chosen = [job for job in chosen if not job.given or job.given[0][0] in options.papers]
-    all_jobs(options, chosen, began + 60 * options.minutes)
-    return report(options, chosen, began)
+    absent = missing()
+    all_jobs(options, chosen, began + 60 * options.minutes, absent)
+    return report(options, chosen, began, absent)
 
 
 if __name__ == '__main__':

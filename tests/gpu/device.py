@@ -59,7 +59,7 @@ def described(device: str) -> Found:
             'driver': output('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'),
             'published rate': published_rate(gpu.name),
         }
-    figures |= {'CUDA': torch.version.cuda, 'cuDNN': torch.backends.cudnn.version(), 'cores': os.cpu_count()}
+    figures |= {'CUDA': torch.version.cuda, 'cuDNN': str(torch.backends.cudnn.version()), 'cores': os.cpu_count()}
     figures |= {'python': platform.python_version(), 'commit': commit()}
     figures |= {THEIR_NAMES.get(name, name): version_of(name) for name in (*NEEDED, *HELPFUL)}
     units = {'memory': 'GB', 'published rate': 'TFLOP/s, dense bf16'}

@@ -1,13 +1,20 @@
 "What a common CUDA image has not: the package needs a single function of fastcore there, which is given here."
 
-import importlib
 import sys
 import types
 from collections.abc import Callable
+from importlib.util import find_spec
 
 NEEDED = ('torch', 'transformers', 'accelerate', 'safetensors', 'tokenizers', 'numpy', 'PIL', 'pydantic', 'psutil')
 HELPFUL = ('flash_attn', 'triton', 'fastcore')
 THEIR_NAMES = {'PIL': 'pillow', 'flash_attn': 'flash-attn'}
+WITHOUT = {  # what becomes of the checks
+    'flash-attn': 'the checks of flash_attention_2 are left out',
+    'triton': 'nothing is compiled by it, so flex_attention and the compiled step fail on a GPU',
+    'fastcore': 'its `patch`, the one function that models use of it, is given by the script',
+    'accelerate': 'training steps and the compiled step are left out',
+    'psutil': 'training steps and the compiled step are left out',
+}
 
 
 def patch(function: Callable) -> Callable:
@@ -17,15 +24,25 @@ def patch(function: Callable) -> Callable:
     return function
 
 
-def stand_in() -> list[str]:
-    "Give what can be given; returns the names of packages that are not installed."
-    missing = []
-    for name in (*NEEDED, *HELPFUL):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            missing.append(THEIR_NAMES.get(name, name))
-    if 'fastcore' in missing:
+def missing() -> list[str]:
+    "Packages that are not installed."
+    return [
+        THEIR_NAMES.get(name, name)
+        for name in (*NEEDED, *HELPFUL)
+        if sys.modules.get(name) is None and not find_spec(name)
+    ]
+
+
+def needed(job: str, absent: list[str]) -> list[str]:
+    "Those of the absent packages without which a job cannot be done."
+    steps = job.startswith('train') or job == 'compile'
+    more = {'flash-attn', 'triton', 'fastcore'} | (set() if steps else {'accelerate', 'psutil'})
+    return [name for name in absent if name not in more]
+
+
+def stand_in() -> None:
+    "Give what can be given."
+    if 'fastcore' in missing():
         basics = types.ModuleType('fastcore.basics')
         basics.patch = patch
         package = types.ModuleType('fastcore')

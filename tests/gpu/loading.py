@@ -28,7 +28,9 @@ def write(folder: Path, count: int) -> list[Path]:
     draw, grid = np.random.default_rng(0), np.mgrid[0:SIDE, 0:SIDE] / SIDE
     files = []
     for n in range(count):
-        waves = [np.sin(draw.uniform(5, 60) * (grid[0] * np.cos(a) + grid[1] * np.sin(a))) for a in draw.uniform(0, 6, 3)]
+        waves = [
+            np.sin(draw.uniform(5, 60) * (grid[0] * np.cos(a) + grid[1] * np.sin(a))) for a in draw.uniform(0, 6, 3)
+        ]
         pixels = 128 + 80 * np.stack(waves, -1) + draw.normal(0, 12, (SIDE, SIDE, 3))
         files.append(folder / f'{n}.jpg')
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
@@ -53,7 +55,10 @@ def samples_of(files: list[Path]) -> list[dict[str, Any]]:
             'images': [{'bytes': None, 'path': str(path)}],
             'conversations': [
                 {'from': 'human', 'value': f'<image>\nWhat is to be seen in picture {n}, and where?'},
-                {'from': 'gpt', 'value': f'Waves of three colours, from the upper left to the lower right of {n}. ' * 3},
+                {
+                    'from': 'gpt',
+                    'value': f'Waves of three colours, from the upper left to the lower right of {n}. ' * 3,
+                },
             ],
             'document': '',
         }
@@ -81,5 +86,9 @@ def loader(files: list[Path], workers: int, device: str, steps: int) -> Found:
     seen = sum(1 for _ in ahead)
     rate = seen * BATCH / (time.perf_counter() - began)
     pixels = batches[0]['pixel_values']
-    figures = {'rate': (rate, 'samples a second'), 'first batch': (began - start, 's'), 'samples of a batch': (BATCH, '')}
+    figures = {
+        'rate': (rate, 'samples a second'),
+        'first batch': (began - start, 's'),
+        'samples of a batch': (BATCH, ''),
+    }
     return Found(figures, tuple(pixels.shape) == (BATCH, 3, SIDE, SIDE), f'pixels are [{BATCH}, 3, {SIDE}, {SIDE}]')

@@ -54,7 +54,7 @@ def head(found: dict[str, Any]) -> list[str]:
     "The first lines say what the figures are of."
     on = value(find(found['results'], 'device', 'what it is'), 'device')
     if found['device'] == 'cuda':
-        return [f'# GPU check on {on}', '']
+        return [f'# GPU check on {on}' if on else '# GPU check, not run: no GPU was found', '']
     return [
         '**Run on a CPU, with shapes of a few numbers: this shows that the script runs. No figure here is of a GPU.**',
         '',
@@ -63,23 +63,27 @@ def head(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures_of(lines: list[Line]) -> str:
-    "Checks with all their figures, one to a row."
-    rows = []
-    for line in lines:
-        told = ', '.join(f'{name} {shown(v)} {unit}'.strip() for name, (v, unit) in line['figures'].items())
-        rows.append([line['check'], line['status'], told, line['bound']])
-    return table(['check', 'status', 'figures', 'bound'], rows)
+def section(title: str, lines: list[Line], job: str) -> list[str]:
+    "The checks of a job that came to figures, those of one bound in one table."
+    those = [line for line in lines if line['job'] == job and line['figures']]
+    bounds = dict.fromkeys(line['bound'] for line in those)
+    tables = [columns_of([line for line in those if line['bound'] == bound]) for bound in bounds]
+    return [f'## {title}', '', *tables] if tables else []
 
 
 def columns_of(lines: list[Line]) -> str:
-    "Checks whose figures have the same names, one to a column."
+    "Checks whose figures have the same names, one to a column; their bound below."
     names = list(dict.fromkeys(name for line in lines for name in line['figures']))
     units = {name: unit for line in lines for name, (_, unit) in line['figures'].items()}
     heads = [name + f', {units[name]}' * bool(units[name]) for name in names]
     rows = [[line['check'], line['status'], *(value(line, name) for name in names)] for line in lines]
-    bounds = sorted({line['bound'] for line in lines if line['bound']})
-    return table(['check', 'status', *heads], rows) + ''.join(f'\nBound: {bound}.\n' for bound in bounds)
+    bound = lines[0]['bound']
+    return table(['check', 'status', *heads], rows) + f'\nBound: {bound}.\n' * bool(bound)
+
+
+def figures_of(line: Line) -> str:
+    "All figures in a row."
+    return ', '.join(f'{name} {shown(v)} {unit}'.strip() for name, (v, unit) in line['figures'].items())
 
 
 def troubles(lines: list[Line]) -> list[str]:
@@ -87,7 +91,8 @@ def troubles(lines: list[Line]) -> list[str]:
     parts = []
     for line in lines:
         if line['status'] in (FAIL, ERROR, MEMORY):
-            parts += [f'**{line["job"]}: {line["check"]}** — {line["status"]}', '', '```', line['detail'], '```', '']
+            said = line['detail'] or f'found {figures_of(line)}; bound: {line["bound"]}'
+            parts += [f'**{line["job"]}: {line["check"]}** — {line["status"]}', '', '```', said, '```', '']
     out = [f'- {line["job"]}: {line["check"]}: {line["detail"]}' for line in lines if line['status'] == LEFT_OUT]
     return parts + out + [''] * bool(out)
 
@@ -95,25 +100,24 @@ def troubles(lines: list[Line]) -> list[str]:
 def page(found: dict[str, Any]) -> str:
     "The whole page."
     lines, parts = found['results'], head(found)
-    counts = {status: sum(line['status'] == status for line in lines) for status in dict.fromkeys(l['status'] for l in lines)}
-    parts += [f'{found["made"]}, {found["seconds"]:.0f} s: ' + ', '.join(f'{n} {s}' for s, n in counts.items()) + '.', '']
-    if found['missing']:
-        parts += [f'Not installed here: {", ".join(found["missing"])}.', '']
+    counts = {
+        status: sum(line['status'] == status for line in lines)
+        for status in dict.fromkeys(line['status'] for line in lines)
+    }
+    parts += [
+        f'{found["made"]}, {found["seconds"]:.0f} s: ' + ', '.join(f'{n} {s}' for s, n in counts.items()) + '.',
+        '',
+    ]
+    parts += [f'- {name} is not installed: {what}' for name, what in found['missing'].items()] + ['']
     if said := troubles(lines):
         parts += ['## What failed or was left out', '', *said]
-    sections = {
-        'Agreement with the official code': [l for l in lines if l['job'] == 'parity'],
-        'Attention kernels against the plain one': [l for l in lines if l['job'] == 'attention'],
-    }
-    for title, those in sections.items():
-        if those:
-            parts += [f'## {title}', '', columns_of(those)]
+    parts += section('Agreement with the official code', lines, 'parity')
+    parts += section('Attention kernels against the plain one', lines, 'attention')
     if steps := found['training']:
         parts += ['## Training steps', '', table(list(steps[0]), [list(row.values()) for row in steps])]
         parts += ['MFU: FLOPs that the model needs (`planning.plan`, recomputed layers not counted) ÷ time ÷ rate.', '']
-    for job, title in (('compile', 'A compiled step'), ('loader', 'The loader alone')):
-        if those := [l for l in lines if l['job'] == job]:
-            parts += [f'## {title}', '', columns_of(those)]
-    if those := [l for l in lines if l['job'] == 'device']:
-        parts += ['## What it ran on', '', figures_of(those)]
+    parts += section('A compiled step', lines, 'compile') + section('The loader alone', lines, 'loader')
+    for line in (line for line in lines if line['job'] == 'device' and line['figures']):
+        rows = [[name, shown(v) + f' {unit}' * bool(unit)] for name, (v, unit) in line['figures'].items()]
+        parts += [f'## Device: {line["check"]}', '', table(['', ''], rows)]
     return '\n'.join(parts)

@@ -14,7 +14,11 @@ TRAINED = {  # in the last stage of each paper
     'honeybee': (r'^abstractor\.', r'^language_model\.'),
     'owl2': (r'.',),
     'mm1': (r'.',),
-    'eagle': (r'^vision_model\.vision_towers\.', r'^(mm_projector|fusion|vision_model\.fusion)\.', r'^language_model\.'),
+    'eagle': (
+        r'^vision_model\.vision_towers\.',
+        r'^(mm_projector|fusion|vision_model\.fusion)\.',
+        r'^language_model\.',
+    ),
     'owl3': (r'^vision2text_model\.', r'^language_model\.'),
 }
 
@@ -48,7 +52,9 @@ def shape_of(paper: str, tiny: bool) -> Shape:
 
 # a few numbers, with heads that every kernel takes
 
-_VIT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4)
+_VIT = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+)
 _TEXT = dict(
     model_type='llama',
     vocab_size=300,
@@ -62,8 +68,12 @@ _TEXT = dict(
     pad_token_id=0,
     initializer_range=0.1,
 )
-_EVA = dict(patch_size=4, window_size=3, embed_dim=32, depth=3, num_heads=2, window_block_indexes=[0, 1], pretrain_img_size=8)
-_SAM = dict(num_hidden_layers=2, num_attention_heads=2, patch_size=4, window_size=3, global_attn_indexes=[1], mlp_dim=48)
+_EVA = dict(
+    patch_size=4, window_size=3, embed_dim=32, depth=3, num_heads=2, window_block_indexes=[0, 1], pretrain_img_size=8
+)
+_SAM = dict(
+    num_hidden_layers=2, num_attention_heads=2, patch_size=4, window_size=3, global_attn_indexes=[1], mlp_dim=48
+)
 _TOWERS = [
     dict(name='clip', config=_VIT, image_size=24),
     dict(name='convnext', config=dict(depths=[1, 2], dims=[8, 12], ls_init_value=0.5), image_size=32),

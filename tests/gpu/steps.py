@@ -3,6 +3,8 @@ the device's rate the model's FLOPs reach, and peak memory. One process; sharded
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,11 +70,19 @@ def model_of(paper: str, tiny: bool, device: str) -> nn.Module:
     return model
 
 
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    "A group of this one process, as long as it is needed."
+    backend = 'nccl' if device == 'cuda' else 'gloo'
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def shard_alone(model: nn.Module, paper: str, device: str) -> nn.Module:
     "As the loop does it among several processes, here over one."
-    if not torch.distributed.is_initialized():
-        backend = 'nccl' if device == 'cuda' else 'gloo'
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     trained = set(trainable_names(model, shapes.TRAINED[paper]))
     return shard(model, mesh_of(Machine(shard='fsdp'), device, 1), 'bf16', trained)
 
@@ -117,11 +127,12 @@ def timed(model: nn.Module, paper: str, tiny: bool, device: str, folder: Path, m
 
 def one(paper: str, tiny: bool, device: str, folder: Path, sharded: bool, checkpointing: bool) -> Found:
     "One way to make a step."
-    model = model_of(paper, tiny, device)
-    if sharded:
-        shard_alone(model, paper, device)
+    model, shape = model_of(paper, tiny, device), shapes.shape_of(paper, tiny)
     machine = Machine(shard='fsdp' if sharded else 'none', checkpointing=checkpointing)
-    found, shape = timed(model, paper, tiny, device, folder, machine), shapes.shape_of(paper, tiny)
+    with alone(device) if sharded else nullcontext():
+        if sharded:
+            shard_alone(model, paper, device)
+        found = timed(model, paper, tiny, device, folder, machine)
     figures = {
         'samples of a step': (shape.batch, ''),
         'positions of a sample': (shape.length, ''),
