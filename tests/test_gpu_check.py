@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import attention, check, page, parity, record, steps
+from gpu import attention, check, page, parity, record, shapes, steps
 from gpu.lacking import needed
 from gpu.record import ERROR, FAIL, LEFT_OUT, MEASURED, MEMORY, PASS, Checks, Found, LeftOut
 
@@ -77,6 +77,24 @@ def test_all_jobs_in_processes_of_their_own(tmp_path):
     out = {line['check'] for line in found['results'] if line['status'] == LEFT_OUT}
     assert {line['status'] for line in found['results']} == {PASS, MEASURED, LEFT_OUT}
     assert out == {f'{paper} flash_attention_2' for paper in check.PAPERS} and len(found['training']) == 8
+
+
+@pytest.mark.parametrize('paper', check.PAPERS)
+def test_a_blank_image_is_where_the_encoder_is(paper):
+    model = shapes.build(paper, True).to('meta')
+    assert (
+        model.blank_pixels(2).device.type == 'meta' and shapes.build(paper, True).blank_pixels(1).device.type == 'cpu'
+    )
+
+
+def test_places_of_images_whatever_the_default_device():
+    from mllm_replica.owl3.media import Media, Sight
+
+    media = Media(torch.zeros(2, 4, 1), [[1, 3]])
+    expected, positions = Sight.of(media, torch.arange(5)[None]), torch.arange(5)[None]
+    with torch.device('meta'):
+        found = Sight.of(media, positions)
+    assert torch.equal(found.counts, expected.counts) and found.runs == expected.runs
 
 
 @pytest.mark.nightly

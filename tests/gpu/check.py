@@ -65,7 +65,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
     parser.add_argument('--tiny', action='store_true', help='shapes of a few numbers')
     parser.add_argument(
-        '--minutes', type=float, default=8.0, help='no job begins after that, and those that run are ended'
+        '--minutes', type=float, default=7.75, help='no job begins after that, and those that run are ended'
     )
     parser.add_argument('--only', nargs='+', choices=sorted({job.name.split()[0] for job in JOBS}), help='these jobs')
     parser.add_argument('--papers', nargs='+', choices=PAPERS, default=PAPERS, help='whose steps are measured')
