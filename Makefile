@@ -10,7 +10,7 @@ export IPYTHONDIR ?= $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR ?= $(CURDIR)/.venv/matplotlib
 export TIMEFORMAT ?= took %0R s
 
-.PHONY: env replicate test bench nightly quick lint readme clean
+.PHONY: env replicate test bench nightly gpu-check quick lint readme clean
 
 env: .venv/installed  ## .venv from pyproject.toml, at the releases of constraints.txt
 
@@ -40,6 +40,9 @@ nightly: env  ## further cases of the same rules, what takes minutes, and traine
 
 bench: env  ## timings, compared with those of the same kind of processor; `make bench NEW=1` replaces them
 	$(BIN)/pytest -p no:cacheprovider tests/benchmarks $(if $(NEW),--new-baseline)
+
+gpu-check:  ## on a GPU, at most 8 minutes, by the Python of its image (torch, transformers, accelerate), without .venv
+	PYTHONPATH=. $(PYTHON) tests/gpu/check.py --out $(or $(OUT),runs/gpu-check) $(ARGS)
 
 quick: env  ## the tests of the package without the slowest
 	$(PYTEST) -m 'not slow and not nightly'

@@ -422,7 +422,8 @@ def blank_pixels(self: VisionLanguageModel, images: int) -> Tensor:
     images: N
     """
     size = self.config.vision_config.image_size
-    return torch.zeros(images, 3, size, size, dtype=next(self.vision_model.parameters()).dtype)
+    like = next(self.vision_model.parameters())
+    return torch.zeros(images, 3, size, size, dtype=like.dtype, device=like.device)
 
 
 @patch

@@ -120,7 +120,7 @@ class Sight:
                 'expected as many, or a multiple of them (beams)'
             )
         table = pad_sequence(
-            [torch.tensor(sample, dtype=torch.long) for sample in media.starts], True, padding_value=2**31
+            [torch.tensor(sample, dtype=torch.long, device='cpu') for sample in media.starts], True, padding_value=2**31
         )
         counts = (position_ids.cpu()[..., None] > table.repeat_interleave(beams, 0)[:, None]).sum(-1)
         runs = []
