@@ -80,7 +80,13 @@ def _connected() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("engine 'ray' needs Ray: pip install -e '.[ray]'") from error
     if not ray.is_initialized():
-        ray.init()
+        try:
+            ray.init()
+        except ConnectionError as error:
+            raise Trouble(
+                f'RAY_ADDRESS names {os.environ.get("RAY_ADDRESS")}, where no Ray cluster lets us in: {error}; '
+                'start one there with `ray start --head`, set RAY_AUTH_MODE=token if it has a token, or unset RAY_ADDRESS'
+            ) from error
     return ray
 
 
