@@ -141,7 +141,7 @@ def ray(monkeypatch):
         def __init__(self, function):
             self.function = function
 
-        def options(self, **asked):
+        def options(self, name, **asked):
             made.asked.append(asked)
             return self
 

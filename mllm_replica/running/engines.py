@@ -118,7 +118,7 @@ def ray_engine(workers: int) -> Iterator[Submit]:
     def submit(order: Order) -> Future:
         "Start a unit as a task of the cluster."
         (order.folder / 'progress.json').unlink(missing_ok=True)
-        asked = task.options(**_request(ray, order.threads))
+        asked = task.options(name=order.label, **_request(ray, order.threads))
         refs.append(asked.remote(order, work_folder(), variables))
         future = refs[-1].future()
         future.running = lambda: bool(read_progress(order.folder))  # Ray's own does not know
