@@ -5,6 +5,7 @@ BIN    := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export DO_NOT_TRACK ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export IPYTHONDIR ?= $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR ?= $(CURDIR)/.venv/matplotlib
@@ -34,8 +35,8 @@ test: env  ## every notebook (its cells are tests), then the tests of the export
 	time $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	time $(PYTEST) -m 'not nightly'
 
-nightly: env  ## further cases of the same rules, what takes minutes, and trainers that users bring (peft, trl)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,train]'
+nightly: env  ## further cases of the same rules, what takes minutes, a Ray cluster, and trainers that users bring (peft, trl)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,train,ray]'
 	time $(PYTEST) -m nightly
 
 bench: env  ## timings, compared with those of the same kind of processor; `make bench NEW=1` replaces them

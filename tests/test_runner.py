@@ -6,30 +6,13 @@ import pytest
 
 from mllm_replica.core.recipe import Recipe
 from mllm_replica.core.settings import settings
-from mllm_replica.running import journal, runner, worker
+from mllm_replica.running import engines, journal, runner, worker
 from mllm_replica.running.engine import notebook_parameters, read_result
 from mllm_replica.running.journal import Journal, git_commit
 from mllm_replica.running.runner import make_plan, run_tables
 from mllm_replica.tables.reporting import report_folder
 from mllm_replica.tables.results import read_results, results_path
-from toyproject import FAULT, PARAMETERS, PIPELINES, RESULT, write_notebook
-
-
-def with_chapter(project):
-    "The real pipeline, with a cell before the others that makes the toy chapter known to the kernel."
-    notebook = json.loads((PIPELINES / 'replicate_row.ipynb').read_text())
-    known = dict(
-        cell_type='code',
-        id='known',
-        execution_count=None,
-        metadata={},
-        outputs=[],
-        source="from mllm_replica.core import registry\nregistry.CHAPTERS['mm1'] = 'toychapter'",
-    )
-    notebook['cells'].insert(0, known)
-    path = project.root / 'with_chapter.ipynb'
-    path.write_text(json.dumps(notebook))
-    return path
+from toyproject import FAULT, PARAMETERS, PIPELINES, RESULT, with_chapter, write_notebook
 
 
 def texts(notebook):
@@ -200,13 +183,13 @@ def test_workers_are_bounded_and_single_threaded(project, monkeypatch):
         active.remove(order.unit_key)
         return worker.Outcome(label=order.recipe.label, unit_key=order.unit_key, status='finished')
 
-    monkeypatch.setattr(runner, 'supervise', pretend)
+    monkeypatch.setattr(engines, 'supervise', pretend)
     orders = [
         worker.Order(recipe=r[0], unit_key=key, notebook=project.pipeline, run_folder=project.runs, timeout=None)
         for key, r in make_plan('mm1', ['faults'], 'smoke').places.items()
     ]
     ended = []
-    runner.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.unit_key))
+    engines.run_orders(orders, 'local', 2, lambda order: None, lambda order, outcome: ended.append(order.unit_key))
     assert max(most) == 2 and sorted(ended) == sorted(o.unit_key for o in orders)
     env = worker.environment(1, project.runs)
     assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'1'}

@@ -67,6 +67,20 @@ def write_notebook(path, *cells, tags=('parameters',)):
     return path
 
 
+def with_chapter(project, after_training=None):
+    "The real pipeline, with a cell before the others that makes the toy chapter known to the kernel, and perhaps one after training."
+    cells = json.loads((PIPELINES / 'replicate_row.ipynb').read_text())
+    known = "from mllm_replica.core import registry\nregistry.CHAPTERS['mm1'] = 'toychapter'"
+    trains = next(i for i, c in enumerate(cells['cells']) if 'steps.fit(unit)' in ''.join(c['source']))
+    for place, source in [(trains + 1, after_training), (0, known)]:
+        if source:
+            own = dict(cell_type='code', id=f'own{place}', execution_count=None, metadata={}, outputs=[], source=source)
+            cells['cells'].insert(place, own)
+    path = project.root / 'with_chapter.ipynb'
+    path.write_text(json.dumps(cells))
+    return path
+
+
 def published_table(name, rows):
     own = dict(
         columns=[

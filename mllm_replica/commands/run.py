@@ -12,12 +12,12 @@ import typer
 
 from mllm_replica.commands.shared import (
     Devices,
+    Engine,
     Paper,
     Scale,
     Shard,
     Workers,
     check_rows,
-    known,
     new_console,
     on_machine,
     seeds_of,
@@ -42,7 +42,7 @@ def run(
     workers: Workers = None,
     devices: Devices = None,
     shard: Shard = None,
-    engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+    engine: Engine = 'local',
     publish: Annotated[
         bool, typer.Option('--publish', help="write the numbers into papers/, the project's own results, too")
     ] = False,
@@ -52,7 +52,6 @@ def run(
     numbers, recipes = seeds_of(seeds), registry.recipes_of(paper)
     table = table and table_of(paper, table)
     check_rows(recipes, table, scale, row)
-    known('engine', engine, ('local', 'ray'))
     names = [table] if table else recipes.tables(scale)
     if not names:
         raise typer.BadParameter(f'no table of {PAPERS[paper]} has a row that can run at scale {scale}')

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mllm_replica.commands.shared import (
+    Engine,
     Paper,
     Scale,
     Workers,
     as_bad_parameter,
     check_rows,
     frame_table,
-    known,
     new_console,
     seeds_of,
     table_of,
@@ -80,7 +80,7 @@ def ablate(
         Optional[str], typer.Option(help='like 10,11,12 or 10-14; by default those of settings.ini')
     ] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+    engine: Engine = 'local',
 ) -> None:
     "Change one setting of a row at a time, and say what each change does."
     numbers, recipes, factors, table = (
@@ -90,7 +90,6 @@ def ablate(
         table_of(paper, table),
     )
     check_rows(recipes, table, scale, [row])
-    known('engine', engine, ('local', 'ray'))
     from mllm_replica.running.study import ablation, run_ablation
     from mllm_replica.tables.effects import effects_table
 
@@ -136,10 +135,9 @@ def search(
     scale: Scale = None,
     seeds: Annotated[Optional[str], typer.Option(help='like 0,1; by default development seeds')] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+    engine: Engine = 'local',
 ) -> None:
     "Begin with a paper's base and add the best of what is left, round by round."
-    known('engine', engine, ('local', 'ray'))
     if registry.recipes_of(paper).search is None:
         raise typer.BadParameter(f'nothing is searched for in {PAPERS[paper]}; Eagle adds experts')
     options = dict(seeds=seeds_of(seeds), metric=metric, rounds=rounds, workers=workers, engine=engine)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RowParameters', 'StartParameters', 'TableParameters', 'Job', 'notebook_parameters', 'check_parameters', 'Metric',
-           'Result', 'read_result', 'Process', 'this_process', 'is_alive', 'kill_tree', 'execute', 'main']
+           'Result', 'read_result', 'Process', 'this_process', 'is_alive', 'kill', 'kill_tree', 'execute', 'main']
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #1da28b3f
 import ast, json, logging, os, signal, socket, sys, threading
@@ -195,11 +195,14 @@ def is_alive(process: dict) -> bool:
     return min(abs(later), abs(later - moved)) < 2
 
 
-def _kill(processes: Iterable[psutil.Process]) -> None:
+def kill(
+    processes: Iterable[psutil.Process],
+) -> None:
+    "Kill those that are still there; a number that was given to another process since is spared."
     for process in processes:
         try:
             process.kill()
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             pass
 
 
@@ -212,7 +215,7 @@ def kill_tree(pid: int) -> None:
         root = psutil.Process(pid)
     except psutil.NoSuchProcess:
         return
-    _kill([root, *root.children(recursive=True)])
+    kill([root, *root.children(recursive=True)])
 
 # %% ../../nbs/foundations/running/65_engine.ipynb #f0320b77
 def execute(job: Job) -> int:
@@ -276,7 +279,7 @@ def execute(job: Job) -> int:
 def _end_with_parent() -> None:
     while os.read(0, 1):
         pass  # not sys.stdin: its lock, held here, would stop the interpreter from ending
-    _kill(psutil.Process().children(recursive=True))
+    kill(psutil.Process().children(recursive=True))
     os._exit(128 + signal.SIGTERM)
 
 

@@ -15,11 +15,13 @@ import psutil
 from ..core.recipe import Recipe
 from ..core.settings import Strict, project_root, work_folder
 from ..core.writing import write_atomic
+from .devices import VISIBLE
 from mllm_replica.running.engine import (
     Job,
     Result,
     RowParameters,
     StartParameters,
+    kill,
     kill_tree,
     read_result,
     this_process,
@@ -35,6 +37,7 @@ class Order(Strict):
     run_folder: shared by all machines
     timeout: seconds
     threads: of the process
+    gpus: that its processes see, as `CUDA_VISIBLE_DEVICES`; None: as it is
     start: of the unit's starts, if only that is asked for
     """
 
@@ -44,6 +47,7 @@ class Order(Strict):
     run_folder: Path
     timeout: float | None
     threads: int = 1
+    gpus: str | None = None
     start: str = ''
 
     @property
@@ -98,11 +102,12 @@ class Outcome(Strict):
         return self.status in ('finished', 'found')
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #81938118
-def environment(threads: int, run_folder: Path) -> dict[str, str]:
+def environment(threads: int, run_folder: Path, gpus: str | None = None) -> dict[str, str]:
     """Environment of a unit: few threads, the same project and run folder as here; no network, nothing in the home folder, unless told otherwise.
 
     threads: per process
     run_folder: where the unit finds data and features
+    gpus: that it sees; None: as it is here
     """
     wishes = {
         'HF_HUB_OFFLINE': '1',
@@ -116,17 +121,25 @@ def environment(threads: int, run_folder: Path) -> dict[str, str]:
         'TOKENIZERS_PARALLELISM': 'false'
     }
     here = {'MLLM_REPLICA_ROOT': str(project_root()), 'MLLM_REPLICA_RUNS': str(run_folder), 'PYTHONUNBUFFERED': '1'}
-    return wishes | os.environ | limits | here
+    own = {} if gpus is None else {VISIBLE: gpus}
+    return wishes | os.environ | limits | here | own
 
 
-def _tree_memory(pid: int) -> float:
-    total = 0
+def _tree(pid: int) -> set[psutil.Process]:
     try:
         root = psutil.Process(pid)
-        for process in [root, *root.children(recursive=True)]:
-            total += process.memory_info().rss
+        return {root, *root.children(recursive=True)}
     except psutil.NoSuchProcess:
-        pass
+        return set()
+
+
+def _memory(processes: set[psutil.Process]) -> float:
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
     return total / 2**20
 
 
@@ -135,12 +148,12 @@ def watch(
     timeout: float | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[str, float]:
-    """Wait for a process; returns why it ended ('', 'timeout' or 'killed') and its peak memory in MB.
+    """Wait for a process; returns why it ended ('', 'timeout' or 'killed') and its peak memory in MB; nothing it started outlives it.
 
     timeout: seconds
     stop: set to end it
     """
-    start, peak, why, beat = time.monotonic(), 0.0, '', 0
+    start, peak, why, beat, seen = time.monotonic(), 0.0, '', 0, set()
     while process.poll() is None:
         if stop is not None and stop.is_set():
             why = 'killed'
@@ -151,12 +164,15 @@ def watch(
             process.wait()
             break
         if beat % 5 == 0:
-            peak = max(peak, _tree_memory(process.pid))
+            tree = _tree(process.pid)
+            peak = max(peak, _memory(tree))
+            seen |= tree
         beat += 1
         try:
             process.wait(0.2)
         except subprocess.TimeoutExpired:
             pass
+    kill(seen)
     return why, peak
 
 # %% ../../nbs/foundations/running/69_worker.ipynb #b4cd0d67
@@ -220,7 +236,7 @@ def _attempt(order: Order, lock: int, stop: threading.Event | None) -> Outcome:
     journal.append('started', label=order.label, unit_key=order.unit_key, process=this_process())
     ProgressFile(folder)('starting')
     job = Job(notebook=order.notebook, output=folder / 'notebook.ipynb', parameters=order.parameters)
-    process = start_job(job, log, environment(order.threads, order.run_folder), (lock,))
+    process = start_job(job, log, environment(order.threads, order.run_folder, order.gpus), (lock,))
     try:
         why, peak = watch(process, order.timeout, stop)
     finally:
