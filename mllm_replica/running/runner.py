@@ -23,6 +23,7 @@ from ..core.recipe import Recipe
 from ..core.settings import clone, project_root, settings
 from ..core.variation import split_row
 from .engine import Result, check_parameters
+from .following import Following
 from .journal import Journal, unit_key
 from .progress import Display
 from .publish import is_published, publish
@@ -201,6 +202,8 @@ class Books:
     problems: what went wrong is appended
     """
 
+    EVERY = 5.0  # seconds between two looks at what units have written
+
     def __init__(self, tracker: Tracker, plan: Plan, tables: Sequence[str], run_folder: Path, problems: list[str]):
         self.tracker, self.plan, self.problems, self.journal, self.runs = (
             tracker,
@@ -209,6 +212,8 @@ class Books:
             Journal(run_folder),
             {},
         )
+        self.followed: dict[str, tuple[Order, Following]] = {}  # by unit key
+        self.every, self.next = settings().machine.log_every, 0.0
         self.parents = {
             table: tracker.start_table(
                 plan.paper, table, plan.scale, code_of_table(plan.paper, table, plan.scale), plan.study
@@ -240,6 +245,27 @@ class Books:
                 self.runs[order.unit_key, recipe.label] = self.tracker.start_unit(
                     self.parents[recipe.table], recipe, order.unit_key
                 )
+        self.followed[order.unit_key] = order, self._following(order)
+
+    def _following(self, order: Order) -> Following:
+        return Following(order.folder, sum(stage.steps for stage in order.recipe.stages), self.every)
+
+    def look(self) -> None:
+        "Log what running units have written since last time; one that makes trouble is left alone until its end."
+        if time.monotonic() < self.next:
+            return
+        for key, (order, following) in list(self.followed.items()):
+            del self.followed[key]
+            with self._guarded(f'{order.recipe.label} while it runs'):
+                self._log(order, following)
+                self.followed[key] = order, following
+        self.next = time.monotonic() + self.EVERY
+
+    def _log(self, order: Order, following: Following) -> None:
+        if points := following.points():
+            for recipe in self._places(order):
+                if (run := self.runs.get((order.unit_key, recipe.label))) is not None:
+                    self.tracker.log_later(run, points)
 
     def end(
         self,
@@ -248,13 +274,18 @@ class Books:
     ) -> None:
         "Log what the unit left, or why it left nothing."
         result = order.result() if outcome.ok else None
+        self.followed.pop(order.unit_key, None)
+        if not result:
+            with self._guarded(f'what {order.recipe.label} did before it ended'):
+                self._log(order, self._following(order))
         for recipe in self._places(order):
             run = self.runs.pop((order.unit_key, recipe.label), None)
             if run is None:
                 continue
             with self._guarded(recipe.label):
                 if result:
-                    self.tracker.finish_unit(run, result, order.folder, self._numbers(recipe, result))
+                    numbers = self._numbers(recipe, result)
+                    self.tracker.finish_unit(run, result, order.folder, numbers, self.every)
                 else:
                     self.tracker.client.set_tag(run, 'failure', f'{outcome.status}: {outcome.reason}')
                     self.tracker.end(run, 'KILLED' if outcome.status == 'killed' else 'FAILED')
@@ -437,6 +468,11 @@ def _run(
             books.end(order, outcome)
             display.end(order.label, outcome.status, outcome.reason)
 
+        def look() -> None:
+            "See what running units have written."
+            display.refresh()
+            books.look()
+
         starts = start_orders(plan.paper, todo)
         display.total += len(starts)
         with display:
@@ -448,7 +484,7 @@ def _run(
                 lambda order, outcome: display.end(order.label, outcome.status, outcome.reason),
                 display.refresh,
             )
-            run_orders(todo, engine, workers, started, ended, display.refresh)
+            run_orders(todo, engine, workers, started, ended, look)
         finished = [order for order in orders if order.result()]
         books.catch_up(finished)
         for table in tables:
