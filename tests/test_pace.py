@@ -14,6 +14,7 @@ from mllm_replica.core.settings import settings
 from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.packing import collate
 from mllm_replica.planning import flops
+from mllm_replica.running import books as books_of
 from mllm_replica.running import launch, runner, unit
 from mllm_replica.running.engine import Metric, Result
 from mllm_replica.running.following import Following
@@ -338,25 +339,30 @@ def pace_until(step):
     return ''.join(json.dumps({'step': n, 'tokens_per_second': 5.0 + n}) + '\n' for n in range(10, step + 1, 10))
 
 
+@pytest.fixture(scope='module')
+def tracker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tracked')
+    with Tracker(f'sqlite:///{folder}/mlflow.db', folder) as tracker:
+        yield tracker
+
+
 @pytest.fixture
-def books(tmp_path):
-    "Books of one unit that runs, its order, and the tracker."
+def books(tmp_path, tracker, monkeypatch):
+    "What opens the books of one unit that runs, its order, and the tracker."
+    monkeypatch.setattr(books_of, 'code_of_table', lambda *table: tmp_path.name)
+    monkeypatch.setattr(runner.Books, '_numbers', lambda books, recipe, result: {'replicated/toy': 0.5})
+    monkeypatch.setattr(runner.Books, 'EVERY', 0.0)
     order = Order(recipe=RECIPE, unit_key='key', notebook=Path('n'), run_folder=tmp_path, timeout=None)
     order.folder.mkdir(parents=True)
     plan = runner.Plan('mm1', 'smoke', ['3'], {'key': [RECIPE]})
-    with Tracker(f'sqlite:///{tmp_path}/mlflow.db', tmp_path) as tracker:
 
-        def opened():
-            tracker.last.clear()  # as a new process
-            made = runner.Books.__new__(runner.Books)
-            made.tracker, made.plan, made.problems, made.journal = tracker, plan, [], runner.Journal(tmp_path)
-            made.runs, made.followed, made.every, made.next, made.EVERY = {}, {}, 10, 0.0, 0.0
-            made.parents = {'3': tracker.start_table('mm1', '3', 'smoke', 'code')}
-            made._numbers = lambda recipe, result: {'replicated/toy': 0.5}
-            made.start(order)
-            return made
+    def opened():
+        tracker.last.clear()  # as in a new process
+        made = runner.Books(tracker, plan, ['3'], tmp_path, [])
+        made.start(order)
+        return made
 
-        yield opened, order, tracker
+    return opened, order, tracker
 
 
 def history_of(tracker, run, name):
@@ -426,9 +432,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_and_the_rest_is_logged_at_the_e
         return log(*given, **more)
 
     monkeypatch.setattr(tracker.client, 'log_batch', broken)
-    monkeypatch.setattr(Following, 'every', 1, raising=False)
-    one.followed['key'][1].steps = 10  # every step counts, so that there are several calls
-    one.followed['key'][1].every = 1
+    one.followed['key'][1].every = 1  # every step counts, so that there are several calls
     write(order, 240, 240)
     many = 'step,' + 'stage,' + ','.join(f'm{n}' for n in range(9)) + '\n'
     (order.folder / 'curve.csv').write_text(many + ''.join(f'{s},a' + ',1.0' * 9 + '\n' for s in range(1, 241)))
