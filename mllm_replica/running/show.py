@@ -70,21 +70,21 @@ def curve_figure(points: Sequence[Any], pace: Sequence[Mapping[str, float]] = ()
     import matplotlib.pyplot as plt
 
     shape = dict(height_ratios=[3, 1])
-    fig, (ax, rate) = plt.subplots(2, figsize=(6, 3), sharex=True, layout='constrained', gridspec_kw=shape)
+    fig, (ax, rate) = plt.subplots(2, figsize=(7, 3), sharex=True, layout='constrained', gridspec_kw=shape)
     for stage in dict.fromkeys(p.stage for p in points):
         here = [p for p in points if p.stage == stage]
         steps = [p.step for p in here]
         (line,) = ax.plot(steps, [p.loss for p in here], lw=1, label=verbatim(stage))
         rate.plot(steps, [getattr(p, 'lr', math.nan) for p in here], lw=1, color=line.get_color())
     names = dict.fromkeys(name for line in pace for name in line if name.startswith(HELD_OUT))
-    for name, mark in zip(names, cycle('os^Dv')):
+    for name, mark in zip(names, cycle('os^vDP*X')):
         seen = [(line['step'], line[name]) for line in pace if name in line]
         label = verbatim(f'held out: {name.removeprefix(HELD_OUT)}')
-        ax.plot(*zip(*seen), mark + ':', color='0.3', lw=0.8, ms=4, mfc='white', label=label)
+        ax.plot(*zip(*seen), mark + ':', lw=0.8, ms=4, mfc='white', label=label)
     ax.set(ylabel='loss', yscale='log')
     rate.set(xlabel='step', ylabel='lr', ylim=(0, None))
     rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
 

@@ -62,7 +62,7 @@ def pace_said(lines: Sequence[Mapping[str, float]]) -> str:
         'seconds_per_step': ('{:.3g} s a step', 1),
         'waiting_for_data': ('{:.1f} % of it waiting for data', 100),
         'mfu': ('{:.1f} % of the peak FLOP/s (MFU)', 100),
-        'device_peak_memory_mb': ('{:,.0f} MB at most', 1),
+        'device_peak_memory_mb': ('{:,.0f} MB of memory at most', 1),
     }
     found = {name: sorted(line[name] for line in lines if name in line) for name in units}
     middle = {name: values[len(values) // 2] for name, values in found.items() if values}
