@@ -27,6 +27,9 @@ class Machine(BaseModel):
     micro_batch: samples of a forward; None: as the recipe says
     save_every: steps between checkpoints; None: as the recipe says
     keep: checkpoints that stay
+    log_every: steps between lines on pace, and between live points of a long curve
+    eval_every: steps between held-out losses; None: none are computed
+    eval_samples: of each held-out source
     data_root: folder of stored data; None: `data` of the project
     """
 
@@ -44,6 +47,12 @@ class Machine(BaseModel):
     micro_batch: Count | None = None
     save_every: Count | None = None
     keep: Count = 2
+    log_every: Count = 10
+    eval_every: Count | None = None
+    eval_samples: Count = 64
+    peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # of one device, for MFU; None: as the table of devices says
+    )
     data_root: str | None = None
 
     @property

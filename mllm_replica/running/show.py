@@ -6,14 +6,16 @@
 __all__ = ['samples_figure', 'curve_figure', 'predictions_figure']
 
 # %% ../../nbs/foundations/running/76_show.ipynb #314b05f4
-import json, textwrap
-from collections.abc import Sequence
+import json, math, textwrap
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.writing import verbatim
 from ..data.images import open_image
 from ..data.streams import first_of
+from ..training.pace import HELD_OUT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,19 +62,30 @@ def samples_figure(samples: Any, count: int = 4) -> 'Figure':
     return _grid([(s['images'], said(s)) for s in chosen])
 
 # %% ../../nbs/foundations/running/76_show.ipynb #28af24ca
-def curve_figure(points: Sequence[Any]) -> 'Figure':
-    """Loss per step on a logarithmic scale, one colour per stage.
+def curve_figure(points: Sequence[Any], pace: Sequence[Mapping[str, float]] = ()) -> 'Figure':
+    """Loss on a logarithmic scale, trained and held out, above the learning rate; one colour per stage.
 
-    points: with step, stage and loss
+    points: with step, stage and loss, perhaps lr
+    pace: of `read_pace`: held-out losses
     """
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 2.4), layout='constrained')
+    shape = dict(height_ratios=[3, 1])
+    fig, (ax, rate) = plt.subplots(2, figsize=(7, 3), sharex=True, layout='constrained', gridspec_kw=shape)
     for stage in dict.fromkeys(p.stage for p in points):
         here = [p for p in points if p.stage == stage]
-        ax.plot([p.step for p in here], [p.loss for p in here], lw=1, label=verbatim(stage))
-    ax.set(xlabel='step', ylabel='loss', yscale='log')
-    ax.legend(frameon=False, fontsize=8)
+        steps = [p.step for p in here]
+        (line,) = ax.plot(steps, [p.loss for p in here], lw=1, label=verbatim(stage))
+        rate.plot(steps, [getattr(p, 'lr', math.nan) for p in here], lw=1, color=line.get_color())
+    names = dict.fromkeys(name for line in pace for name in line if name.startswith(HELD_OUT))
+    for name, mark in zip(names, cycle('os^vDP*X')):
+        seen = [(line['step'], line[name]) for line in pace if name in line]
+        label = verbatim(f'held out: {name.removeprefix(HELD_OUT)}')
+        ax.plot(*zip(*seen), mark + ':', lw=0.8, ms=4, mfc='white', label=label)
+    ax.set(ylabel='loss', yscale='log')
+    rate.set(xlabel='step', ylabel='lr', ylim=(0, None))
+    rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
+    ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
 

@@ -8,7 +8,7 @@ __all__ = ['WHOLE', 'pack_state', 'unpack_state', 'CheckpointError', 'seal', 'sa
            'Curve']
 
 # %% ../../nbs/foundations/training/46_checkpoint.ipynb #8d605af7
-import csv, errno, hashlib, io, json, math, os, re, shutil, warnings
+import csv, errno, hashlib, io, json, math, os, re, shutil, time, warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -338,15 +338,15 @@ class Curve:
                 f'{path} ends at step {len(self.points)}, its checkpoint is of step {steps}: '
                 'restore the file or choose an empty folder to start anew'
             )
-        self.waiting = [Point._fields, *self.points]
+        self.waiting, self.flushed = [Point._fields, *self.points], time.monotonic()
         if write:
             self.flush('w')
 
     def append(self, point: Point) -> None:
-        "Add a step; every hundredth writes."
+        "Add a step; every hundredth writes, and one after five seconds."
         self.points.append(point)
         self.waiting.append(point)
-        if self.write and len(self.waiting) >= 100:
+        if self.write and (len(self.waiting) >= 100 or time.monotonic() - self.flushed > 5):
             self.flush()
 
     def flush(self, mode: str = 'a') -> None:
@@ -354,6 +354,7 @@ class Curve:
 
         mode: 'w': write the file anew
         """
+        self.flushed = time.monotonic()
         if not self.write:
             return
         with replacing(self.path) if mode == 'w' else nullcontext(self.path) as target:

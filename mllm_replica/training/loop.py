@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from mllm_replica.training.checkpoint import (
     pack_state,
     save_checkpoint,
 )
+from .held_out import HeldOut
 from .loading import Steps, read_ahead
+from .pace import Pace
 from .sharded_checkpoint import Writing, export, restore
 from mllm_replica.training.sharding import (
     clip,
@@ -293,10 +296,12 @@ def _counts(run: _Run, batches: Sequence[Mapping[str, Any]]) -> tuple[int, list[
     """
     accelerator = run.accelerator
     own = [any(name in batch for name in ('pixel_values', 'image_features')) for batch in batches]
-    numbers = torch.tensor([sum(supervised(batch['labels']) for batch in batches), *own], device=accelerator.device)
+    counts = [sum(supervised(batch['labels']) for batch in batches), *run.pace.counts(batches)]
+    numbers = torch.tensor([*counts, *own], device=accelerator.device)
     if accelerator.num_processes > 1:
         numbers = accelerator.reduce(numbers, 'sum')
-    total, *everywhere = numbers.tolist()
+    total, positions, waited, *everywhere = numbers.tolist()
+    run.pace.add(positions, waited)
     decoder = getattr(run.model, 'get_decoder', lambda: run.model)()
     text_teaches = any(parameter.requires_grad for parameter in decoder.parameters())
     return total, [not mine and (bool(count) or not text_teaches) for count, mine in zip(everywhere, own)]
@@ -399,7 +404,7 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     every = run.machine.save_every or stage.checkpoint_every
     order = _order(run, number, resumed=run.done > first)
     total = sum(s.steps for s in run.stages)
-    ahead = _batches(run, stage, order, run.done - first)
+    ahead = run.pace.timed(_batches(run, stage, order, run.done - first))
     for step in range(run.done - first, stage.steps):
         names, batches = next(ahead)
         _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
@@ -415,9 +420,10 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
             ) from failure
         run.done += 1
         run.curve.append(Point(run.done, stage.name, loss, lr, norm, tokens))
+        last = step + 1 == stage.steps
+        run.pace.step(run.done, stage, last, stop)
         if run.progress:
             run.progress(run.done, total, loss)
-        last = step + 1 == stage.steps
         if last or stop or (every and (step + 1) % every == 0):
             run.save(number, None if last else optimizer, now=last or stop)
         if stop:
@@ -438,6 +444,7 @@ def train(
     draw: type[Mixture] = Mixture,
     machine: Machine = Machine(),
     exports: Path | None = None,
+    held_out: HeldOut | None = None,
 ) -> History:
     """Train all stages, or what is left of them; leaves the model in evaluation mode.
 
@@ -445,16 +452,18 @@ def train(
     stages: in order
     datasets: source name → encoded samples
     collate: samples → the model's arguments with 'labels' [B,T], and 'ids'
-    out_dir: gets curve.csv, order-N.json and checkpoints/; a run found there is continued
+    out_dir: gets curve.csv, pace.jsonl, order-N.json and checkpoints/; a run found there is continued
     seed: order of samples, dropout
     progress: called with (steps done, steps in all, loss)
     draw: which samples each step sees
     machine: on which; the numbers are the same, up to rounding
     exports: gets a folder for each stage, readable by the Auto classes
+    held_out: samples whose loss is told while it trains
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw, machine)
-    first = 0
+    losses = held_out and partial(held_out.losses, run.model, run.accelerator)
+    run.pace, first = Pace(out_dir, run.done, machine, run.accelerator, losses), 0
     with torch.random.fork_rng(), run.interrupt:
         try:
             for number, stage in enumerate(stages):

@@ -43,27 +43,21 @@ def counted(paper: str, tiny: bool, checkpointing: bool) -> tuple:
 
 def planned(paper: str, tiny: bool, checkpointing: bool, sharded: bool) -> Planned:
     "The plan of a step on one device; `sharded` over one process holds the same."
-    from mllm_replica.planning.plan import Machine, memory_per_device
+    from mllm_replica.core.machine import Machine
+    from mllm_replica.planning.memory import memory_on_device
 
     plain, again, trained, parameters = counted(paper, tiny, checkpointing)
     batch = shapes.shape_of(paper, tiny).batch
-    machine = Machine(
-        name='one device',
-        devices=1,
-        tflops=1.0,
-        memory_gb=1.0,
-        utilisation=1.0,
-        zero=3 * sharded,
-        checkpointing=checkpointing,
-    )
-    memory = memory_per_device(parameters, trained, again.activations, shapes.stage_of(paper, batch, 1), machine)
+    stage, machine = shapes.stage_of(paper, batch, 1), Machine(checkpointing=checkpointing)
+    with torch.device('meta'):
+        memory = memory_on_device(shapes.build(paper, tiny), [stage], stage, machine, again.activations)
     flops, executed = ((cost.forward + cost.backward) * batch for cost in (plain, again))
     return Planned(float(flops), float(executed), trained, parameters, memory)
 
 
 def published_rate(device: str) -> float | None:
     "Dense bf16 TFLOP/s that the maker states; None: of an unknown device."
-    from mllm_replica.planning.plan import GPUS
+    from mllm_replica.planning.memory import GPUS
 
     return next((rate for name, (rate, _) in GPUS.items() if name.split('-')[0] in device), None)
 
