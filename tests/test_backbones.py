@@ -30,7 +30,7 @@ from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.models import backbones
-from mllm_replica.training.optimiser import types_of
+from mllm_replica.models.assembly import types_of
 from mllm_replica.models.backbones import BACKBONES, FORMS, BackboneError
 from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.models.vision import resize_positions

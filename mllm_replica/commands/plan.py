@@ -24,12 +24,12 @@ from mllm_replica.commands.shared import (
     check_rows,
     known,
     new_console,
-    on_machine,
     print_json,
     table_of,
 )
 from ..core import registry
 from ..core.registry import PAPERS
+from ..core.settings import settings
 
 # %% ../../nbs/foundations/commands/84_plan.ipynb #dae5af01
 def _amount(value: float) -> str:
@@ -123,7 +123,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     "Time, memory, FLOPs and disk, before anything runs."
-    on_machine(devices=gpus, shard=shard, nodes=nodes, checkpointing=checkpointing, micro_batch=micro_batch)
+    flags = dict(devices=gpus, shard=shard, nodes=nodes, checkpointing=checkpointing, micro_batch=micro_batch)
+    given = {name: value for name, value in flags.items() if value is not None}
+    machine = settings().machine.model_copy(update=given)
     recipes = registry.recipes_of(paper)
     table = table and table_of(paper, table)
     check_rows(recipes, table, scale, row)
@@ -133,7 +135,7 @@ def plan(
     device = memory.gpu_of(gpu, utilisation) if scale == 'paper' else memory.this_thread()
     console = new_console()
     with console.status('counting'):
-        found = planning.plan(paper, table, scale, row or (), device=device)
+        found = planning.plan(paper, table, scale, row or (), machine, device)
     if as_json:
         return print_json(found.model_dump(mode='json') | {'seconds': found.seconds})
     if found.units:

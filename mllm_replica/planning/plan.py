@@ -19,6 +19,7 @@ from ..core.machine import Machine
 from ..core.recipe import Recipe, Stage
 from ..core.registry import recipes_of
 from ..core.settings import Scale, Strict, settings
+from ..models.assembly import types_of
 from ..models.cost import Cost, as_fake, count
 from mllm_replica.planning.memory import (
     LIBRARIES,
@@ -30,7 +31,7 @@ from mllm_replica.planning.memory import (
     settings_of,
     this_thread,
 )
-from ..training.optimiser import freeze_all_but, trainable_names, types_of
+from ..training.optimiser import freeze_all_but, trainable_names
 from ..training.sharding import recompute_layers
 
 # %% ../../nbs/foundations/planning/80_plan.ipynb #ea49323f

@@ -6,7 +6,7 @@
 __all__ = ['History', 'supervised', 'derived_seed', 'data_digest', 'train']
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #6d1c6b7e
-import hashlib, json, math, signal, threading, time
+import hashlib, json, math, time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,6 +39,7 @@ from mllm_replica.training.checkpoint import (
     save_checkpoint,
 )
 from .held_out import HeldOut
+from .interrupt import Interrupt
 from .loading import Steps, read_ahead
 from .pace import Pace
 from .sharded_checkpoint import Writing, export, restore
@@ -107,28 +108,6 @@ def data_digest(samples: Sequence[Encoded] | Stream) -> str:
         sample = samples[index]
         digest.update(sample.id.encode() + array('q', sample.input_ids).tobytes() + array('q', sample.labels).tobytes())
     return digest.hexdigest()[:16]
-
-# %% ../../nbs/foundations/training/47_loop.ipynb #dfad2907
-class _Interrupt:
-    "Ctrl-C, and what a cluster sends before it ends a job, are noted until the step is done."
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    asked = False
-
-    def __enter__(self) -> '_Interrupt':
-        self.held = threading.current_thread() is threading.main_thread()
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS} if self.held else {}
-        return self
-
-    def _note(self, number: int, *_: Any) -> None:
-        self.asked = True
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.asked and kind is None:
-            raise KeyboardInterrupt('training had just ended; its last checkpoint is complete')
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #7878e80d
 def _check(
@@ -199,7 +178,7 @@ class _Run:
             seed,
             progress,
             draw,
-            _Interrupt(),
+            Interrupt(),
             machine,
         )
         # logits that nobody reads are not made

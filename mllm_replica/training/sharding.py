@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.machine import Machine
 from ..core.recipe import Stage
+from ..models.assembly import types_of
 from ..models.layers import repeated
-from .optimiser import trainable_names, types_of
+from .optimiser import trainable_names
 
 # %% ../../nbs/foundations/training/46b_sharding.ipynb #b916eef8
 def blocks_of(

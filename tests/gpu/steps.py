@@ -18,8 +18,8 @@ from torch import nn
 
 from mllm_replica.core.machine import Machine
 from mllm_replica.data.packing import collate
+from mllm_replica.models.assembly import types_of
 from mllm_replica.training.loop import train
-from mllm_replica.training.optimiser import types_of
 from mllm_replica.training.sharding import blocks_of, mesh_of, shard
 
 WARM, TIMED = 2, 5  # steps
