@@ -302,6 +302,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.clone': ( 'foundations/core/settings.html#clone',
                                                                                   'mllm_replica/core/settings.py'),
+                                            'mllm_replica.core.settings.data_folder': ( 'foundations/core/settings.html#data_folder',
+                                                                                        'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.is_shipped': ( 'foundations/core/settings.html#is_shipped',
                                                                                        'mllm_replica/core/settings.py'),
                                             'mllm_replica.core.settings.project_root': ( 'foundations/core/settings.html#project_root',

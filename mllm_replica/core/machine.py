@@ -53,6 +53,9 @@ class Machine(BaseModel):
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
         None  # of one device, for MFU; None: as the table of devices says
     )
+    features_gb: Annotated[float, Field(ge=0)] = (
+        16.0  # of a frozen encoder's features on disk; above it each step computes them
+    )
     data_root: str | None = None
 
     @property

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scale', 'SCALES', 'PACKAGE', 'SHIPPED', 'Strict', 'Trouble', 'SettingsError', 'project_root', 'is_shipped',
-           'work_folder', 'clone', 'Settings', 'read_settings', 'settings']
+           'work_folder', 'clone', 'Settings', 'read_settings', 'settings', 'data_folder']
 
 # %% ../../nbs/foundations/core/01_settings.ipynb #cff6302b
 import configparser, os
@@ -164,3 +164,8 @@ def settings() -> Settings:
         return found
     folder = Path(runs).resolve()
     return found.model_copy(update=dict(run_folder=folder, tracking_uri=f'sqlite:///{folder}/mlflow.db'))
+
+
+def data_folder() -> Path:
+    "Where stored data lies: `data_root` of the machine, or `data` beside the runs."
+    return Path(settings().machine.data_root or work_folder() / 'data')

@@ -14,7 +14,16 @@ from typing import Literal
 
 from ..core.recipe import Recipe
 from ..core.registry import backbones_of, recipes_of
-from ..core.settings import Scale, Strict, is_shipped, project_root, read_settings, settings, work_folder
+from mllm_replica.core.settings import (
+    Scale,
+    Strict,
+    data_folder,
+    is_shipped,
+    project_root,
+    read_settings,
+    settings,
+    work_folder,
+)
 
 # %% ../../nbs/foundations/planning/81_doctor.ipynb #7afde33e
 class Finding(Strict):
@@ -242,7 +251,7 @@ def stored_data(
         for source in recipe.sources.values()
         if source.kind in ('folder', 'parquet', 'tar')
     }
-    root = work_folder() / 'data'
+    root = data_folder()
     for (name, split), source in sorted(sources.items()):
 
         def look() -> str:

@@ -27,7 +27,7 @@ from ..core.keys import code_of, library_versions
 from ..core.reading import inside
 from ..core.recipe import Recipe
 from ..core.registry import backbones_of
-from ..core.settings import is_shipped, project_root, settings, work_folder
+from ..core.settings import data_folder, is_shipped, project_root, settings, work_folder
 from .engine import Process, is_alive, this_process
 
 # %% ../../nbs/foundations/running/67_journal.ipynb #e7b4f586
@@ -53,7 +53,7 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
         if source.kind == 'easy_vqa':
             seen[key] = version('easy-vqa')
         elif source.kind != 'world':
-            place = inside(source.name, data_root or work_folder() / 'data', 'source')
+            place = inside(source.name, data_root or data_folder(), 'source')
             if not place.exists():
                 raise FileNotFoundError(
                     f'{recipe.label}: source {key!r} ({source.kind}) wants {place}, which does not exist'

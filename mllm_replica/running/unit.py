@@ -20,7 +20,7 @@ from ..core import registry
 from ..core.keys import library_versions
 from ..core.recipe import Recipe
 from ..core.machine import Machine
-from ..core.settings import settings, work_folder
+from ..core.settings import data_folder, settings
 from ..core.writing import write_atomic
 from ..data.encoded import Encoded
 from ..data.images import open_image
@@ -100,7 +100,7 @@ def load(
     unit.progress('loading data')
     machine = settings().machine
     read = chapter.load_source or load_source
-    place = Path(machine.data_root or work_folder() / 'data')
+    place = data_folder()
     unit.sources = {name: read(source, unit.recipe.seed, place) for name, source in unit.recipe.sources.items()}
     unit.progress('building the model')
     in_shares = machine.shard != 'none' and machine.processes > 1 and bool(unit.recipe.stages)
@@ -152,9 +152,15 @@ def cache_features(
     unit: Unit,
 ) -> None:
     "Compute or open the features of a frozen encoder for every image of the recipe."
-    if settings().machine.shard != 'none' or not encoder_is_frozen(unit.model, unit.recipe):
+    machine = settings().machine
+    if machine.shard != 'none' or not encoder_is_frozen(unit.model, unit.recipe):
         return
     if any(isinstance(source, Stream) for source in unit.sources.values()):  # whose images are not known before
+        return
+    model, processor, folder = unit.model, unit.processor, settings().run_folder / 'features'
+    with torch.no_grad():
+        size = 4 * model.visual_features(model.blank_pixels(1)).numel()  # bytes of a picture
+    if sum(map(len, unit.sources.values())) * size > machine.features_gb * 1e9:
         return
     images = {
         image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images
@@ -162,7 +168,8 @@ def cache_features(
     if not images:
         return
     unit.progress('encoder features')
-    model, processor, folder = unit.model, unit.processor, settings().run_folder / 'features'
+    model.to(torch.accelerator.current_accelerator() or 'cpu')
+    low = all(stage.precision == 'bf16' for stage in unit.recipe.stages)
     key = encoder_key(
         model.vision_model,
         layer=model.config.feature_layer,
@@ -172,9 +179,10 @@ def cache_features(
     )
     folder.mkdir(parents=True, exist_ok=True)
 
-    def pixels(batch) -> 'torch.Tensor':
-        "Pictures as the encoder takes them."
-        return processor.image_tensor(batch).to(model.device)
+    def features(batch) -> 'torch.Tensor':
+        "Of some pictures, in the type that training computes in."
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            return model.visual_features(processor.image_tensor(batch).to(model.device))
 
     with open(folder / f'{key}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -183,7 +191,7 @@ def cache_features(
             key,
             sorted(images),
             lambda names: [open_image(images[name]) for name in names],
-            lambda batch: model.visual_features(pixels(batch)),
+            features,
         )
 
 # %% ../../nbs/foundations/running/68_unit.ipynb #58a201ef
