@@ -1,6 +1,7 @@
 "Published backbones: every paper's model on stand-ins of its own kinds of files, to the bit, in the right types, and trained a step."
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.models import backbones
-from mllm_replica.models.assembly import types_of
+from mllm_replica.models.assembly import as_stored, types_of
 from mllm_replica.models.backbones import BACKBONES, FORMS, BackboneError
 from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.models.vision import resize_positions
@@ -150,6 +151,19 @@ def test_towers_are_the_folders_to_the_bit_and_in_the_types_of_the_recipe(standi
         if paper == 'mm1' and 'moe' in row:
             missing = {key for key in missing if '.mlp.' not in key}
         assert not missing, name
+
+
+@pytest.mark.parametrize('paper, table, row', CASES)
+def test_a_model_of_mapped_files_is_the_same_once_it_has_its_types(standins, place, paper, table, row):
+    "What processes share out."
+    place(standins)
+    recipe = recipe_of(paper, table, row)
+    model = build(recipe)[0]
+    with as_stored():
+        mapped = build(recipe)[0]
+    assert any(p.dtype == torch.float16 for p in mapped.parameters())
+    for (name, ours), (again, theirs) in zip(model.named_parameters(), mapped.named_parameters(), strict=True):
+        assert name == again and torch.equal(ours, theirs.to(ours.dtype)), name
 
 
 def test_the_encoder_of_owl2_is_clip_at_another_resolution_with_one_matrix(standins, place):
@@ -518,6 +532,54 @@ def test_no_second_copy_of_the_state_is_held(place, tmp_path, form):
     done = subprocess.run([sys.executable, '-c', MEMORY, LLAMA], capture_output=True, text=True, check=True)
     size, grown = map(float, done.stdout.split()[-2:])
     assert size > 1.5e6 and grown < size + 2 * 2**28 / 1024 + 1e5  # KiB
+
+
+SHARED = """
+import re, sys, threading, time, torch
+from accelerate import Accelerator, init_empty_weights
+from transformers import AutoModelForCausalLM
+from mllm_replica.core.machine import Machine
+from mllm_replica.core.recipe import Stage
+from mllm_replica.models import backbones
+from mllm_replica.training.sharding import mesh_of, shard
+
+def own():
+    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], own())
+        time.sleep(0.002)
+
+process = Accelerator().process_index
+with init_empty_weights(include_buffers=False):
+    tower = AutoModelForCausalLM.from_config(backbones.backbone_config(sys.argv[1]))
+size = sum(4 * p.numel() for p in tower.parameters()) / 2**20
+before, peak = own(), [0.0]
+threading.Thread(target=watch, daemon=True).start()
+backbones.load_backbone(sys.argv[1], tower, None)
+mapped = peak[0] - before
+stage = Stage(name='a', trainable=('.',), mixture={'a': 1.0}, steps=1, batch_size=2, lr=1e-3)
+shard(tower, mesh_of(Machine(devices=2, shard='fsdp'), 'cpu', 2), [stage])
+if not process:
+    print('FOUND', size, mapped, peak[0] - before)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.nightly
+def test_a_process_holds_its_share_and_a_block_of_mapped_files(place, tmp_path):
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8)
+    config = LlamaConfig(**sizes, vocab_size=16000, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / 'llama')
+    place({LLAMA: tmp_path / 'llama'})
+    (tmp_path / 'shared.py').write_text(SHARED)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    places = os.environ | {'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([*torchrun, tmp_path / 'shared.py', LLAMA], capture_output=True, text=True, env=places)
+    assert done.returncode == 0, done.stderr[-3000:]
+    size, mapped, peak = map(float, done.stdout.split('FOUND')[1].split()[:3])
+    assert size > 1500 and mapped < 100 and peak < size / 2 + 400, (size, mapped, peak)  # MB
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------------

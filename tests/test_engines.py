@@ -1,13 +1,15 @@
 "Who runs where: GPUs of a worker's own, what a Ray task asks for, and a table on a Ray cluster that loses a process."
 
-import json, os, signal, subprocess, sys, threading
+import json, os, signal, subprocess, sys, threading, time
 from concurrent.futures import Future
 from importlib.util import find_spec
 from types import ModuleType
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from mllm_replica.cli import app
 from mllm_replica.core.machine import VARIABLE
 from mllm_replica.core.settings import Trouble, settings
 from mllm_replica.running import devices, engines, worker
@@ -292,3 +294,26 @@ def test_a_table_on_ray_that_loses_a_process_is_the_local_one(project, monkeypat
     killer.join()
     events = [(e['unit_key'] in killed, e['event']) for e in Journal(runs).read()[0]]
     assert sorted(events) == [(False, 'finished'), (False, 'started')] + [(True, 'finished')] + [(True, 'started')] * 2
+
+
+def test_the_batch_file_warns_training_and_is_queued_again(tmp_path):
+    "In a shell without Slurm, with stand-ins of its commands."
+    file = CliRunner().invoke(app, ['slurm', 'honeybee', '3', '--nodes', '2', '--scale', 'smoke']).output
+    (tmp_path / 'job.sh').write_text(file)
+    commands = {
+        'mllm-replica': 'echo $$ > started; trap "exit 0" TERM; sleep 60 & wait',
+        'pkill': 'echo "$@" > warned; kill $(cat started)',
+        'scontrol': 'echo "$@" > queued',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    places = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7'}
+    job = subprocess.Popen(['bash', 'job.sh'], cwd=tmp_path, env=places)
+    while not (tmp_path / 'started').exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@120` does
+    job.wait(30)
+    assert (tmp_path / 'warned').read_text().strip() == '-TERM -f mllm_replica.running.trainer'
+    assert (tmp_path / 'queued').read_text().strip() == 'requeue 7'
+    assert '#SBATCH --signal=B:USR1@120' in file and '#SBATCH --requeue' in file and '#SBATCH --nodes=2' in file

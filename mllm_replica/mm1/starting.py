@@ -42,6 +42,6 @@ def from_published(
         vision_config=vision, text_config=text, connector_config=planned.connector_config, experts=planned.experts
     )
     eye = Tower(names['vision'], at_size(config.num_patches))
-    towers = {'vision_model': eye, 'language_model': Tower(names['text'])}
+    towers = {'vision_model': eye, 'language_model': Tower(names['text'], grown=r'\.mlp\.')}
     model = on_backbones(MM1Model, config, towers, recipe, MM1Model._insert_experts if config.experts else None)
     return model, MM1Processor.from_config(config, backbone_tokenizer(names['text']))

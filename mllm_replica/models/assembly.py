@@ -65,10 +65,12 @@ class Tower(NamedTuple):
 
     name: hub id
     changed: as for `load_backbone`
+    grown: of its weights: those beside which `grow` draws new ones, in the type that they have then
     """
 
     name: str
     changed: Callable[[Sources], Sources] | None = None
+    grown: str = ''
 
 
 def at_size(num_patches: int) -> Callable[[Sources], Sources]:
@@ -121,8 +123,11 @@ def on_backbones(
         if grow:
             model.language_model = AutoModelForCausalLM.from_config(config.text_config)
     for path, tower in towers.items():
-        dtype = None if _AS_STORED.get() else _widest(types, path)
-        load_backbone(tower.name, model.get_submodule(path), dtype, tower.changed)
+        wide, stored, part = _widest(types, path), _AS_STORED.get(), model.get_submodule(path)
+        load_backbone(tower.name, part, None if stored else wide, tower.changed)
+        for name, parameter in part.named_parameters() if stored and tower.grown else ():
+            if re.search(tower.grown, name):
+                parameter.data = parameter.data.to(wide)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         setattr(model, model.connector_name, model.build_connector(config))

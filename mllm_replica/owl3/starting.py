@@ -73,7 +73,8 @@ def from_published(
     processor = Owl3Processor(pictures, tokenizer)
     parts = dict(vision_config=vision, text_config=text)
     kind, config = kind_of(made, parts, placeholder_ids=processor.placeholder_ids)
-    language = Tower(names['text'], first_words(text.vocab_size))
+    blocks = '|'.join(map(str, getattr(config, 'hyper_layers', ())))
+    language = Tower(names['text'], first_words(text.vocab_size), rf'^model\.layers\.({blocks})\.')
     towers = {'vision_model': Tower(names['vision']), 'language_model': language}
     if made['fusion'] == 'concat':
         tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token  # as Qwen's configuration says

@@ -63,6 +63,7 @@ def _parts(model: nn.Module, stages: Sequence[Stage]) -> Iterator[tuple[nn.Modul
             mixed = len(kinds) > 1 and module is not model
             parameter.data = parameter.data.to(torch.float32 if mixed else types[id(parameter)])
         yield module, [p for p in group if p not in kept], kept if module is model else set()
+        group.clear()  # nobody else holds what has been shared out
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, stages: Sequence[Stage]) -> nn.Module:
