@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from mllm_replica.data.encoded import Encoded
 from mllm_replica.data.packing import collate
 from mllm_replica.running import unit
 from mllm_replica.running.unit import run_unit
-from mllm_replica.training.checkpoint import load_latest, read_curve
+from mllm_replica.training import checkpoint, sharded_checkpoint
+from mllm_replica.training.checkpoint import load_latest, read_curve, summed
 from mllm_replica.training.loop import train
 from mllm_replica.training.sharded_checkpoint import restore
 from mllm_replica.training.sharding import mesh_of, shard
@@ -75,7 +78,7 @@ def run(paper, folder, machine=Machine(), progress=None):
 
 
 def launch(mode, folder, processes=2, papers=PAPERS, fails=False):
-    launch_script([__file__, mode, str(folder), ','.join(papers)], processes, fails)
+    return launch_script([__file__, mode, str(folder), ','.join(papers)], processes, fails)
 
 
 def launch_script(script, processes=2, fails=False):
@@ -91,6 +94,7 @@ def launch_script(script, processes=2, fails=False):
         timeout=300,
     )
     assert bool(done.returncode) == fails, done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope='module')
@@ -171,6 +175,15 @@ def test_a_warning_from_the_cluster_leaves_a_checkpoint(number, tmp_path):
     assert len(json.loads((tmp_path / 'owl3.json').read_text())['losses']) == 9
 
 
+def test_a_checkpoint_that_cannot_be_begun_or_written_stops_every_process(tmp_path):
+    "No process waits for one that failed, and older checkpoints stay."
+    for mode, said in (('no room', 'no room for the checkpoint of step 6'), ('torn', 'a disk that tears')):
+        (tmp_path / mode).mkdir()
+        text = launch(mode, tmp_path / mode, papers=['honeybee'], fails=True)
+        assert said in text and 'its own error says why' in text
+        assert steps_of(tmp_path / mode / 'honeybee')[-1] == 4
+
+
 @pytest.mark.nightly
 def test_shares_within_a_node_give_the_losses_of_one(tmp_path):
     "Two nodes of two devices."
@@ -206,15 +219,34 @@ def test_a_damaged_share_costs_only_time(sharded, tmp_path):
 
 
 def disturb(mode):
-    "What happens to the run: nothing, a kill without a word after step 7, or a signal after step 6."
+    "What happens to the run: nothing, a kill without a word after step 8, or a signal after step 6."
 
     def progress(done, *_):
         if done == 7 and mode == 'kill':
+            time.sleep(1)  # what step 6 left is written meanwhile
+        if done == 8 and mode == 'kill':
             os.kill(os.getpid(), signal.SIGKILL)
         if done == 6 and mode.startswith('signal') and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), int(mode.split()[1]))
 
     return progress
+
+
+def break_disk(mode):
+    "From step 6 on the disk has no room, or the second process cannot read what it wrote."
+
+    def full(folder):
+        return shutil._ntuple_diskusage(1000, 1000, 0 if (folder / '.step-00000006.partial').exists() else 2**40)
+
+    def torn(path):
+        if 'step-00000006' in str(path) and torch.distributed.get_rank():
+            raise OSError('a disk that tears')
+        return summed(path)
+
+    if mode == 'no room':
+        checkpoint.shutil.disk_usage = full
+    if mode == 'torn':
+        sharded_checkpoint.summed = torn
 
 
 def answers(paper):
@@ -242,6 +274,7 @@ MACHINES = {
 if __name__ == '__main__':
     mode, folder, papers = sys.argv[1:]
     torch.set_num_threads(1)
+    break_disk(mode)
     for paper in papers.split(','):
         machine = MACHINES.get(mode, MACHINES['train'])
         model, history = run(paper, Path(folder) / paper, machine, disturb(mode))

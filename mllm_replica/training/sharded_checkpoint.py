@@ -6,8 +6,9 @@
 __all__ = ['Writing', 'restore', 'export']
 
 # %% ../../nbs/foundations/training/46c_sharded_checkpoint.ipynb #3f95d35c
-import hashlib, os, shutil, warnings
+import os, shutil, warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,24 @@ from mllm_replica.training.checkpoint import (
     CheckpointError,
     new_checkpoint,
     seal,
+    summed,
     unpack_state,
 )
 from .sharding import is_sharded, whole
 
 # %% ../../nbs/foundations/training/46c_sharded_checkpoint.ipynb #08b151f4
-def _own_sums(folder: Path, group: Any) -> dict[str, str]:
-    "Checksums of all processes' files, on every process."
-    name = f'shard-{dist.get_rank() + 1:05d}-model-00001-of-00001.safetensors'
-    own = torch.zeros(32, dtype=torch.uint8)
-    if (folder / name).exists():
-        with open(folder / name, 'rb') as file:
-            own = torch.frombuffer(bytearray(hashlib.file_digest(file, 'sha256').digest()), dtype=torch.uint8)
-    found = [torch.zeros(32, dtype=torch.uint8) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own, group)
-    names = [f'shard-{n:05d}-model-00001-of-00001.safetensors' for n in range(1, len(found) + 1)]
-    return {name: bytes(sums.tolist()).hex() for name, sums in zip(names, found) if bool(sums.any())}
+_SHARE = 'shard-{:05d}-model-00001-of-00001.safetensors'  # as torch names what a process writes
+
+
+def _gathered(own: bytes | None, group: Any) -> list[bytes | None]:
+    "Each process's checksum; None: it failed; empty: it has nothing to write."
+    mine = torch.zeros(33, dtype=torch.uint8)
+    if own is not None:
+        mine[: len(own) + 1] = torch.tensor([1, *own], dtype=torch.uint8)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine, group)
+    rows = [bytes(row.tolist()) for row in found]
+    return [(row[1:] if any(row[1:]) else b'') if row[0] else None for row in rows]
 
 
 def _begin(start: Callable[[], Any], group: Any) -> None:
@@ -83,22 +86,28 @@ class Writing:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         _begin(lambda: self.open.enter_context(new_checkpoint(folder, step, needed, keep)), group)
         writer = HuggingFaceStorageWriter(str(self.partial), save_distributed=True)
-        self.written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group)
+        written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group)
+        self.summed = ThreadPoolExecutor(1).submit(self._sum, written)
+
+    def _sum(self, written: Future) -> bytes:
+        "The checksum of this process's share, when it is written."
+        written.result()
+        own = self.partial / _SHARE.format(dist.get_rank() + 1)
+        return bytes.fromhex(summed(own)) if own.exists() else b''
 
     def done(self) -> bool:
         "Whether this process has written its share."
-        return self.written.done()
+        return self.summed.done()
 
     def finish(self) -> Path:
         "Wait for all shares, and make them a checkpoint; returns its folder."
+        failure = self.summed.exception()
+        found = _gathered(None if failure else self.summed.result(), self.group)
         with self.open:
-            try:
-                self.written.result()
-                sums = _own_sums(self.partial, self.group)
-            except Exception:  # of any process: torch gathers them
-                dist.barrier(self.group)
-                raise
+            if failure or None in found:
+                raise failure or CheckpointError('another process cannot write its share; its own error says why')
             if dist.get_rank() == 0:
+                sums = {_SHARE.format(n): own.hex() for n, own in enumerate(found, 1) if own}
                 seal(self.partial, self.step, self.state, sums)
         dist.barrier(self.group)
         return self.folder / f'step-{self.step:08d}'
