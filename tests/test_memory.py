@@ -1,6 +1,8 @@
 "What the plan counts is what the loop switches on: bytes of weights, gradients and moments in two processes, and what a step keeps."
 
 import json
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from functools import cache
@@ -158,6 +160,54 @@ def test_recomputing_layers_needs_less_in_every_stage(held):
     for precision in ('fp32', 'bf16'):
         kinds = [held('honeybee')(kind, precision) for kind in ('recomputed', 'fsdp')]
         assert all(less['activations'] < 0.8 * more['activations'] for less, more in zip(*kinds))
+
+
+LARGE = """
+import json, re, sys
+from functools import partial
+from pathlib import Path
+from PIL import Image
+from mllm_replica.core.recipe import Source
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.mixture import Mixture
+from mllm_replica.data.packing import EncodedLater, collate
+from mllm_replica.data.sources import load_source
+from mllm_replica.honeybee.model import HoneybeeProcessor
+from mllm_replica.models.image_processing import VisionLanguageImageProcessor
+from mllm_replica.training.loading import Steps, read_ahead
+import psutil, torch
+
+def own(process=psutil.Process()):
+    return int(re.search(r'RssAnon:\\s+(\\d+)', open(f'/proc/{process.pid}/status').read())[1]) / 1024
+
+folder, count = Path(sys.argv[1]), 665_000
+(folder / 'large').mkdir()
+Image.new('RGB', (48, 40), 'red').save(folder / 'large' / 'a.jpg')
+turns = [{'from': 'human', 'value': '<image>\\nWhat is to be seen here, and where is it?'}, {'from': 'gpt', 'value': 'A square. ' * 20}]
+with open(folder / 'large' / 'train.jsonl', 'w') as file:
+    for n in range(count):
+        file.write(json.dumps({'id': str(n), 'images': ['a.jpg'], 'conversations': turns}) + '\\n')
+processor = HoneybeeProcessor(VisionLanguageImageProcessor(32), byte_tokenizer(), 16)
+before = own()
+source = load_source(Source(kind='folder', name='large'), 0, folder)
+read = own() - before
+encoded = {'a': EncodedLater(source, processor.encode, 512)}
+together = partial(collate, pad_token_id=0, image_tensor=processor.image_tensor)
+steps = Steps(Mixture({'a': count}, {'a': 1.0}, 0), encoded, together, 60, 32, loaders=2)
+for _ in read_ahead(steps):
+    peak = [own() - before, *(own(child) for child in psutil.Process().children())]
+print('FOUND', len(source), read, *peak)
+"""
+
+
+@pytest.mark.nightly
+def test_a_process_with_665_thousand_samples_holds_less_than_a_gigabyte_of_them(tmp_path):
+    "Written down once, mapped, encoded on the way; with the processes that read ahead."
+    places = os.environ | {'MLLM_REPLICA_RUNS': str(tmp_path / 'runs'), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-c', LARGE, tmp_path], capture_output=True, text=True, env=places)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, read, own, *loaders = map(float, done.stdout.split('FOUND')[1].split())
+    assert count == 665_000 and read < 1000 and own < 1000 and len(loaders) == 2, (read, own, loaders)  # MB
 
 
 @pytest.mark.nightly
