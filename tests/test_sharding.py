@@ -170,7 +170,7 @@ def test_killed_in_a_stage_it_goes_on_with_any_number_of_processes(processes, sh
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_warning_from_the_cluster_leaves_a_checkpoint(number, tmp_path):
     launch(f'signal {number.value}', tmp_path, papers=['owl3'], fails=True)
-    assert steps_of(tmp_path / 'owl3')[-1] == 7
+    assert steps_of(tmp_path / 'owl3')[-1] == 6  # the seventh is given up
     launch('train', tmp_path, papers=['owl3'])
     assert len(json.loads((tmp_path / 'owl3.json').read_text())['losses']) == 9
 

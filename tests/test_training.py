@@ -184,6 +184,28 @@ def test_interrupt_at_any_step_ends_bit_identical(tmp_path, straight, step):
     assert same_bits(resumed, straight[0]) and continued.points == straight[1].points
 
 
+def test_a_long_step_is_given_up_between_its_micro_batches_and_done_again(tmp_path):
+    "Who warns a process waits for a micro-batch, not for the hundreds of a step."
+    stages, seen = [STAGES[0].model_copy(update=dict(accumulate=4, batch_size=8, steps=3))], []
+
+    def listen(model, *_):
+        seen.append(model.training)
+        if len(seen) == 6:  # the second of the second step
+            signal.raise_signal(signal.SIGTERM)
+
+    model = llama()
+    model.register_forward_pre_hook(listen)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt, match='stopped in step 2 of 3'):
+            run(tmp_path / 'a', stages, model)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(seen) == 6 and [p.name for p in (tmp_path / 'a' / 'checkpoints').iterdir()] == ['step-00000001']
+    (resumed, history), (straight, whole) = (run(tmp_path / name, stages) for name in 'ab')
+    assert same_bits(resumed, straight) and history.points == whole.points
+
+
 def test_damaged_newest_checkpoint_costs_only_time(trained, straight):
     newest = trained / 'checkpoints' / 'step-00000020' / 'tensors.safetensors'
     newest.write_bytes(newest.read_bytes()[:-9])
