@@ -306,7 +306,7 @@ def test_a_unit_of_the_paper_trains_in_shares(standins, place, tmp_path, monkeyp
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize('paper, table, row', [case for case in STEPS if isinstance(case, tuple)])
+@pytest.mark.parametrize('paper, table, row', [case for case in STEPS if type(case) is tuple])
 def test_in_fp32_shares_give_the_losses_of_one_process(standins, place, tmp_path, monkeypatch, paper, table, row):
     "Three steps of every stage, on towers of the published classes."
     recipe = short(recipe_of(paper, table, row), 3, precision='fp32')
