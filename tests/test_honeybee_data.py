@@ -195,7 +195,7 @@ def test_a_unit_of_the_paper_on_small_backbones(sources, tmp_path, monkeypatch):
     local = settings().model_copy(update={'backbones': folders})  # read before the project's folder is another one
     monkeypatch.setattr(backbones, 'settings', lambda: local)
     monkeypatch.setattr(recipes, 'recipe', lambda *_: changed)
-    monkeypatch.setattr(unit, 'work_folder', lambda: sources[0].parent)
+    monkeypatch.setattr('mllm_replica.core.settings.work_folder', lambda: sources[0].parent)
     monkeypatch.setattr('mllm_replica.core.settings.project_root', lambda: sources[0].parent)
     result = unit.run_unit(changed, tmp_path / 'unit')
     assert result.steps == 4 and {'mme', 'pope', 'seed', 'mmbench', 'scienceqa'} <= set(result.metrics)

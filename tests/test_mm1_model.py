@@ -712,7 +712,7 @@ def test_a_plan_of_the_sparse_model():
         return paper_config(name, **parts)
 
     plans = [
-        plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), Machine(devices=8), gpu_of())
+        plan_unit(recipe, lambda _: (MM1Model(shallow(name)), None), Machine(devices=8, checkpointing=True), gpu_of())
         for name in ('mm1-7b', 'mm1-7b-moe')
     ]
     dense, sparse = plans

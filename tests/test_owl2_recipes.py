@@ -14,6 +14,7 @@ from mllm_replica.models.backbones import BackboneError
 from mllm_replica.owl2.building import linear_probe
 from mllm_replica.owl2.recipes import build, recipe, tables
 from mllm_replica.owl2.stages import _stage, layerwise_decay, mixture_of, published_stages
+from mllm_replica.core.machine import Machine
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -94,7 +95,7 @@ def test_rows_share_one_language_model_and_other_data_gives_another():
 
 
 def test_both_stages_are_planned_at_the_scale_of_the_paper():
-    (unit,) = plan('owl2', '2', 'paper', rows=['owl2']).units
+    (unit,) = plan('owl2', '2', 'paper', ['owl2'], Machine(devices=8, shard='fsdp', checkpointing=True)).units
     pretrain, tune = unit.stages
     assert unit.parameters == tune.trained == 8_197_859_328 and unit.visual_tokens == 65
     assert (

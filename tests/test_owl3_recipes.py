@@ -6,6 +6,7 @@ import torch
 from mllm_replica.models.backbones import BackboneError
 from mllm_replica.owl3.recipes import build, recipe, tables
 from mllm_replica.owl3.stages import layers_of, mixture_of, published_stages
+from mllm_replica.core.machine import Machine
 from mllm_replica.planning.plan import plan
 from mllm_replica.running.unit import run_unit
 from mllm_replica.tables.published import load_table
@@ -88,7 +89,7 @@ def test_one_seed_one_model():
 
 
 def test_all_stages_are_planned_at_the_scale_of_the_paper():
-    (unit,) = plan('owl3', '4', 'paper', rows=['owl3']).units
+    (unit,) = plan('owl3', '4', 'paper', ['owl3'], Machine(devices=8, shard='fsdp', checkpointing=True)).units
     assert [round(s.trained / 1e6, 2) for s in unit.stages][0] == 18.88 and len(unit.stages) == 3
     assert all(sum(s.memory.values()) < 80 for s in unit.stages)
 
