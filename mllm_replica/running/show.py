@@ -63,7 +63,7 @@ def samples_figure(samples: Any, count: int = 4) -> 'Figure':
 
 # %% ../../nbs/foundations/running/76_show.ipynb #28af24ca
 def curve_figure(points: Sequence[Any], pace: Sequence[Mapping[str, float]] = ()) -> 'Figure':
-    """Loss on a logarithmic scale, trained and held out, above the learning rate; one colour per stage.
+    """Loss, trained and held out, above the learning rate, on logarithmic scales where they span much; one colour per stage.
 
     points: with step, stage and loss, perhaps lr
     pace: of `read_pace`: held-out losses
@@ -82,9 +82,15 @@ def curve_figure(points: Sequence[Any], pace: Sequence[Mapping[str, float]] = ()
         seen = [(line['step'], line[name]) for line in pace if name in line]
         label = verbatim(f'held out: {name.removeprefix(HELD_OUT)}')
         ax.plot(*zip(*seen), mark + ':', lw=0.8, ms=4, mfc='white', label=label)
-    ax.set(ylabel='loss', yscale='log')
-    rate.set(xlabel='step', ylabel='lr', ylim=(0, None))
-    rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
+    low, high = ax.get_ylim()
+    ax.set(ylabel='loss', yscale='log' if low > 0 and high > 3 * low else 'linear')
+    tops = [max(getattr(p, 'lr', 0) for p in points if p.stage == stage) for stage in {p.stage for p in points}]
+    rate.set(xlabel='step', ylabel='lr')
+    if min(tops, default=0) > 0 and max(tops) > 10 * min(tops):  # a stage's rate would lie on the axis
+        rate.set(yscale='log', ylim=(min(tops) / 20, None))
+    else:
+        rate.set_ylim(0, None)
+        rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
     ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     plt.close(fig)
     return fig
