@@ -176,7 +176,7 @@ class _Run:
     def save(self, number: int, optimizer: torch.optim.Optimizer | None, now: bool = True) -> None:
         "Write a checkpoint, unless this step has one; shares are written beside the next steps, unless it must be now."
         if self.saved == self.done:
-            return
+            return self.finish_writing() if now else None
         names = dict.fromkeys(name for stage in self.trained[: number + 1] for name in stage)
         state = {
             'config': self.config,
