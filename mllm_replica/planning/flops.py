@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..core.recipe import Recipe, Stage
 from ..core.registry import recipes_of
 from ..core.writing import write_atomic
-from ..models.cost import as_fake, count
 from .memory import GPUS
 from .plan import stage_cost
 from ..training.pace import FLOPS
@@ -48,14 +46,8 @@ def flops_per_position(
     images: of it
     cached: whether a frozen encoder's features are read and not computed
     """
-    cost = stage_cost(build, stage, length, images)[0]
-    encoder = 0
-    if cached and images:
-        with torch.device('meta'):
-            model = build()
-        with as_fake(model, torch.bfloat16 if stage.precision == 'bf16' else None), torch.no_grad():
-            encoder = count(lambda: model.visual_features(model.blank_pixels(images))).forward
-    return (cost.forward + cost.backward - encoder) / length
+    cost = stage_cost(build, stage, length, images, cached=cached)[0]
+    return (cost.forward + cost.backward) / length
 
 
 def answer(recipe: Recipe, question: Mapping[str, Any]) -> dict[str, Any]:

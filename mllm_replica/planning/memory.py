@@ -73,7 +73,7 @@ def this_thread(size: int = 1024, utilisation: float = 0.5) -> Device:
     return Device(name='one CPU thread', tflops=rate, memory_gb=memory, utilisation=utilisation)
 
 # %% ../../nbs/foundations/planning/79_memory.ipynb #9358a0d5
-def _buffers(groups: Sequence[dict[nn.Parameter, int]], training: set, head: nn.Parameter | None, low: bool) -> int:
+def _buffers(groups: Sequence[dict[nn.Parameter, int]], training: set, low: bool) -> int:
     "Bytes that a step needs beside a device's share of the model."
     size = 2 if low else 4
     *blocks, rest = [
@@ -81,16 +81,14 @@ def _buffers(groups: Sequence[dict[nn.Parameter, int]], training: set, head: nn.
     ]
     gathered = sum(sorted((all_ for all_, _ in blocks), reverse=True)[:2]) + rest[0]
     reduced = max(trained for _, trained in [*blocks, rest])
-    made = 4 * head.numel() if head is not None and head in training else 0
-    return size * gathered + (size + 4) * reduced + made
+    return size * gathered + (size + 4) * reduced
 
 
-def _whole_buffers(model: nn.Module, training: set, head: nn.Parameter | None, low: bool, averaged: bool) -> int:
+def _whole_buffers(model: nn.Module, training: set, low: bool, averaged: bool) -> int:
     "The same where every device holds the whole model."
     copied = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32) if low else 0
     trained = sum(p.numel() for p in training) if averaged else 0
-    made = 4 * head.numel() if head is not None and head in training else 0
-    return 2 * copied + 4 * trained + made
+    return 2 * copied + 4 * trained
 
 
 def micro_batch_of(
@@ -118,20 +116,20 @@ def memory_on_device(
     in_shares, low = machine.shard != 'none' and machine.processes > 1, stage.precision == 'bf16'
     training = {model.get_parameter(name) for name in trainable_names(model, stage.trainable)}
     output = getattr(model, 'get_output_embeddings', lambda: None)()
-    head = None if output is None else output.weight
+    made = 4 * output.weight.numel() if output is not None and output.weight in training else 0
     if in_shares:
         groups = shares(model, stages, machine.devices if machine.shard == 'hsdp' else machine.processes)
-        buffers = _buffers(groups, training, head, low)
+        buffers = _buffers(groups, training, low)
     else:
         groups = [{parameter: parameter.numel() for parameter in model.parameters()}]
-        buffers = _whole_buffers(model, training, head, low, machine.processes > 1)
+        buffers = _whole_buffers(model, training, low, machine.processes > 1)
     held = {parameter: count for group in groups for parameter, count in group.items()}
     trained = sum(count for parameter, count in held.items() if parameter in training)
     found = dict(
         weights=sum(count * parameter.itemsize for parameter, count in held.items()),
         gradients=4 * trained,
         optimizer=8 * trained,
-        buffers=buffers,
+        buffers=buffers + made,
         activations=activations * micro_batch_of(stage, machine),
     )
     return {name: size / 1e9 for name, size in found.items()}

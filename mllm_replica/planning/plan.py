@@ -62,12 +62,14 @@ def stage_cost(
     length: int,
     images: int,
     checkpointing: bool = False,
+    cached: bool = False,
 ) -> tuple[Cost, Cost, int]:
     """For one sample: a step's cost, the cost with the machine's checkpointing, and the number of trained parameters.
 
     build: makes the model on the current default device
     length: T, positions of a sample
     images: per sample
+    cached: whether a frozen encoder's features are read and not computed
     """
     with torch.device('meta'):
         model = build()
@@ -80,7 +82,7 @@ def stage_cost(
             p.requires_grad for p in model.vision_model.parameters()
         ):  # a frozen encoder is counted once
             features = model.visual_features(model.blank_pixels(images))
-            encoder = count(lambda: model.visual_features(model.blank_pixels(images))).forward
+            encoder = 0 if cached else count(lambda: model.visual_features(model.blank_pixels(images))).forward
         step = partial(model.planned_step, length, images, features)
         plain = again = _over_depth(model, step)
         if checkpointing:

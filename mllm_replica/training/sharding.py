@@ -96,11 +96,10 @@ def shares(model: nn.Module, stages: Sequence[Stage], processes: int) -> list[di
     model: gets the types that `shard` gives it; may be on meta
     processes: that the model is spread over
     """
-    groups = [
+    return [
         {p: -(-len(p) // processes) * p.shape[1:].numel() for p in group} | {p: p.numel() for p in kept}
         for _, group, kept in _parts(model, stages)
     ]
-    return groups
 
 
 def recompute_layers(model: nn.Module, **how: Any) -> None:

@@ -57,9 +57,10 @@ def planned(paper: str, tiny: bool, checkpointing: bool, sharded: bool) -> Plann
 
 def published_rate(device: str) -> float | None:
     "Dense bf16 TFLOP/s that the maker states; None: of an unknown device."
-    from mllm_replica.planning.memory import GPUS
+    from mllm_replica.planning.flops import peak_of
 
-    return next((rate for name, (rate, _) in GPUS.items() if name.split('-')[0] in device), None)
+    peak = peak_of(device)
+    return peak and peak / 1e12
 
 
 def key_of(paper: str, checkpointing: bool, sharded: bool) -> str:
