@@ -148,6 +148,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mllm_replica/core/machine.py'),
                                            'mllm_replica.core.machine.Machine.accumulate': ( 'foundations/core/machine.html#machine.accumulate',
                                                                                              'mllm_replica/core/machine.py'),
+                                           'mllm_replica.core.machine.Machine.in_shares': ( 'foundations/core/machine.html#machine.in_shares',
+                                                                                            'mllm_replica/core/machine.py'),
                                            'mllm_replica.core.machine.Machine.processes': ( 'foundations/core/machine.html#machine.processes',
                                                                                             'mllm_replica/core/machine.py'),
                                            'mllm_replica.core.machine.read_machine': ( 'foundations/core/machine.html#read_machine',

@@ -196,18 +196,18 @@ STAGES = [Stage(name='first', **HOW), Stage(name='second', **HOW)]
 FEW = [Encoded(f'few-{n}', [1, n, n + 1], [-100, n, n + 1]) for n in range(3, 9)]
 
 
-def run(folder, loaders=0, progress=None):
+def run(folder, loaders=0, progress=None, shard='none'):
     source = Source(kind='tar', name='big', options=dict(stream=True, buffer=4))
     stream = load_source(source, 0, folder.parent).encoded(encode, 16)
-    model, machine = llama(), Machine(loaders=loaders)
+    model, machine = llama(), Machine(loaders=loaders, devices=int(os.environ.get('WORLD_SIZE', 1)), shard=shard)
     return model, train(model, STAGES, dict(big=stream, few=FEW), collate, folder, 3, progress, machine=machine)
 
 
-def launch(folder, at, loaders, processes=1):
+def launch(folder, at, loaders, processes=1, shard='none'):
     "Train in processes of their own, which die at a step (0: they do not)."
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] * (processes > 1)
     return subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder), str(at), str(loaders)],
+        [sys.executable, *launcher, __file__, str(folder), str(at), str(loaders), shard],
         env=os.environ | {'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -243,6 +243,17 @@ def test_interrupted_at_any_step_it_ends_in_the_same_bits(tmp_path):
             run(tmp_path / f'at-{step}', progress=interrupt)
         again, history = run(tmp_path / f'at-{step}')
         assert same_bits(again, model) and history.points == straight.points
+
+
+def test_in_shares_the_same_samples_give_the_same_losses(tmp_path):
+    source_of(tmp_path, 'tar', [5, 0, 9, 3])
+    for name, at, shard in (('whole', 0, 'none'), ('shares', 11, 'fsdp')):
+        done = launch(tmp_path / name, at, 1, 2, shard)
+        assert bool(done.returncode) == bool(at), done.stdout[-2000:]
+    assert load_latest(tmp_path / 'shares/checkpoints').state['streams']['big']['passed'] == []
+    launch(tmp_path / 'shares', 0, 1, 2, 'fsdp')
+    whole, shares = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('whole', 'shares'))
+    assert shares['losses'] == pytest.approx(whole['losses'], rel=1e-5) and shares['notes'] == []
 
 
 def test_two_processes_go_on_exactly_and_others_say_that_they_do_not(tmp_path):
@@ -450,7 +461,7 @@ if __name__ == '__main__':
             if done == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        history = run(folder, loaders, die)[1]
+        history = run(folder, loaders, die, sys.argv[4])[1]
         if not int(os.environ.get('RANK', 0)):
             found = dict(losses=history.losses, notes=history.notes)
             folder.with_suffix('.json').write_text(json.dumps(found))

@@ -63,6 +63,11 @@ class Machine(BaseModel):
         "That train together."
         return self.devices * self.nodes
 
+    @property
+    def in_shares(self) -> bool:
+        "Whether a process holds a share of the model only."
+        return self.shard != 'none' and self.processes > 1
+
     def accumulate(self, batch_size: int, asked: int = 1) -> int:
         """Micro-batches of an optimiser step on each process.
 

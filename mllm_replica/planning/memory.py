@@ -113,7 +113,7 @@ def memory_on_device(
     stage: one of them
     activations: bytes per sample
     """
-    in_shares, low = machine.shard != 'none' and machine.processes > 1, stage.precision == 'bf16'
+    in_shares, low = machine.in_shares, stage.precision == 'bf16'
     training = {model.get_parameter(name) for name in trainable_names(model, stage.trainable)}
     output = getattr(model, 'get_output_embeddings', lambda: None)()
     made = 4 * output.weight.numel() if output is not None and output.weight in training else 0
@@ -144,7 +144,7 @@ def remedies(machine: Machine, micro_batch: int) -> Iterator[Machine]:
     micro_batch: samples of a forward on one device
     """
     yield machine
-    if machine.processes > 1 and machine.shard == 'none':
+    if machine.processes > 1 and not machine.in_shares:
         machine = machine.model_copy(update=dict(shard='fsdp'))
         yield machine
     if not machine.checkpointing:

@@ -103,7 +103,7 @@ def load(
     place = data_folder()
     unit.sources = {name: read(source, unit.recipe.seed, place) for name, source in unit.recipe.sources.items()}
     unit.progress('building the model')
-    in_shares = machine.shard != 'none' and machine.processes > 1 and bool(unit.recipe.stages)
+    in_shares = machine.in_shares and bool(unit.recipe.stages)
     with as_stored(in_shares):
         unit.model, unit.processor = chapter.build(unit.recipe)
 
@@ -152,15 +152,14 @@ def cache_features(
     unit: Unit,
 ) -> None:
     "Compute or open the features of a frozen encoder for every image of the recipe."
-    machine = settings().machine
-    if machine.shard != 'none' or not encoder_is_frozen(unit.model, unit.recipe):
+    if settings().machine.in_shares or not encoder_is_frozen(unit.model, unit.recipe):
         return
     if any(isinstance(source, Stream) for source in unit.sources.values()):  # whose images are not known before
         return
     model, processor, folder = unit.model, unit.processor, settings().run_folder / 'features'
     with torch.no_grad():
         size = 4 * model.visual_features(model.blank_pixels(1)).numel()  # bytes of a picture
-    if sum(map(len, unit.sources.values())) * size > machine.features_gb * 1e9:
+    if sum(map(len, unit.sources.values())) * size > settings().machine.features_gb * 1e9:
         return
     images = {
         image_key(image): image for source in unit.sources.values() for images in source['images'] for image in images

@@ -123,7 +123,7 @@ class _Run:
         if machine.compile:
             for block in blocks_of(model):
                 block.forward = torch.compile(block.forward)  # not its hooks, which gather shares
-        if machine.shard != 'none' and processes > 1:
+        if machine.in_shares:
             shard(model, mesh_of(machine, self.accelerator.device.type, processes), stages)
         else:
             model.to(self.accelerator.device)
@@ -247,13 +247,15 @@ def _step(
     "One optimiser step; returns loss, gradient norm, supervised tokens, and whether any process was asked to stop."
     accelerator, world = run.accelerator, run.accelerator.num_processes
     (total, lonely), losses = _counts(run, batches), []
-    for n, batch in enumerate(batches):
+    for n, alone in enumerate(lonely):
         if n and run.stopping():
             raise _Abandoned
-        count, last = supervised(batch['labels']), n == len(batches) - 1
-        with _synchronised(run, model, last), feeds_all(run.model, lonely[n]):
+        batch = batches.pop(0)
+        count, last = supervised(batch['labels']), not batches
+        batch = send_to_device(batch, accelerator.device)  # the memory that it was read into is free from here
+        with _synchronised(run, model, last), feeds_all(run.model, alone):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.precision == 'bf16'):
-                out = model(**send_to_device(batch, accelerator.device), **run.options)
+                out = model(**batch, **run.options)
                 loss = out.loss.float() * (count * world / total)
             accelerator.backward(loss)
         losses.append(loss.detach())

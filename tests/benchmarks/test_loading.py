@@ -12,9 +12,11 @@ def waiting(files):
     ahead, waited, begun = steps_ahead(files, WORKERS, STEPS), [], []
     for _ in range(STEPS):
         begun.append(time.perf_counter())
-        next(ahead)
+        _, batches = next(ahead)
         waited.append(time.perf_counter() - begun[-1])
-        time.sleep(COMPUTE)  # a GPU at work leaves the CPU free
+        busy = waited[-1] + begun[-1] + COMPUTE  # a GPU at work leaves the CPU free
+        batches.clear()  # as the loop does when they are on the device
+        time.sleep(max(0, busy - time.perf_counter()))
     spent = time.perf_counter() - begun[5]
     return sum(waited[5:]) / spent
 
