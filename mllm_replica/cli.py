@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.convert import convert
+from .commands.evaluate import evaluate
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
@@ -58,5 +59,21 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, convert, slurm, doctor, ui):
+for command in (
+    papers,
+    tables,
+    show,
+    plan,
+    run,
+    report,
+    effects,
+    ablate,
+    search,
+    verify,
+    convert,
+    evaluate,
+    slurm,
+    doctor,
+    ui,
+):
     app.command()(command)

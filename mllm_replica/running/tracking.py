@@ -146,6 +146,28 @@ def start_unit(self: Tracker, parent: str, recipe: Recipe, key: str) -> str:
 
 
 @patch
+def start_evaluation(
+    self: Tracker,
+    paper: str,
+    table: str,
+    row: str,
+    checkpoint: str,
+    name: str,
+    how: dict[str, Any],
+) -> str:
+    """Open the run of a checkpoint that is evaluated beside a published row; returns its id.
+
+    checkpoint: its hash
+    name: of its folder
+    how: settings to log
+    """
+    identity = dict(kind='evaluation', paper=paper, table=table, row=row, scale='paper', checkpoint=checkpoint)
+    run = self._open(paper, f'{row} · {name}', identity, {})
+    self.params(run, flat(how))
+    return run
+
+
+@patch
 def params(
     self: Tracker,
     run: str,
