@@ -21,7 +21,7 @@ from .shared import AsJson, Paper, known, new_console, print_json, table_of
 from ..core.registry import PAPERS
 
 if TYPE_CHECKING:
-    from mllm_replica.evaluating.asking import Said
+    from mllm_replica.evaluating.jobs import Said
     from mllm_replica.evaluating.rows import Cell, Evaluation
 
 # %% ../../nbs/foundations/commands/89d_evaluate.ipynb #db644099
