@@ -21,7 +21,7 @@ from .shared import AsJson, Paper, known, new_console, print_json, table_of
 from ..core.registry import PAPERS
 
 if TYPE_CHECKING:
-    from mllm_replica.evaluating.jobs import Said
+    from mllm_replica.evaluating.working import Said
     from mllm_replica.evaluating.rows import Cell, Evaluation
 
 # %% ../../nbs/foundations/commands/89d_evaluate.ipynb #db644099
@@ -92,6 +92,10 @@ def evaluate(
         ),
     ] = None,
     column: Annotated[Optional[list[str]], typer.Option(help='only this one; can be repeated')] = None,
+    lmms: Annotated[
+        bool, typer.Option('--lmms', help='asked by lmms-eval and lm-eval (extra `eval`), with data that they fetch')
+    ] = False,
+    include: Annotated[Optional[Path], typer.Option(help='a folder with further tasks of theirs')] = None,
     batch_size: Annotated[int, typer.Option(help='questions answered together', min=1)] = 8,
     devices: Annotated[int, typer.Option(help='that share the questions, a process each', min=1)] = 1,
     workers: Annotated[int, typer.Option(help='processes that read ahead, for each device', min=0)] = 0,
@@ -122,6 +126,8 @@ def evaluate(
             devices=devices,
             workers=workers,
             limit=limit,
+            lmms=lmms,
+            include=include,
             said=said,
         )
     if as_json:
