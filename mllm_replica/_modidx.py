@@ -1505,6 +1505,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'mllm_replica/evaluating/working.py'),
                                                  'mllm_replica.evaluating.working.ask': ( 'foundations/evaluating/working.html#ask',
                                                                                           'mllm_replica/evaluating/working.py'),
+                                                 'mllm_replica.evaluating.working.dealt': ( 'foundations/evaluating/working.html#dealt',
+                                                                                            'mllm_replica/evaluating/working.py'),
                                                  'mllm_replica.evaluating.working.main': ( 'foundations/evaluating/working.html#main',
                                                                                            'mllm_replica/evaluating/working.py'),
                                                  'mllm_replica.evaluating.working.shares': ( 'foundations/evaluating/working.html#shares',

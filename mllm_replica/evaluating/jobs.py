@@ -21,7 +21,7 @@ from ..data.samples import IMAGE_MARK
 from ..scoring.answering import answered
 from ..scoring.asked import Asked, Question
 from ..scoring.evaluation import Predictions
-from ..scoring.shipped.readers import READERS
+from ..scoring.shipped.readers import reader_of
 from ..scoring.styles import style
 from ..scoring.tasks import TASKS
 
@@ -250,7 +250,7 @@ def begin(
     group: Group,
 ) -> Asking:
     "The questions of a group, and what is answered of them."
-    questions = READERS[group.task].read(job.data / group.task, group.split)
+    questions = reader_of(group.task).read(job.data / group.task, group.split)
     samples = prompts_of(job, group, questions)
     begun = Begun(
         checkpoint=job.checkpoint,
@@ -287,10 +287,11 @@ def scored(
     "The metrics of an answered group."
     asking = begin(job, group)
     same = dict(n=len(asking.questions), seconds=asking.begun.seconds, asked=asking.begun.questions)
-    same['code'] = digest([job.code, code_of_functions(READERS[group.task].score)])
+    reader = reader_of(group.task)
+    same['code'] = digest([job.code, code_of_functions(reader.scores)])
     answers = [asking.predictions.rows[question.id]['prediction'] for question in asking.questions]
     try:
-        return Scored(metrics=READERS[group.task].score(asking.questions, answers), **same)
+        return Scored(metrics=reader.score(asking.questions, answers), **same)
     except ValueError as error:
         if job.limit is None:
             raise Trouble(f'{asking.predictions.path}: {error}') from error
