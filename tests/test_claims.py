@@ -366,13 +366,21 @@ def test_cells_of_another_table():
     'published, ours, word',
     [
         (53.5, 53.5, 'match'),
-        (53.5, 54.04, 'match'),
-        (53.5, 54.2, 'near'),
-        (53.5, 56.0, 'differs'),
-        (54, 54.9, 'match'),
+        (53.5, 54.0, 'match'),
+        (70.1, 69.6, 'match'),
+        (53.5, 54.01, 'near'),
+        (53.5, 52.0, 'near'),
+        (53.5, 55.01, 'differs'),
+        (54, 54.5, 'match'),
+        (0, -0.5, 'match'),
         (None, 1.0, 'not run'),
+        (True, 1.0, 'not run'),
         ('AdamW', 1.0, 'not run'),
     ],
 )
 def test_cell_verdict(published, ours, word):
-    assert cell_verdict(Column(key='x', name='x', max=100), published, Interval(ours, None, None, 1)) == word
+    assert cell_verdict(0.5, published, Interval(ours, None, None, 1)) == word
+
+
+def test_no_cell_verdict_without_a_tolerance_or_a_run():
+    assert cell_verdict(None, 53.5, Interval(53.5, None, None, 1)) == 'not run' == cell_verdict(0.5, 53.5, None)

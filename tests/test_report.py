@@ -336,12 +336,24 @@ def test_an_own_run_stands_beside_the_committed_one(project):
 def test_paper_scale_judges_cells(project):
     ours = [
         record('cabs_144', metric='avg_n', value=53.6, scale='paper'),
-        record('cabs_256', metric='avg_n', value=50.0, scale='paper'),
+        record('cabs_144', metric='mme_pos', value=145.2, scale='paper'),
+        record('cabs_144', metric='s_per_step', value=2.5, scale='paper'),
+        record('cabs_144', metric='questions.mme', value=0.7, scale='paper'),
+        record('cabs_256', metric='avg_n', value=46.0, scale='paper'),
     ]
     write_results('honeybee', '3', 'paper', ours)
     frame = table_frame('honeybee', '3', 'paper')
-    assert frame.loc['B3 C-Abstractor M=144', ('replicated at paper', 'AvgN')] == '53.6 (one seed) match'
+    line = frame.loc['B3 C-Abstractor M=144', 'replicated at paper']
+    assert line['AvgN'] == '53.6 (one seed) match' and line['MME POS'] == '145.2 (one seed) near'
+    assert line['s/step'] == '2.500 (one seed)' and '0.7' not in ' '.join(map(str, line))
     assert frame.loc['B6 C-Abstractor M=256', ('replicated at paper', 'AvgN')].endswith('differs')
+    cells = as_json('honeybee')['honeybee']['tables']['3']['replicated']['paper']['cells']['cabs_144']
+    assert {name: cell.get('verdict') for name, cell in cells.items()} == {
+        'avg_n': 'match',
+        'mme_pos': 'near',
+        's_per_step': 'not run',
+        'questions.mme': None,
+    }
 
 
 @pytest.mark.parametrize(

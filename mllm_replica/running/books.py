@@ -20,7 +20,7 @@ from .following import Following
 from .journal import Journal
 from .tracking import Tracker
 from .worker import Order, Outcome
-from ..tables.reporting import comparison
+from ..tables.reporting import comparison, recorded
 
 # %% ../../nbs/foundations/running/71c_books.ipynb #2570079c
 @dataclass
@@ -143,9 +143,8 @@ class Books:
                     self.tracker.end(run, 'KILLED' if outcome.status == 'killed' else 'FAILED')
 
     def _numbers(self, recipe: Recipe, result: Result) -> dict[str, float]:
-        return comparison(
-            recipe.paper, recipe.table, recipe.row, recipe.scale, {name: m.value for name, m in result.metrics.items()}
-        )
+        values = {name: m.value for name, m in recorded(recipe, result.metrics).items()}
+        return comparison(recipe.paper, recipe.table, recipe.row, recipe.scale, values)
 
     def catch_up(self, orders: Sequence[Order]) -> None:
         """Track finished units that this table's run does not have yet, e.g. because another table or an earlier run made them.

@@ -24,7 +24,7 @@ from .engine import Job, TableParameters, check_parameters
 from .journal import git_commit
 from .worker import Order, environment, start_job, watch
 from ..tables.published import Replication, load_table, paper_folder
-from ..tables.reporting import TableReport, report_folder
+from ..tables.reporting import TableReport, recorded, report_folder
 
 # %% ../../nbs/foundations/running/71_publish.ipynb #4091494e
 FRESH = 10  # first seed that is reported
@@ -94,8 +94,9 @@ def _records(recipe: Recipe, order: Order, own: bool) -> list:
         torch=result.versions.get('torch', ''),
     )
     measured = load_table(recipe.paper, recipe.table).measured(recipe.scale) or Replication(columns=[])
-    means = measured.means({name: m.value for name, m in result.metrics.items()})
-    return [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in result.metrics.items()] + [
+    metrics = recorded(recipe, result.metrics)
+    means = measured.means({name: m.value for name, m in metrics.items()})
+    return [Record(metric=name, value=m.value, n_eval=m.n, **same) for name, m in metrics.items()] + [
         Record(metric=name, value=value, **same) for name, value in means.items()
     ]
 

@@ -59,8 +59,8 @@ def _scale_json(paper: str, t: Table, scale: Scale) -> dict:
             **found._asdict(),
             'n_eval': next(r.n_eval for r in records if (r.row, r.metric) == (row, metric)),
         }
-        if scale == 'paper':
-            cells[row][metric]['verdict'] = cell_verdict(t.column(metric), t.cell(row, metric), found)
+        if scale == 'paper' and metric in t.row(row).values:
+            cells[row][metric]['verdict'] = cell_verdict(t.tolerance(metric), t.cell(row, metric), found)
     for r in records:
         units[r.row, r.seed] = {
             **r.model_dump(exclude={'table', 'metric', 'scale', 'value', 'n_eval'}),

@@ -20,6 +20,8 @@ from ..core.reading import read_yaml
 from ..core.recipe import Recipe
 from ..core.registry import PAPERS
 from ..core.settings import Scale, Strict, Trouble, project_root
+from ..scoring.asked import Asked
+from ..scoring.tasks import check_asked
 
 # %% ../../nbs/foundations/tables/55_published.ipynb #1b12812b
 Value = float | int | str | bool | None  # a printed cell; None: not printed or not readable
@@ -32,7 +34,9 @@ class Column(Strict):
     max: upper end of the range
     min: lower end
     metric: where it differs within a table, e.g. CIDEr beside accuracy
-    mean_of: of our own columns: it is their mean within a unit, not a measurement
+    mean_of: of the same table's columns, perhaps with factors: it is their mean, not a measurement
+    task: what it asks of a benchmark; `{param}` in the metric is the row's
+    unasked: why nobody can ask it here
     """
 
     key: str
@@ -42,7 +46,23 @@ class Column(Strict):
     max: float | None = None
     min: float | None = None
     metric: str | None = None
-    mean_of: list[str] = []
+    mean_of: (
+        list[str] | dict[str, float]
+    ) = []
+    task: Asked | None = None
+    unasked: str = ''
+
+    @model_validator(mode='after')
+    def _one_origin(self) -> 'Column':
+        given = [name for name in ('task', 'unasked', 'mean_of') if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f'column {self.key} gives {" and ".join(given)}; expected one of them')
+        return self
+
+    @property
+    def parts(self) -> dict[str, float]:
+        "Of a mean: column -> factor."
+        return self.mean_of if isinstance(self.mean_of, dict) else dict.fromkeys(self.mean_of, 1.0)
 
 
 class Row(Strict):
@@ -166,9 +186,9 @@ class Replication(Strict):
         values: measured metric -> value
         """
         return {
-            c.key: fmean(values[part] for part in c.mean_of)
+            c.key: fmean(factor * values[part] for part, factor in c.parts.items())
             for c in self.columns
-            if c.mean_of and set(c.mean_of) <= set(values)
+            if c.parts and set(c.parts) <= set(values)
         }
 
 
@@ -223,6 +243,9 @@ class Table(Strict):
                 raise ValueError(
                     f'erratum {erratum.cell}: quotes {erratum.printed!r}, the cell holds {self.cell(*erratum.cell.split("."))!r}'
                 )
+        _check_means('', self.columns)
+        for column in self.columns:
+            _check_task(column, self.rows)
         for scale, found in self.replication.items():
             _own_names(scale, found, self.columns)
         return self
@@ -249,6 +272,25 @@ class Table(Strict):
         "One printed value."
         return self.row(row).values[self.column(column).key]
 
+    def asked(
+        self,
+        row: str,
+        column: str,
+    ) -> Asked | None:
+        "What a cell asks of a benchmark; None where nobody can ask it here."
+        return _asked(self.column(column), self.row(row))
+
+    def tolerance(
+        self,
+        column: str,
+    ) -> float | None:
+        "Printed units within which a cell matches: of a mean, the mean of its parts'; None where one is not asked."
+        found = self.column(column)
+        if found.task:
+            return found.task.tolerance
+        parts = [(self.tolerance(part), factor) for part, factor in found.parts.items()]
+        return fmean(t * factor for t, factor in parts) if parts and all(t for t, _ in parts) else None
+
     def measured(
         self,
         scale: Scale,
@@ -274,16 +316,43 @@ def _in_range(row: str, column: Column, value: Value) -> None:
         raise ValueError(f'cell {row}.{column.key} is {value}, outside {low} to {high}')
 
 
+def _asked(column: Column, row: Row) -> Asked | None:
+    if column.task is None or '{' not in column.task.metric:
+        return column.task
+    try:
+        return column.task.model_copy(update=dict(metric=column.task.metric.format(**row.params)))
+    except KeyError as error:
+        raise ValueError(
+            f'column {column.key} asks for {column.task.metric!r}, row {row.key} has no {error}'
+        ) from error
+
+
+def _check_task(column: Column, rows: list[Row]) -> None:
+    for asked in {asked.metric: asked for row in rows if (asked := _asked(column, row))}.values():
+        try:
+            check_asked(asked)
+        except ValueError as error:
+            raise ValueError(f'column {column.key}: {error}') from error
+
+
+def _check_means(
+    where: str,  # put before the message
+    columns: list[Column],
+) -> None:
+    plain = {c.key for c in columns if not c.mean_of}
+    for column in columns:
+        if wrong := set(column.parts) - plain:
+            raise ValueError(
+                f'{where}column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(plain)}'
+            )
+
+
 def _own_names(scale: str, found: Replication, published: list[Column]) -> None:
     _unique(f'{scale} columns', [c.key for c in found.columns])
     measured, printed = {c.key for c in found.columns}, {c.key for c in published}
     if found.control not in {None, *measured}:
         raise ValueError(f'{scale} control {found.control!r}: must be one of {sorted(measured)}')
-    for column in found.columns:
-        if wrong := set(column.mean_of) - measured | {column.key} & set(column.mean_of):
-            raise ValueError(
-                f'{scale} column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(measured - {column.key})}'
-            )
+    _check_means(f'{scale} ', found.columns)
     for reading, names in {'': found.stands_for, **{f' also {name}': found.names(name) for name in found.also}}.items():
         if set(names) <= printed and set(names.values()) <= measured and (names or not reading):
             continue

@@ -68,7 +68,8 @@ def table_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd.D
         line = {('published', c.name): _printed(row.values[c.key]) for c in t.columns}
         for c in measured.columns if measured else []:
             ours = found.get((row.key, c.key))
-            judged = f' {cell_verdict(c, row.values[c.key], ours)}' if scale == 'paper' and ours else ''
+            tolerance = t.tolerance(c.key) if scale == 'paper' and ours else None
+            judged = f' {cell_verdict(tolerance, row.values[c.key], ours)}' if tolerance else ''
             line[heading, c.name] = interval_text(ours) + judged
         line[heading, 'seeds'] = str(max((f.n for (r, _), f in found.items() if r == row.key), default=0))
         lines.append(line)

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from ..core.settings import Scale
 from .claims import NOT_COMPUTABLE, ClaimError, Comparison, Unmeasured, comparisons, parse
-from .published import Claim, Column, Table, Value
+from .published import Claim, Table, Value
 
 # %% ../../nbs/foundations/tables/57_verdicts.ipynb #3841ae87
 Samples = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
@@ -174,15 +174,13 @@ def _decide(op: str, found: Interval) -> str:
     return 'contradicted' if found.high < 0 else 'inconclusive'
 
 # %% ../../nbs/foundations/tables/57_verdicts.ipynb #423b9b1c
-def cell_verdict(column: Column, published: Value, found: Interval | None) -> str:
-    """`match`, `near`, `differs` or `not run`.
+def cell_verdict(tolerance: float | None, published: Value, found: Interval | None) -> str:
+    """`match` within the tolerance, `near` within three times as much, else `differs`; `not run` where there is nothing to compare.
 
-    found: ours at scale `paper`
+    tolerance: of the column, printed units; None: nobody asks it
+    found: ours at scale `paper`, printed units
     """
-    if found is None or isinstance(published, (str, bool)) or published is None:
+    if tolerance is None or found is None or isinstance(published, (str, bool)) or published is None:
         return 'not run'
-    span = column.max - (column.min or 0) if column.max is not None else abs(published)
-    printed = f'{published}'.partition('.')[2]
-    rounding = 0.5 * 10.0 ** -len(printed) if 'e' not in f'{published}' else 0.0
-    distance = abs(found.mean - published) - rounding
-    return 'match' if distance <= 0.005 * span else 'near' if distance <= 0.02 * span else 'differs'
+    distance = abs(found.mean - published) - 1e-9  # 54.0 and 53.5 are half a point apart, to the last bit or not
+    return 'match' if distance <= tolerance else 'near' if distance <= 3 * tolerance else 'differs'
