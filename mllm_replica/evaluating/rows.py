@@ -25,6 +25,7 @@ from ..models.official import read_config
 from ..running.journal import git_commit, processor
 from ..running.tracking import Tracker
 from ..scoring.asked import Asked
+from ..scoring.shipped.readers import READERS
 from ..tables.published import Table, Value, load_table
 from ..tables.released import UNIT, difference, judged_cell, write_released
 from ..tables.reporting import comparison
@@ -32,14 +33,20 @@ from ..tables.results import Record
 
 # %% ../../nbs/foundations/evaluating/78e_rows.ipynb #5ca28a0b
 def asked_of(table: Table, row: str, columns: Collection[str] = ()) -> tuple[dict[str, Asked], dict[str, str]]:
-    """Column -> what it asks, and of the others why they are not asked.
+    """Column -> what it asks, those of which a chosen one is the mean among them; and why others are not asked.
 
     columns: keys; none: all
     """
-    table.row(row)
     chosen = [table.column(key) for key in columns] or table.columns
-    asked = {column.key: column.task for column in chosen if column.task is not None}
-    return asked, {column.key: column.unasked or 'no benchmark' for column in chosen if column.task is None}
+    keys = [key for column in chosen for key in (column.parts or [column.key])]
+    cells = {key: table.asked(row, key) for key in keys}
+    means = {
+        column.key: f'the mean of {", ".join(column.parts)}, which need values' for column in chosen if column.parts
+    }
+    return (
+        {key: what for key, what in cells.items() if what},
+        means | {key: table.column(key).unasked for key, what in cells.items() if not what},
+    )
 
 
 class Cell(Strict):
@@ -81,7 +88,7 @@ class Evaluation(Strict):
     cells: list[Cell]
     results: Path | None = None
 
-# %% ../../nbs/foundations/evaluating/78e_rows.ipynb #fe0d1d4f
+# %% ../../nbs/foundations/evaluating/78e_rows.ipynb #07b798e3
 def cells_of(
     table: Table,
     row: str,
@@ -94,26 +101,36 @@ def cells_of(
     unasked: column -> why
     found: group -> what it came to
     """
+    values, counted, why = {}, {}, dict(unasked)
+    for key, what in asked.items():
+        got = counted[key] = found[group_of(what).name]
+        if got.why:
+            why[key] = got.why
+        elif what.metric not in got.metrics:
+            raise KeyError(f'the scorer of {what.task} gives {sorted(got.metrics)}, no {what.metric} (column {key})')
+        else:
+            values[key] = what.printed(got.metrics[what.metric])
+    values |= table.measured('paper').means(values)
     cells = []
     for column in table.columns:
-        head = dict(column=column.key, name=column.name, published=table.cell(row, column.key))
-        if column.key in unasked:
-            cells.append(Cell(**head, why=unasked[column.key]))
-        if column.key not in asked:
+        key, value = column.key, values.get(column.key)
+        if value is None and key not in why:
             continue
-        what = asked[column.key]
-        got, head = found[group_of(what).name], head | dict(tolerance=what.tolerance)
-        if got.why:
-            cells.append(Cell(**head, why=got.why, questions=got.n, seconds=got.seconds))
-            continue
-        if what.metric not in got.metrics:
-            raise KeyError(
-                f'table {table.key} column {column.key} wants {what.metric!r} of {what.task}; its scorer gives {sorted(got.metrics)}'
+        published, got = table.cell(row, key), counted.get(key)
+        cells.append(
+            Cell(
+                column=key,
+                name=column.name,
+                published=published,
+                evaluated=value,
+                difference=None if value is None else difference(published, value),
+                tolerance=table.tolerance(key),
+                verdict=judged_cell(table, row, key, value),
+                questions=got and got.n,
+                seconds=got and got.seconds,
+                why=why.get(key, '') if value is None else '',
             )
-        value = what.printed(got.metrics[what.metric])
-        judged = dict(evaluated=value, difference=difference(head['published'], value))
-        verdict = judged_cell(table, row, column.key, value)
-        cells.append(Cell(**head, **judged, verdict=verdict, questions=got.n, seconds=got.seconds))
+        )
     return cells
 
 # %% ../../nbs/foundations/evaluating/78e_rows.ipynb #c5e6f853
@@ -122,7 +139,8 @@ def records_of(
     asked: Mapping[str, Asked],
     found: Mapping[str, Scored],
 ) -> list[Record]:
-    "The cells that have a value, with their provenance."
+    "The cells that have a value, with their provenance; that of a mean is that of its parts."
+    table = load_table(evaluation.paper, evaluation.table)
     same = dict(
         table=evaluation.table,
         row=evaluation.row,
@@ -139,16 +157,17 @@ def records_of(
     for cell in evaluation.cells:
         if cell.evaluated is None:
             continue
-        got = found[group_of(asked[cell.column]).name]
-        decided = [evaluation.checkpoint, got.asked, asked[cell.column].model_dump(mode='json')]
+        parts = [asked[key] for key in table.column(cell.column).parts or [cell.column]]
+        got = [found[group_of(what).name] for what in parts]
+        decided = [[one.asked, what.model_dump(mode='json')] for one, what in zip(got, parts)]
         records.append(
             Record(
                 metric=cell.column,
                 value=cell.evaluated,
                 n_eval=cell.questions,
-                seconds=cell.seconds,
-                digest=digest(decided),
-                code=got.code,
+                seconds=cell.seconds or 0.0,
+                digest=digest([evaluation.checkpoint, decided]),
+                code=digest([one.code for one in got]),
                 **same,
             )
         )
@@ -198,13 +217,15 @@ def _here(asked: dict[str, Asked], unasked: dict[str, str], data: Path, chosen: 
 
     chosen: somebody named these columns
     """
-    missing = {key: data / what.task for key, what in asked.items() if not (data / what.task).is_dir()}
+    unread = {key: f'files of {what.task} are not read here' for key, what in asked.items() if what.task not in READERS}
+    places = {key: data / what.task for key, what in asked.items() if key not in unread}
+    missing = unread | {key: f'no files in {place}' for key, place in places.items() if not place.is_dir()}
     if missing and (chosen or len(missing) == len(asked)):
         raise Trouble(
-            f'no files in {", ".join(dict.fromkeys(map(str, missing.values())))}: put the benchmark there as it is shipped, '
-            'name another folder with --data, or let lmms-eval fetch it with --lmms'
+            f'{"; ".join(dict.fromkeys(missing.values()))}: put the benchmark there as it is shipped, '
+            'name another folder with --data, or let a harness fetch it with --lmms'
         )
-    unasked |= {key: f'no files in {place}' for key, place in missing.items()}
+    unasked |= missing
     return {key: what for key, what in asked.items() if key not in missing}
 
 

@@ -5,7 +5,7 @@ __all__ = ['CAPTION', 'VQA', 'Template', 'demonstrations', 'resolutions', 'few_s
 
 # %% ../../nbs/papers/03_mm1.ipynb #0ee1865a
 import json, math, zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 

@@ -72,7 +72,7 @@ def judged_cell(table: Table, row: str, column: str, value: float | None) -> str
     value: in printed units
     """
     found = None if value is None else Interval(value, None, None, 1)
-    return cell_verdict(table.column(column), table.cell(row, column), found)
+    return cell_verdict(table.tolerance(column), table.cell(row, column), found)
 
 
 def released_frame(
