@@ -52,6 +52,18 @@ def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
     )
 
 # %% ../../nbs/foundations/commands/86_report.ipynb #c1129aa2
+def _report_released(paper: str, table: str, console: Console) -> bool:
+    "Print what evaluated checkpoints scored, if there are any."
+    from mllm_replica.tables.published import load_table
+    from mllm_replica.tables.released import released_frame
+
+    if evaluated := len(cells := released_frame(paper, table)):
+        t = load_table(paper, table)
+        title = f'{PAPERS[paper]}, table {t.table}: {escape(t.title)} (checkpoints that were evaluated here)'
+        console.print(frame_table(cells, title))
+    return bool(evaluated)
+
+
 def report(
     paper: Annotated[
         Optional[str],
@@ -66,6 +78,7 @@ def report(
     "Published beside replicated, with a verdict per claim."
     from mllm_replica.tables.published import tables_of
     from mllm_replica.tables.plain import as_json as everything
+    from mllm_replica.tables.released import released_cells
     from mllm_replica.tables.report import scales_run
 
     table = table and table_of(paper, table)
@@ -77,6 +90,9 @@ def report(
             t['replicated'] = {s: x for s, x in t['replicated'].items() if s == scale}
             for claim in t['claims']:
                 claim['verdicts'] = {s: x for s, x in claim['verdicts'].items() if s == scale}
+        for p, key, t in [(p, key, t) for p, about in found.items() for key, t in about['tables'].items()]:
+            if scale in (None, 'paper') and (cells := released_cells(p, key)):
+                t['checkpoints'] = cells
         return print_json(found)
     console = new_console()
     for key in [paper] if paper else PAPERS:
@@ -85,7 +101,8 @@ def report(
             scales = [s for s in scales_run(key, name, own=True) if scale in (None, s)]
             for s in scales:
                 _report_table(key, name, s, console)
-            if not scales:
+            evaluated = scale in (None, 'paper') and _report_released(key, name, console)
+            if not scales and not evaluated:
                 empty.append(name)
         if empty:
             console.print(f'{PAPERS[key]}: not run{f" at scale {scale}" if scale else ""}: {", ".join(empty)}')
