@@ -1,5 +1,7 @@
 """What the published columns ask of benchmarks: named and known, or the reason why not."""
 
+from functools import partial
+
 import pytest
 
 from mllm_replica.core.recipe import Benchmark
@@ -46,8 +48,8 @@ def test_every_column_names_its_task_or_the_reason_why_not():
 def test_every_cell_asks_what_there_is(paper):
     asked = [
         found
-        for name in tables_of(paper)
-        for row in (t := load_table(paper, name)).rows
+        for t in map(partial(load_table, paper), tables_of(paper))
+        for row in t.rows
         for c in t.columns
         if (found := t.asked(row.key, c.key))
     ]
@@ -127,7 +129,7 @@ def test_no_other_benchmarks():
     ],
 )
 def test_a_column_that_asks_what_there_is_not(change, message):
-    with pytest.raises(ValueError, match='column score: ' + message):
+    with pytest.raises(ValueError, match=f'column score: .*{message}'):
         table(
             [Column(key='score', name='S', task=Asked(**DEV | change))], [Row(key='a', label='A', values={'score': 1})]
         )

@@ -34,7 +34,7 @@ class Column(Strict):
     max: upper end of the range
     min: lower end
     metric: where it differs within a table, e.g. CIDEr beside accuracy
-    mean_of: of the same table's columns, perhaps with factors: it is their mean, not a measurement
+    mean_of: of columns of its table, perhaps times factors: no measurement
     task: what it asks of a benchmark; `{param}` in the metric is the row's
     unasked: why nobody can ask it here
     """
@@ -46,9 +46,7 @@ class Column(Strict):
     max: float | None = None
     min: float | None = None
     metric: str | None = None
-    mean_of: (
-        list[str] | dict[str, float]
-    ) = []
+    mean_of: list[str] | dict[str, float] = []
     task: Asked | None = None
     unasked: str = ''
 
