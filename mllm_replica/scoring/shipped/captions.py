@@ -60,7 +60,7 @@ def _coco(content: dict[str, Any], name: str) -> list[Question]:
 
 def _captions(path: Path, split: str) -> list[Question]:
     "The pictures of a file in any of the forms."
-    content = load(path, list if path.read_bytes()[:1] == b'[' else dict)
+    content = load(path, list, dict)
     if isinstance(content, list):
         return _listed(content, path.name)
     (rows,) = fields(content, path.name, images=list)

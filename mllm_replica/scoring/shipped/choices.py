@@ -13,16 +13,19 @@ from typing import Any
 from ...core.settings import Trouble
 from ..asked import Question
 from ..official_scorers import scienceqa_right, seed
-from .circular import LETTERS, check_options
+from .circular import LETTERS, options_of
 from .files import asked, by_key, fields, find, load, optional, some, texts, under
 
 # %% ../../../nbs/foundations/scoring/54d_shipped_choices.ipynb #e3d317c0
+_CHOICES = ('choice_a', 'choice_b', 'choice_c', 'choice_d')
+
+
 def _seed_question(row: Any, where: str, kinds: dict[int, str]) -> Question:
     "The question of a record."
     key, text, letter, number, media, name = fields(
         row, where, question_id=(str, int), question=str, answer=str, question_type_id=int, data_type=str, data_id=str
     )
-    options = fields(row, where, choice_a=str, choice_b=str, choice_c=str, choice_d=str)
+    options = options_of(fields(row, where, **dict.fromkeys(_CHOICES, (str, int, float))), where)
     if letter.strip() not in tuple('ABCD') or media not in ('image', 'video') or number not in kinds:
         raise Trouble(
             f'{where}: answer {letter!r:.20}, data_type {media!r:.20}, question_type_id {number}; expected a letter from '
@@ -83,8 +86,7 @@ def _problem(problem: Any, key: str, where: str) -> Question:
         problem, where, question=str, choices=list, answer=int, subject=str, grade=str, split=str
     )
     name, hint = optional(problem, where, 'image'), optional(problem, where, 'hint')
-    options = texts(choices, f'{where}: choices')
-    check_options(options, where)
+    options = options_of(choices, where)
     if not 0 <= right < len(options) or subject not in _SUBJECTS or grade not in _GRADES:
         raise Trouble(
             f'{where}: answer {right} of {len(options)} choices, subject {subject!r:.40}, grade {grade!r:.20}; '

@@ -64,14 +64,15 @@ def _parsed(content: bytes, where: str) -> Any:
         raise Trouble(f'{where} is damaged or no JSON: {error}; fetch it again') from error
 
 
-def load(path: Path, kind: type) -> Any:
+def load(path: Path, *kinds: type) -> Any:
     """What a JSON file says.
 
-    kind: list or dict
+    kinds: list or dict, or both
     """
     content = _parsed(path.read_bytes(), path.name)
-    if not isinstance(content, kind):
-        raise Trouble(f'{path.name} holds {_called(type(content))}; expected {_called(kind)}; is it another file?')
+    if not isinstance(content, kinds):
+        expected = ' or '.join(map(_called, kinds))
+        raise Trouble(f'{path.name} holds {_called(type(content))}; expected {expected}; is it another file?')
     return content
 
 
@@ -86,7 +87,7 @@ def load_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, _parsed(line, where)
 
 # %% ../../../nbs/foundations/scoring/54_shipped_files.ipynb #d7bc67f1
-_CALLED = {str: 'text', int: 'a whole number', list: 'a list', dict: 'an object', type(None): 'nothing'}
+_CALLED = {str: 'text', int: 'a whole number', float: 'a number', list: 'a list', dict: 'an object'}
 
 
 def _called(kind: type) -> str:
@@ -98,12 +99,12 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and (kind is not str or bool(value.strip()))
 
 
-def fields(row: Any, where: str, **kinds: type | tuple[type, ...]) -> list[Any]:
+def fields(row: Any, where: str, /, **kinds: type | tuple[type, ...]) -> list[Any]:
     """The values of those fields.
 
     row: a record of a file
     where: file and record, for the message
-    kinds: field -> kind or kinds; with `NoneType` among them the field may be missing
+    kinds: field -> kind or kinds
     """
     if not isinstance(row, dict):
         raise Trouble(f'{where} is {row!r:.60}; expected an object with {", ".join(kinds)}')
@@ -312,7 +313,8 @@ class Reader:
         split: one of `splits`
         """
         official = self.splits[self.split(split)]
-        return f'{len(questions):,}' + f' of the official {official:,}' * (official is not None) + ' questions'
+        beside = '' if official is None else f' of the official {official:,}'
+        return f'{len(questions):,}{beside} questions'
 
 
 def _joined(split: str) -> str:

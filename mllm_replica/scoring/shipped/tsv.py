@@ -36,7 +36,10 @@ class StoredImage(dict):
         try:
             with open(name, 'rb') as file:
                 file.seek(start)
-                return base64.b64decode(file.read(size), validate=True)
+                text = file.read(size)
+            if len(text) < size:
+                raise ValueError('it is shorter')
+            return base64.b64decode(text, validate=True)
         except (OSError, ValueError) as error:
             raise Trouble(f'{name} was changed or moved since it was read ({error}); read it again') from error
 

@@ -118,7 +118,8 @@ def _read_words(folder: Path, split: str) -> dict[str, list[str]]:
     for number, row in enumerate(rows, 1):
         where = f'{path.name} record {number}'
         key, words = fields(row, where, image_id=str, ocr_tokens=list)
-        pairs.append((key, texts(words, f'{where}: ocr_tokens') if words else []))
+        written = [word for word in words if word != '']
+        pairs.append((key, texts(written, f'{where}: ocr_tokens') if written else []))
     return by_key(pairs, f'{path.name}: image_id')
 
 

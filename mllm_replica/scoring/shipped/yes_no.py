@@ -6,6 +6,7 @@
 __all__ = ['POPE', 'read_mme', 'score_mme', 'read_pope', 'score_pope']
 
 # %% ../../../nbs/foundations/scoring/54e_shipped_yes_no.ipynb #20db084a
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -45,8 +46,8 @@ def _mme_task(folder: Path, home: str, task: str) -> list[Question]:
     place = f'{home}/{task}' if home else task
     apart = (folder / place / 'questions_answers_YN').is_dir()
     said, seen = (f'{place}/questions_answers_YN', f'{place}/images') if apart else (place, place)
-    texts = {path.stem: path for path in sorted((folder / said).glob('*.txt'))}
-    shown = [(path.stem, path) for path in sorted((folder / seen).glob('*')) if path.suffix.lower() in _PICTURES]
+    texts = {path.stem: path for path in sorted((folder / said).glob('[!.]*.txt'))}
+    shown = [(path.stem, path) for path in sorted((folder / seen).glob('[!.]*')) if path.suffix.lower() in _PICTURES]
     pictures = by_key(shown, f'an image of {task}')
     bare, lonely = sorted(pictures.keys() - texts), sorted(texts.keys() - pictures)
     if bare or lonely or not texts:
@@ -116,6 +117,15 @@ def _pope_questions(folder: Path, kind: str) -> list[Question]:
     return questions
 
 
+def _check_sizes(questions: Sequence[Question]) -> None:
+    "That the three files are there, all of one size or as first released."
+    counts = Counter(question.about['category'] for question in questions)
+    sizes = [counts[kind] for kind in POPE]
+    if 0 in sizes or len(set(sizes)) > 1 and sizes != _FIRST_RELEASE:
+        found = ', '.join(f'{kind} {size}' for kind, size in zip(POPE, sizes))
+        raise Trouble(f'the files of POPE are of different sizes: {found} questions; all three are needed whole')
+
+
 def read_pope(folder: Path, split: str) -> list[Question]:
     """POPE, its three files behind each other.
 
@@ -123,10 +133,7 @@ def read_pope(folder: Path, split: str) -> list[Question]:
     split: test
     """
     files = [_pope_questions(folder, kind) for kind in POPE]
-    sizes = [len(questions) for questions in files]
-    if 0 in sizes or len(set(sizes)) > 1 and sizes != _FIRST_RELEASE:
-        said = ', '.join(f'{kind} {size}' for kind, size in zip(POPE, sizes))
-        raise Trouble(f'the files of POPE are of different sizes: {said} questions; fetch the shorter one again')
+    _check_sizes([question for questions in files for question in questions])
     return under(
         folder, [question for questions in files for question in questions], 'val2014', 'images', 'coco/val2014', ''
     )
@@ -138,12 +145,11 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
     questions: about: category
     answers: of the model
     """
+    _check_sizes(questions)
     pairs = sorted(zip(questions, answers), key=lambda pair: POPE.index(pair[0].about['category']))
     scores = {
         kind: pope(*zip(*((answer, question.answers[0]) for question, answer in group)))
         for kind, group in groupby(pairs, key=lambda pair: pair[0].about['category'])
     }
-    if len(scores) < len(POPE):
-        raise Trouble(f'answers to {", ".join(scores)} only; the mean needs {", ".join(POPE)}')
     mean = pope_average(scores)
     return mean | {f'{kind}.{name}': said[name] for kind, said in scores.items() for name in mean}
