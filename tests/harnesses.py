@@ -1,7 +1,5 @@
 "Tasks for lmms-eval and lm-eval in their true layout, made here: a few rows of pictures, videos and text."
 
-import textwrap
-
 import numpy as np
 from PIL import Image
 
@@ -54,6 +52,30 @@ metric_list:
   - metric: said
     aggregation: !function tools.mean
     higher_is_better: true
+"""
+CHOICE = """
+task: {name}
+dataset_path: {kind}
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+{visual}doc_to_text: question
+doc_to_choice: ["yes", "no", "certainly not"]
+doc_to_target: "{{{{ ['yes', 'no'].index(answer) }}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+POPE = """
+include: {official}
+task: local_pope
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: {data}
 """
 
 
@@ -113,6 +135,20 @@ def write_tasks(folder, rows=7):
     ):
         told = dict(name=f'local_{name}', kind=kind, data=folder / data, visual=visual, text='!function tools.ask')
         (folder / f'{name}.yaml').write_text(TASK.format(**told).replace('doc_to_visual: \n', ''))
+    picture = dict(kind='parquet', data=folder / 'one.parquet', visual='doc_to_visual: !function tools.one\n')
+    (folder / 'choice.yaml').write_text(CHOICE.format(name='local_choice', **picture))
+    return folder
+
+
+def write_text_task(folder, rows=7):
+    "A task of lm-eval, `local_options`."
+    from datasets import Dataset
+
+    folder.mkdir(parents=True)
+    asked = ['Is this ' + 'very ' * (n % 4) + 'large?' for n in range(rows)]
+    Dataset.from_dict(dict(question=asked, answer=['yes', 'no'] * 3 + ['yes'])).to_json(folder / 'options.jsonl')
+    plain = dict(name='local_options', kind='json', data=folder / 'options.jsonl', visual='')
+    (folder / 'options.yaml').write_text(CHOICE.format(**plain))
     return folder
 
 
@@ -123,6 +159,8 @@ def save_tiny(paper, folder):
 
     model = model_of(paper)
     processor = KINDS[paper].from_config(model.config, chat_tokenizer())
+    if paper == 'owl3':
+        model.config.placeholder_ids = processor.placeholder_ids
     model.resize_token_embeddings(len(processor.tokenizer))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

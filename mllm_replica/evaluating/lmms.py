@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['checkpoint_of', 'device_of', 'opened', 'losses', 'Answering', 'Simple', 'Chat', 'manifest']
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #ed03f0da
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #47a5cbd5
 import json, os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mllm_replica.auto
+import mllm_replica.auto  # noqa: F401  the Auto classes know our models
 from ..core.settings import Trouble
 from mllm_replica.evaluating.asking import (
     BETWEEN,
@@ -36,13 +36,14 @@ from mllm_replica.evaluating.asking import (
 )
 from ..scoring.evaluation import collate_prompts, left_padded
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #4241a532
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #e86a587d
 try:
+    from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 except ImportError:  # nothing here runs in lmms-eval then
-    lmms = object
+    GenerationResult, lmms = tuple, object
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #ee471feb
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #e9ae0149
 def checkpoint_of(folder: str | Path) -> Path:
     """The folder of a saved model, or what is wrong with it.
 
@@ -83,7 +84,7 @@ def opened(folder: Path, device: torch.device, dtype: str, attention: str | None
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **how)
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #8646ea68
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #39047836
 @torch.inference_mode()
 def losses(model: Any, batch: Mapping[str, Any], lengths: Tensor) -> list[list[Any]]:
     """Of each row the mean loss of its answer's tokens and whether greedy decoding gives them: [loss, greedy].
@@ -102,7 +103,7 @@ def losses(model: Any, batch: Mapping[str, Any], lengths: Tensor) -> list[list[A
     greedy = ((logits.argmax(-1) == tokens) | ~real).all(1)
     return [[float(value), bool(equal)] for value, equal in zip(loss, greedy)]
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #135d09df
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #9ea5bede
 class _Samples(Sequence):
     "Samples of some requests, each made when it is read."
 
@@ -265,7 +266,7 @@ class Answering(lmms):
                 yield dict(zip(part, losses(self.model, batch, torch.tensor(lengths))))
 
         keys = [self.key(request) for request in requests]
-        return [tuple(found) for found in told_once(keys, self.answers, ask)]
+        return [GenerationResult(tuple(found)) for found in told_once(keys, self.answers, ask)]
 
     def next_round(
         self,
@@ -303,7 +304,7 @@ class Answering(lmms):
                     asked |= {n: said} if said is not None else {}
         return given
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #e38dc15d
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #dc0c2fb7
 _STILL = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')  # files that are one picture
 
 

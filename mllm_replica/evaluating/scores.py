@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SCORES', 'TROUBLE', 'LOG', 'ANSWERS', 'INSTALL', 'numbers_of', 'main', 'lmms_scores', 'text_scores']
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #1c57e498
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #e600fa2a
 import json, os, subprocess, sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from ..core.settings import Trouble
 from ..core.writing import read_json_file, write_atomic
 from .asking import digest_of, state_of
 from .lmms import checkpoint_of, manifest
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #4dba12dc
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #34ea01a8
 def numbers_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Task -> metric -> value.
 
@@ -34,7 +35,7 @@ def numbers_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 found.setdefault(task, {})[name if chosen == 'none' else key] = float(value)
     return found
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #038fa13e
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #a5f0e749
 QUESTION, SCORES, TROUBLE, LOG, ANSWERS = 'question.json', 'scores.json', 'trouble.txt', 'log.txt', 'answers'
 
 
@@ -63,7 +64,7 @@ def _by_lm(question: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    import mllm_replica.auto
+    import mllm_replica.auto  # noqa: F401  the Auto classes know our models
 
     folder, processes = question['checkpoint'], Accelerator()
     how = dict(batch_size=question['batch_size'], device=question['device'] or str(processes.device))
@@ -97,7 +98,8 @@ def main(out: Path) -> int:
     try:
         found = (_by_lmms if question['harness'] == 'lmms_eval' else _by_lm)(question, out)
     except (Exception, SystemExit) as error:
-        write_atomic(out / TROUBLE, f'{type(error).__name__}: {error}')
+        cause = error.__cause__ if type(error).__name__ == 'RetryError' else None
+        write_atomic(out / TROUBLE, f'{type(cause or error).__name__}: {cause or error}')
         raise
     if found is not None:
         write_atomic(out / SCORES, json.dumps(numbers_of(found)))
@@ -105,7 +107,7 @@ def main(out: Path) -> int:
         torch.distributed.destroy_process_group()
     return 0
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #5ee6c8dd
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #394c6920
 INSTALL = {
     'lmms_eval': "pip install 'mllm_replica[eval]', then pip install --no-deps lmms-eval==0.7.3",
     'lm_eval': "pip install 'mllm_replica[eval]'",
@@ -133,7 +135,7 @@ def _evaluated(harness: str, out: Path, processes: int, question: dict[str, Any]
     write_atomic(out / QUESTION, json.dumps(question))
     for name in (SCORES, TROUBLE):
         (out / name).unlink(missing_ok=True)
-    environment = os.environ | {'TOKENIZERS_PARALLELISM': 'false'}
+    environment = {'HF_HOME': HF_HOME, **os.environ, 'TOKENIZERS_PARALLELISM': 'false'}  # tasks with videos read it
     if not torch.cuda.is_available() or question['device'] == 'cpu':
         environment['ACCELERATE_USE_CPU'] = 'true'
     with open(out / LOG, 'ab') as log:
@@ -210,6 +212,6 @@ def text_scores(
     question |= dict(device=device, shots=shots, arguments=arguments)
     return _evaluated('lm_eval', out, processes, question)
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #df6f8574
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #0c6880a3
 if __name__ == '__main__' and '__file__' in globals():
     sys.exit(main(Path(sys.argv[1])))
