@@ -1383,6 +1383,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'mllm_replica/evaluating/jobs.py'),
                                               'mllm_replica.evaluating.jobs.fingerprint': ( 'foundations/evaluating/jobs.html#fingerprint',
                                                                                             'mllm_replica/evaluating/jobs.py'),
+                                              'mllm_replica.evaluating.jobs.gathered': ( 'foundations/evaluating/jobs.html#gathered',
+                                                                                         'mllm_replica/evaluating/jobs.py'),
                                               'mllm_replica.evaluating.jobs.group_of': ( 'foundations/evaluating/jobs.html#group_of',
                                                                                          'mllm_replica/evaluating/jobs.py'),
                                               'mllm_replica.evaluating.jobs.groups_of': ( 'foundations/evaluating/jobs.html#groups_of',

@@ -24,7 +24,7 @@ from ..owl3.pictures import read_video
 from ..scoring.evaluation import collate_prompts, greedy
 
 # %% ../../nbs/foundations/evaluating/77_asking.ipynb #ca73b9ef
-BETWEEN = {'owl2': ''}  # what stands between pictures and the question; elsewhere a line break
+BETWEEN = {'owl2': '', 'owl3': ''}  # what stands between pictures and the question; elsewhere a line break
 FRAMES = 8  # of a video, where the processor says no number
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..core.registry import PAPERS
 from ..core.settings import Trouble, settings
 from ..core.writing import read_json_file, write_atomic
@@ -68,7 +69,9 @@ def our_folder(folder: Path, digest: str, said: Callable[[int, int], None] | Non
         raise Trouble(f'{folder}: {error}') from error
     if 'connector_config' in content and content.get('model_type') in PAPERS:
         return folder
-    target = settings().run_folder / 'converted' / digest[:12]
+    target = settings().run_folder / 'converted' / f'{digest[:12]}-{__version__}'
+    if all((target / name).is_file() for name in (CONFIG, *PROCESSOR_FILES[:1])):  # the configuration is written last
+        return target
     made = convert(folder, target, said=said)
     if made.missing:
         raise Trouble(f'{folder}: {made.missing}; put the tokenizer of the released model beside its weights')

@@ -107,7 +107,7 @@ def cells_of(
         if got.why:
             why[key] = got.why
         elif what.metric not in got.metrics:
-            raise KeyError(f'the scorer of {what.task} gives {sorted(got.metrics)}, no {what.metric} (column {key})')
+            why[key] = f'no question of {what.task} {what.split} counts for {what.metric}'
         else:
             values[key] = what.printed(got.metrics[what.metric])
     values |= table.measured('paper').means(values)

@@ -17,7 +17,7 @@ import torch
 from ..core.settings import Trouble, settings
 from ..core.writing import write_atomic
 from .checkpoints import load_checkpoint
-from .jobs import Begun, Group, Job, begin, prompts_of
+from .jobs import Begun, Group, Job, begin, gathered, prompts_of
 from ..running.devices import device_sets, visible_gpus
 from ..running.engine import kill_tree
 from ..running.journal import unit_lock
@@ -233,6 +233,7 @@ def answer_together(
         spent, new = time.monotonic() - start, [_new(job, group) for group in job.groups]
         for group, count in zip(job.groups, new):  # by the answers it gave
             _took(job, group, spent * count / max(1, sum(new)))
+            gathered(job.folder, group.name)
 
 
 def answer(

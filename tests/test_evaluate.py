@@ -1,0 +1,181 @@
+"A released checkpoint beside its published row: converted, asked on files as they are shipped, scored, recorded, tracked; whatever stops it."
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harnesses import save_tiny
+from mlflow import MlflowClient
+from shipped import made
+from test_convert import Official
+from typer.testing import CliRunner
+
+from mllm_replica.cli import app
+from mllm_replica.core.registry import PAPERS
+from mllm_replica.core.settings import settings
+from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.evaluating import working
+from mllm_replica.evaluating.checkpoints import checkpoint_hash, our_folder
+from mllm_replica.evaluating.jobs import Group, Job, begin, code_of_answers, scored
+from mllm_replica.models.convert import convert
+from mllm_replica.tables.released import read_released
+
+torch.set_num_threads(1)
+WORDS = 400
+BENCHMARKS = ('mme', 'mmbench', 'seed', 'pope')
+CASES = {  # paper: form of the checkpoint; table and row; what of it can be asked on these files
+    'honeybee': ('honeybee c-abs', '6', 'honeybee_c_7b', ['mmb', 'mme_p', 'mme', 'seed_i']),
+    'owl2': ('owl2', '2', 'owl2', ['mme', 'seed']),
+    'eagle': ('eagle', '6', 'eagle_x5_pa_13b', ['mme', 'mmb', 'seed', 'pope']),
+    'owl3': ('owl3 adaptive', '4', 'owl3', ['pope']),
+    'mm1': (None, '4', 'mm1_3b_chat', ['mme_p', 'mme_c', 'seed_all', 'seed_img', 'pope']),
+}
+
+
+def with_words(official):
+    "The official model with room for a byte tokenizer's words."
+    generator = torch.Generator().manual_seed(1)
+
+    def grown(config):
+        if not isinstance(config, dict):
+            return config
+        return {key: WORDS if key == 'vocab_size' else grown(value) for key, value in config.items()}
+
+    for name, tensor in official.state.items():
+        if name.endswith(('embed_tokens.weight', 'lm_head.weight')):
+            more = torch.randn(WORDS - len(tensor), tensor.shape[1], generator=generator) * tensor.std()
+            official.state[name] = torch.cat([tensor, more])
+    official.config = grown(official.config)
+    return official
+
+
+def released(paper, folder):
+    "A checkpoint of the paper: official if one of its size converts by itself, else converted here; MM1's is ours, for none is released."
+    if paper == 'mm1':
+        return save_tiny(paper, folder)
+    official = with_words(Official(CASES[paper][0]))
+    source, tokenizer = official.write(folder.with_name(f'{folder.name}-official')), byte_tokenizer()
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>', '<|endoftext|>']})
+    tokenizer.save_pretrained(source)
+    told = dict(official.settings)
+    if paper == 'owl3':
+        told['placeholder_ids'] = tokenizer('<|image|>', add_special_tokens=False).input_ids
+    if not told:
+        return source
+    assert not convert(source, folder, **told).missing
+    return folder
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "Benchmarks as they are shipped, and a run folder; made once."
+    root = tmp_path_factory.mktemp('evaluate')
+    for name in BENCHMARKS:
+        made(name, root / 'data' / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MLLM_REPLICA_RUNS', str(root / 'runs'))
+        settings.cache_clear()
+        yield root
+    settings.cache_clear()
+
+
+def call(*words):
+    return CliRunner().invoke(app, [*map(str, words)])
+
+
+def evaluate(paper, checkpoint, world, *words):
+    _, table, row, columns = CASES[paper]
+    return call('evaluate', paper, table, row, '--checkpoint', checkpoint, '--data', world / 'data', *words)
+
+
+def lines(folder):
+    "Predictions, whatever their order."
+    return {path.name: sorted(path.read_text().splitlines()) for path in Path(folder).glob('*.jsonl')}
+
+
+def job_of(world, paper, checkpoint, folder, **more):
+    "A job of all benchmarks that lie here, in a folder of its own."
+    content = checkpoint_hash(checkpoint)
+    model = our_folder(checkpoint, content)
+    given = dict(batch_size=8, workers=0, devices=1, code=code_of_answers(model)) | more
+    groups = [Group(task=name, split='dev' if name == 'mmbench' else 'test', prompt='letter') for name in BENCHMARKS]
+    return Job(folder=world / folder, model=model, checkpoint=content, data=world / 'data', groups=groups, **given)
+
+
+def goes_all_the_way(paper, world):
+    "Convert, ask, score, record, track, report; and nothing of it twice."
+    checkpoint = released(paper, world / paper)
+    _, table, row, columns = CASES[paper]
+    found = evaluate(paper, checkpoint, world, '--json')
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    cells = {cell['column']: cell for cell in told['cells']}
+    valued = [key for key, cell in cells.items() if cell['evaluated'] is not None]
+    assert valued == columns and all(cells[key]['why'] for key in cells if key not in columns)
+    assert told['checkpoint'] == checkpoint_hash(checkpoint)
+    records = read_released(paper, table)
+    assert [r.metric for r in records] == columns and {r.unit for r in records} == {f'checkpoint:{told["checkpoint"]}'}
+    for record in records:
+        cell = cells[record.metric]
+        assert (record.value, record.n_eval) == (cell['evaluated'], cell['questions']) and record.n_eval > 10
+        if cell['published'] is not None:
+            assert cell['difference'] == pytest.approx(record.value - cell['published'])
+            assert cell['verdict'] in ('match', 'near', 'differs')
+    client = MlflowClient(settings().tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(PAPERS[paper]).experiment_id])
+    assert run.info.status == 'FINISHED' and run.data.tags['checkpoint'] == told['checkpoint']
+    assert all(run.data.metrics[f'replicated/{r.metric}'] == r.value for r in records)
+    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {f'{table}.paper.checkpoints.csv', *lines(told['folder'])} <= kept
+    shown = call('report', paper, table, '--scale', 'paper')
+    assert told['checkpoint'][:12] in shown.output and shown.output.count(told['checkpoint'][:12]) == len(records)
+    return checkpoint, told
+
+
+def answers_do_not_depend(paper, world, checkpoint):
+    "On the batch, on what stopped the asking, on how many processes ask."
+    whole = job_of(world, paper, checkpoint, f'{paper}-whole')
+    working.answer(whole)
+    stopped = job_of(world, paper, checkpoint, f'{paper}-stopped', batch_size=1)
+
+    def stop(name, done, total):
+        if name.startswith('seed') and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        working.answer(stopped, stop)
+    left = sum(len(begin(stopped, group).todo) for group in stopped.groups)
+    assert 0 < left < sum(len(begin(whole, group).samples) for group in whole.groups)
+    working.answer(stopped.model_copy(update=dict(batch_size=3)))
+    together = job_of(world, paper, checkpoint, f'{paper}-together', devices=2, batch_size=2)
+    working.answer(together)
+    assert lines(whole.folder) == lines(stopped.folder) == lines(together.folder)
+    said = {line for file in lines(whole.folder).values() for line in file}
+    assert len({json.loads(line)['prediction'] for line in said}) > 3, 'different questions, different answers'
+    for group in whole.groups:
+        numbers = [scored(job, group).metrics for job in (whole, stopped, together)]
+        assert numbers[0] == numbers[1] == numbers[2] and numbers[0]
+
+
+def test_a_released_checkpoint_beside_its_row(world, monkeypatch):
+    checkpoint, told = goes_all_the_way('honeybee', world)
+    (ours,) = (settings().run_folder / 'converted').iterdir()
+    assert ours.name.startswith(told['checkpoint'][:12]) and (ours / 'config.json').is_file()
+    monkeypatch.setattr(working, 'load_checkpoint', None)  # nothing is left to ask
+    again = evaluate('honeybee', checkpoint, world, '--column', 'mmb', '--batch-size', '1')
+    assert again.exit_code == 0 and 'recorded in' in again.output and len(read_released('honeybee', '6')) == 4
+    answers = lines(told['folder'])
+    part = evaluate('honeybee', checkpoint, world, '--limit', '3', '--json')
+    assert part.exit_code == 0 and json.loads(part.stdout)['results'] is None and lines(told['folder']) == answers
+
+
+def test_whatever_stops_it(world):
+    answers_do_not_depend('honeybee', world, released('honeybee', world / 'honeybee'))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('paper', [paper for paper in CASES if paper != 'honeybee'])
+def test_every_paper(paper, world):
+    checkpoint, _ = goes_all_the_way(paper, world)
+    answers_do_not_depend(paper, world, checkpoint)
