@@ -34,7 +34,7 @@ from mllm_replica.eagle.stages import EXPERTS, JOINT, PROJECTOR, alignment, alig
 from mllm_replica.models import parity
 from mllm_replica.models.official import OfficialWeightsError
 from mllm_replica.models.vision import FeatureCache, encoder_key
-from mllm_replica.models.vlm import visual_token_count
+from mllm_replica.models.configuration import visual_token_count
 from mllm_replica.planning.plan import stage_cost
 from mllm_replica.running.unit import encoder_is_frozen
 from mllm_replica.training.loop import train

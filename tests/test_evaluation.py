@@ -11,7 +11,8 @@ from PIL import Image
 
 from mllm_replica.core.recipe import Benchmark
 from mllm_replica.data.language import word_tokenizer
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.models.configuration import VisionLanguageConfig
+from mllm_replica.models.vlm import VisionLanguageModel, VisionLanguageProcessor
 from mllm_replica.scoring.evaluation import (
     Predictions,
     collate_prompts,

@@ -11,15 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_replica.honeybee import blocks
 from mllm_replica.honeybee.attention import attention_maps, influence_maps, locality
+from mllm_replica.honeybee.blocks import initialise, uniform_points
 from mllm_replica.honeybee.components import (
     CAbstractor,
     DAbstractor,
     MLPProjector,
     Resampler,
     build_projector,
-    initialise,
     projector_fields,
-    uniform_points,
 )
 from mllm_replica.models import layers
 

@@ -32,7 +32,8 @@ from mllm_replica.mm1.data import (
     next_fit,
 )
 from mllm_replica.mm1.presets import published_stages
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.models.configuration import VisionLanguageConfig
+from mllm_replica.models.vlm import VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
 GOLDEN = yaml.safe_load((Path(__file__).parent / 'golden' / 'mm1' / 'packing.yaml').read_text())

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
 
 from mllm_replica.models import parity
-from mllm_replica.models.vlm import VisionLanguageConfig
+from mllm_replica.models.configuration import VisionLanguageConfig
 from mllm_replica.owl3.components import GATES, HyperAttention
 from mllm_replica.owl3.media import Media, Sight, image_attention
 from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model

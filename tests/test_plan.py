@@ -12,7 +12,8 @@ from mllm_replica.core.registry import Chapter
 from mllm_replica.core.recipe import Benchmark, Recipe, Source, Stage
 from mllm_replica.mm1.experts import insert_experts
 from mllm_replica.models.cost import count
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from mllm_replica.models.configuration import VisionLanguageConfig
+from mllm_replica.models.vlm import VisionLanguageModel
 from mllm_replica.planning import plan as planning
 from mllm_replica.planning.memory import gpu_of
 

@@ -21,7 +21,8 @@ from mllm_replica.honeybee.prompts import SYSTEM
 from mllm_replica.mm1.model import MM1Processor
 from mllm_replica.models.image_processing import VisionLanguageImageProcessor
 from mllm_replica.models.templates import with_token
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageProcessor
+from mllm_replica.models.configuration import VisionLanguageConfig
+from mllm_replica.models.vlm import VisionLanguageProcessor
 from mllm_replica.owl2.processor import Owl2ImageProcessor, Owl2Processor
 from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor
 

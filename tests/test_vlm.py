@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.models.processing import split_images
-from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+from mllm_replica.models.configuration import VisionLanguageConfig
+from mllm_replica.models.vlm import VisionLanguageModel, VisionLanguageProcessor
 
 torch.set_num_threads(1)
 

@@ -112,7 +112,7 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
     import torch
     from mllm_replica.data.worlds.making import samples
     from mllm_replica.models.cost import count
-    from mllm_replica.models.vlm import visual_token_count
+    from mllm_replica.models.configuration import visual_token_count
     from mllm_replica.scoring.evaluation import collate_prompts
 
     if not scores:

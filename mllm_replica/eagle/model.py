@@ -22,7 +22,8 @@ from .fusing.splice import check_places, lay_out, splice, splice_layout
 from .prompts import EagleProcessor
 from ..models.layers import repeated
 from ..models.parts import NamedAttention
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
+from ..models.configuration import VisionLanguageConfig
+from ..models.vlm import VisionLanguageModel, register
 from ..owl2.encoder import WholeCheckpoint
 
 # %% ../../nbs/papers/04_eagle.ipynb #679efb7b

@@ -19,7 +19,7 @@ from ..data.samples import IMAGE_MARK, ROLES
 from ..models.processing import VisionLanguageProcessor, piece_ids
 from ..models.templates import SHOWN, TURNS
 from ..models.vision import CLIP_MEAN, CLIP_STD, clip_pixels
-from ..models.vlm import VisionLanguageConfig
+from ..models.configuration import VisionLanguageConfig
 from ..owl2.processor import SYSTEM, Owl2ImageProcessor, image_first, to_square
 
 # %% ../../nbs/papers/04_eagle.ipynb #6786cc9b

@@ -29,7 +29,7 @@ def load_source(source: Source, seed: int, data_root: Any = None) -> Any:
 def _scratch(model: Any, seed: int) -> None:
     "Draw the small model's weights: an encoder whose features keep colour and place, a projector scaled to its widths."
     import torch
-    from mllm_replica.honeybee.components import initialise
+    from mllm_replica.honeybee.blocks import initialise
 
     generator, embeddings = torch.Generator().manual_seed(seed), model.vision_model.embeddings
     with torch.no_grad():

@@ -21,7 +21,8 @@ from ..models.official import LANGUAGE_FIELDS, LANGUAGE_OPTIONS, Plan, known_fie
 from ..models.image_processing import VisionLanguageImageProcessor
 from ..models.processing import VisionLanguageProcessor, piece_ids
 from ..models.templates import TURNS, with_system, without_ends
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
+from ..models.configuration import VisionLanguageConfig
+from ..models.vlm import VisionLanguageModel, register
 
 # %% ../../nbs/papers/02_honeybee.ipynb #a16cde91
 class HoneybeeConfig(VisionLanguageConfig):

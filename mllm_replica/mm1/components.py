@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..honeybee.components import Projector, build_projector, initialise
+from ..honeybee.blocks import initialise
+from ..honeybee.components import Projector, build_projector
 from ..models.layers import LayerNorm, Linear, grid_pool, side_of, split_heads
 from ..models.vision import CLIP_MEAN, resize_positions
 

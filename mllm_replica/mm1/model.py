@@ -26,7 +26,8 @@ from ..models.image_processing import VisionLanguageImageProcessor
 from ..models.processing import VisionLanguageProcessor
 from ..models.templates import SHOWN, without_ends
 from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features, resize_positions
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageOutput, register
+from ..models.configuration import VisionLanguageConfig
+from ..models.vlm import VisionLanguageModel, VisionLanguageOutput, register
 from ..owl2.encoder import WholeCheckpoint
 
 # %% ../../nbs/papers/03_mm1.ipynb #8254c03d

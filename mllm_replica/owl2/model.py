@@ -13,7 +13,8 @@ from transformers.utils import can_return_tuple
 
 from ..models.backbones import published
 from ..models.placing import pad_left
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageOutput, register
+from ..models.configuration import VisionLanguageConfig
+from ..models.vlm import VisionLanguageModel, VisionLanguageOutput, register
 from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
 from .encoder import WholeCheckpoint

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from transformers.utils import can_return_tuple
 
 from ..models.placing import holds_tokens, mask_and_positions
-from ..models.vlm import VisionLanguageConfig, VisionLanguageModel, register
+from ..models.configuration import VisionLanguageConfig
+from ..models.vlm import VisionLanguageModel, register
 from .components import FUSIONS, GATES, insert_layers
 from .graph import GraphMedia, GraphSight
 from .media import Media, Sight

@@ -28,7 +28,7 @@ def kind_of(made: dict[str, Any], parts: dict[str, Any], **known: Any) -> tuple[
     parts: vision_config and text_config
     known: further fields
     """
-    from mllm_replica.models.vlm import VisionLanguageConfig
+    from mllm_replica.models.configuration import VisionLanguageConfig
     from mllm_replica.owl3.model import ConcatModel, Owl3Config, Owl3Model
 
     if made['fusion'] == 'concat':

@@ -225,7 +225,7 @@ class _Counter:
     "Costs of one unit's stages, counted once for all rows that share model and stage."
 
     def __init__(self, recipe: Recipe, build: Callable, measured: dict[str, float], counted: dict) -> None:
-        from mllm_replica.models.vlm import visual_token_count
+        from mllm_replica.models.configuration import visual_token_count
 
         self.recipe, self.build, self.counted = recipe, build, counted
         with torch.device('meta'):

@@ -162,6 +162,7 @@ def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
         'tables/claims',
         'tables/verdicts',
         'tables/published',
+        'tables/columns',
         'running/publish',
     )
     code = [Path(__file__).parents[1] / f'{module}.py' for module in modules]

@@ -39,7 +39,8 @@ def build(recipe):
     import torch
     from mllm_replica.data.language import word_tokenizer
     from mllm_replica.data.worlds.vocabulary import vocabulary
-    from mllm_replica.models.vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor
+    from mllm_replica.models.configuration import VisionLanguageConfig
+    from mllm_replica.models.vlm import VisionLanguageModel, VisionLanguageProcessor
 
     torch.manual_seed(recipe.seed)
     tokenizer = word_tokenizer(vocabulary())
