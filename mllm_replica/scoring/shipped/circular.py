@@ -181,7 +181,7 @@ def read_mmbench_cn(folder: Path, split: str) -> list[Question]:
 
 def _mmbench(folder: Path, split: str, language: str) -> list[Question]:
     "The table of a split, by any of its published names; that of 2023-07-12 says no language."
-    names = [f'mmbench_{split}_{language}_*.tsv', f'MMBench_{split.upper()}_{language.upper()}*.tsv']
+    names = [f'mmbench_{split}_{language}_*.tsv', f'MMBench_{split.upper()}_{language.upper()}.tsv']
     names += [f'mmbench_{split}_2*.tsv'] * (language == 'en')
     return read_tsv(find(folder, *names), public=split == 'dev')
 

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['found', 'find', 'load', 'load_lines', 'fields', 'optional', 'texts', 'some', 'by_key', 'check_pairs', 'under',
-           'check_pictures', 'asked', 'Reader']
+           'check_pictures', 'asked']
 
 # %% ../../../nbs/foundations/scoring/54_shipped_files.ipynb #0ee75af6
 import json, os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,11 @@ def find(folder: Path, *names: str) -> Path:
 # %% ../../../nbs/foundations/scoring/54_shipped_files.ipynb #1c4cc769
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "An object of which no key comes twice."
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f'the key {twice[0]!r} comes twice')
-    return dict(pairs)
+    said = dict(pairs)
+    if len(said) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f'the key {twice!r} comes twice')
+    return said
 
 
 def _parsed(content: bytes, where: str) -> Any:
@@ -239,83 +239,3 @@ def asked(where: str, paths: Iterable[str] = (), **said: Any) -> Question:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise Trouble(f'{where}: {".".join(map(str, wrong["loc"]))}: {wrong["msg"]}; mend the record') from error
-
-# %% ../../../nbs/foundations/scoring/54_shipped_files.ipynb #d7af6f19
-@dataclass(frozen=True)
-class Reader:
-    """How one benchmark's files are read and its answers scored.
-
-    name: of the benchmark
-    reads: folder, split -> questions
-    scores: questions, answers -> metric -> value
-    splits: split -> how many questions the published one has, where that is known
-    files: which are expected where, in one line
-    """
-
-    name: str
-    reads: Callable[[Path, str], list[Question]]
-    scores: Callable[[Sequence[Question], Sequence[str]], dict[str, float]]
-    splits: Mapping[str, int | None]
-    files: str
-
-    def split(self, name: str) -> str:
-        """The split of that name, however its words are joined: test-dev, test_dev, testdev.
-
-        name: as somebody wrote it
-        """
-        known = {_joined(split): split for split in self.splits}
-        if _joined(name) not in known:
-            raise Trouble(f'{self.name} has no split {name!r}; its splits: {", ".join(self.splits)}')
-        return known[_joined(name)]
-
-    def read(self, folder: Path, split: str) -> list[Question]:
-        """All questions of a split.
-
-        folder: of the benchmark
-        split: one of `splits`
-        """
-        folder, split = Path(folder), self.split(split)
-        if not folder.is_dir():
-            raise Trouble(f'{self.name}: {folder} is no folder; expected {self.files}')
-        try:
-            questions = self.reads(folder, split)
-            if not questions:
-                raise Trouble(f'{folder} has no question of the split {split}')
-            by_key(((question.id, question) for question in questions), 'a question')
-            check_pictures(questions, folder)
-        except Trouble as error:
-            raise Trouble(f'{self.name}: {error} (expected {self.files})') from error
-        return questions
-
-    def score(self, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-        """Metric -> value, in the benchmark's own units: fractions of 1, points of MME.
-
-        questions: all that `read` gave
-        answers: the model's texts, in that order
-        """
-        if len(questions) != len(answers) or not questions:
-            raise Trouble(f'{self.name}: {len(answers)} answers to {len(questions)} questions; one each is needed')
-        silent = [question.id for question in questions if not question.answers]
-        if silent:
-            raise Trouble(
-                f'{self.name}: {len(silent)} questions have no public answer: {some(silent)}; '
-                "this split is scored by the benchmark's own server"
-            )
-        try:
-            return self.scores(questions, answers)
-        except ValueError as error:
-            raise Trouble(f'{self.name}: {error}') from error
-
-    def note(self, questions: Sequence[Question], split: str) -> str:
-        """How many questions were found, beside the number of the published split.
-
-        questions: as read
-        split: one of `splits`
-        """
-        official = self.splits[self.split(split)]
-        beside = '' if official is None else f' of the official {official:,}'
-        return f'{len(questions):,}{beside} questions'
-
-
-def _joined(split: str) -> str:
-    return split.lower().replace('-', '').replace('_', '')
