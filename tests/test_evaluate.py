@@ -1,10 +1,17 @@
 "A released checkpoint beside its published row: converted, asked on files as they are shipped, scored, recorded, tracked; whatever stops it."
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import yaml
 from harnesses import save_tiny
 from mlflow import MlflowClient
 from shipped import made
@@ -13,12 +20,13 @@ from typer.testing import CliRunner
 
 from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS
-from mllm_replica.core.settings import settings
+from mllm_replica.core.settings import Trouble, project_root, settings
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.evaluating import working
 from mllm_replica.evaluating.checkpoints import checkpoint_hash, our_folder
 from mllm_replica.evaluating.jobs import Group, Job, begin, code_of_answers, scored
 from mllm_replica.models.convert import convert
+from mllm_replica.scoring.shipped.readers import reader_of
 from mllm_replica.tables.released import read_released
 
 torch.set_num_threads(1)
@@ -179,3 +187,115 @@ def test_whatever_stops_it(world):
 def test_every_paper(paper, world):
     checkpoint, _ = goes_all_the_way(paper, world)
     answers_do_not_depend(paper, world, checkpoint)
+
+
+# --- from an answer to a verdict ------------------------------------------------------------------------------------------
+@pytest.fixture
+def perfect(world, tmp_path, monkeypatch):
+    "A project whose Table 6 prints what all right answers come to, and a checkpoint that gives them."
+    shutil.copytree(project_root() / 'papers', tmp_path / 'papers', ignore=shutil.ignore_patterns('results'))
+    shutil.copy(project_root() / 'settings.ini', tmp_path)
+    path = tmp_path / 'papers' / 'honeybee' / 'tables' / 'table_6.yaml'
+    table = yaml.safe_load(path.read_text())
+    (row,) = [row for row in table['rows'] if row['key'] == 'honeybee_c_7b']
+    row['values'] = dict(mmb=100.0, mme_p=1988, mme=2700, seed_i=None, llava_w=67.1)
+    path.write_text(yaml.safe_dump(dict(table, claims=[], errata=[]), sort_keys=False))
+    monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
+    for cached in project_root, settings:
+        cached.cache_clear()
+
+    def right(model, processor, samples, **how):
+        "Whatever the benchmark says is right."
+        said = {q.id: q.answers[0] for name in BENCHMARKS for q in questions(world, name)}
+        yield [(sample['id'], said[sample['id']]) for sample in samples]
+
+    monkeypatch.setattr(working, 'answered', right)
+    monkeypatch.setattr(working, 'load_checkpoint', lambda folder: (None, None))
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in project_root, settings:
+        cached.cache_clear()
+
+
+def questions(world, name):
+    return reader_of(name).read(world / 'data' / name, 'dev' if name == 'mmbench' else 'test')
+
+
+def test_right_answers_get_their_verdicts(perfect, world):
+    found = evaluate('honeybee', released('honeybee', perfect / 'checkpoint'), world)
+    assert found.exit_code == 0, found.output
+    said = {cells[0]: cells[1:] for line in found.output.splitlines() if len(cells := line.strip('│ ').split('│')) > 5}
+    said = {name.strip(): [cell.strip() for cell in cells] for name, cells in said.items()}
+    assert said['MMB'][:6] == ['100.0', '100.00', '+0.00', '±1', 'match', '11']
+    assert said['MME-P'][:5] == ['1988', '2000.00', '+12.00', '±15', 'match']
+    assert said['MME'][:5] == ['2700', '2800.00', '+100.00', '±20', 'differs']
+    assert said['SEED-I'][:5] == ['–', '100.00', '', '±0.5', 'not run'] and 'GPT-4 judge' in said['LLaVA-W'][4]
+    report = call('report', 'honeybee', '6').output
+    assert 'evaluated here' in report and report.count('match') == 2 and 'differs' in report
+    told = json.loads(call('report', 'honeybee', '6', '--json').output)['honeybee']['tables']['6']['checkpoints']
+    assert {cell['column']: cell['verdict'] for cell in told} == dict(
+        mmb='match', mme_p='match', mme='differs', seed_i='not run'
+    )
+    assert not (perfect / 'papers' / 'honeybee' / 'results').exists(), 'only a person publishes'
+
+
+# --- what is wrong is said --------------------------------------------------------------------------------------------
+def test_what_cannot_be_evaluated_is_said_in_a_line(world, tmp_path):
+    ours = save_tiny('honeybee', tmp_path / 'ours')
+    (tmp_path / 'empty').mkdir()
+    shutil.copytree(world / 'data' / 'mme', tmp_path / 'data' / 'mme')
+    shutil.rmtree(next((tmp_path / 'data' / 'mme').rglob('existence')))
+    for checkpoint, words, message in (
+        (tmp_path / 'none', (), 'is no checkpoint'),
+        (tmp_path / 'empty', (), 'is no checkpoint'),
+        (ours, ('--column', 'llava_w'), 'GPT-4 judge'),
+        (ours, ('--data', tmp_path / 'empty'), 'no files in'),
+        (ours, ('--data', tmp_path / 'data'), 'has no subtask existence'),
+    ):
+        found = evaluate('honeybee', checkpoint, world, *words)
+        assert found.exit_code == 1 and isinstance(found.exception, SystemExit), (words, found.exception)
+        (line,) = [line for line in found.output.splitlines() if line.startswith('Error')]
+        assert message in line, line
+    official = released('honeybee', tmp_path / 'honeybee')
+    (official / 'tokenizer.json').unlink()
+    found = evaluate('honeybee', official, world)
+    assert found.exit_code == 1 and 'put the tokenizer of the released model beside its weights' in found.output
+
+
+@pytest.mark.nightly
+def test_a_process_that_fails_ends_the_others(world, tmp_path):
+    "Its last line is told, and what the others have answered stays."
+    job = job_of(world, 'honeybee', save_tiny('honeybee', tmp_path / 'ours'), 'failing', devices=2)
+    (job.folder / 'work').mkdir(parents=True)
+    (tmp_path / 'ours' / 'processor_config.json').unlink()
+    with pytest.raises(Trouble, match='process . of 2 ended with code 1: .*cannot be loaded'):
+        working.answer(job)
+    assert not [*job.folder.glob('*.part*')]
+
+
+@pytest.mark.nightly
+def test_nothing_outlives_an_evaluation_that_is_killed(world, tmp_path):
+    "Its processes end with it, its run is no longer said to be running, and it is gone on with."
+    ours = save_tiny('honeybee', tmp_path / 'ours')
+    words = ['evaluate', 'honeybee', '6', 'honeybee_d_7b', '--checkpoint', str(ours), '--data', str(world / 'data')]
+    code = 'import sys; from mllm_replica.cli import app; app(sys.argv[1:])'
+    command = [sys.executable, '-c', code, *words, '--devices', '2', '--batch-size', '1']
+    process = subprocess.Popen(command, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    folder = settings().run_folder / 'evaluations' / 'honeybee' / '6' / 'honeybee_d_7b' / checkpoint_hash(ours)[:12]
+    while not [*folder.glob('*.part*')]:
+        assert process.poll() is None, 'ended before it could be killed'
+        time.sleep(0.05)
+    own = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(own, timeout=60)
+    assert not [one for one in own if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    client = MlflowClient(settings().tracking_uri)
+    place = [client.get_experiment_by_name(PAPERS['honeybee']).experiment_id]
+    before = {run.info.run_id: run.info.status for run in client.search_runs(place, "tags.row = 'honeybee_d_7b'")}
+    assert list(before.values()) == ['RUNNING']
+    found = call(*words, '--json')
+    assert found.exit_code == 0, found.output
+    after = {run.info.run_id: run.info.status for run in client.search_runs(place, "tags.row = 'honeybee_d_7b'")}
+    assert after == dict.fromkeys(before, 'FINISHED')
