@@ -39,6 +39,7 @@ class Task:
     tokens: new ones of an answer
     served: splits whose answers a server keeps
     judge: a model that scores the answers, and that nobody asks here
+    harness: that `theirs` is of
     shots: solved questions before the one that is asked
     """
 
@@ -133,9 +134,13 @@ _SINGLE = {
         {'test': _of('mme', perception='mme_perception_score', cognition='mme_cognition_score')},
     ),
     'mmbench': Task(
-        ('dev',), _CIRCULAR, {'dev': _of('mmbench_en_dev_static', 0.01, circular='gpt_eval_score')}, served=('test',)
+        ('dev',),
+        _CIRCULAR,
+        {'dev': _of('mmbench_en_dev_static', 0.01, circular='gpt_eval_score')},
+        tokens=128,
+        served=('test',),
     ),
-    'mmbench_cn': Task(('dev',), _CIRCULAR, served=('test',)),
+    'mmbench_cn': Task(('dev',), _CIRCULAR, tokens=128, served=('test',)),
     'seed': Task(
         ('test',),
         ('accuracy', 'image', 'video', *(f'accuracy.{name}' for name in SEED_TYPES)),
@@ -160,12 +165,13 @@ _SINGLE = {
         ('test',),
         ('accuracy', 'image', 'text', *(f'accuracy.{name}' for name in SCIENCEQA_SETS)),
         {'test': _of('scienceqa', accuracy='exact_match') | _of('scienceqa_img', image='exact_match')},
+        tokens=128,
     ),
     'coco': _captions('coco_karpathy_test', 'coco_CIDEr', 'test'),
     'flickr30k': _captions('flickr30k_test', 'flickr_CIDEr', 'test'),
     'nocaps': _captions('nocaps_val', 'nocaps_CIDEr', 'val'),
     'textcaps': _captions('textcaps_val', 'textcaps_CIDEr', 'val'),
-    'mmmu': _simple('mmmu_val', 'mmmu_acc', 'val', served=('test',)),
+    'mmmu': _simple('mmmu_val', 'mmmu_acc', 'val', tokens=128, served=('test',)),
     'mathvista': Task(
         ('testmini',),
         ('accuracy',),
@@ -197,7 +203,7 @@ _SEVERAL = {
     'blink': _simple('blink', 'blink_acc', 'val'),
     'mathverse_mv': _simple('', ''),
     'sciverse_mv': _simple('', ''),
-    'mibench': Task(('test',), tuple(f'circular.{name}' for name in MIBENCH_TASKS), harness=''),
+    'mibench': Task(('test',), tuple(f'circular.{name}' for name in MIBENCH_TASKS), tokens=128),
 }
 _VIDEO = {
     'nextqa': _simple('nextqa_mc_test', 'exact_match'),
