@@ -4,8 +4,8 @@
 __all__ = ['CAPTION', 'VQA', 'Template', 'demonstrations', 'resolutions', 'few_shot']
 
 # %% ../../nbs/papers/03_mm1.ipynb #0ee1865a
-import json, math, zlib
-from collections.abc import Sequence
+import json, zlib
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
