@@ -3780,6 +3780,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'mllm_replica/scoring/shipped/captions.py'),
                                                        'mllm_replica.scoring.shipped.captions.read_nocaps': ( 'foundations/scoring/shipped_captions.html#read_nocaps',
                                                                                                               'mllm_replica/scoring/shipped/captions.py'),
+                                                       'mllm_replica.scoring.shipped.captions.read_textcaps': ( 'foundations/scoring/shipped_captions.html#read_textcaps',
+                                                                                                                'mllm_replica/scoring/shipped/captions.py'),
                                                        'mllm_replica.scoring.shipped.captions.score_captions': ( 'foundations/scoring/shipped_captions.html#score_captions',
                                                                                                                  'mllm_replica/scoring/shipped/captions.py')},
             'mllm_replica.scoring.shipped.choices': { 'mllm_replica.scoring.shipped.choices._problem': ( 'foundations/scoring/shipped_choices.html#_problem',

@@ -262,6 +262,17 @@ def nocaps(folder: Path) -> None:
     write(folder / 'nocaps_val_4500_captions.json', dict(images=images, annotations=captions))
 
 
+def textcaps(folder: Path) -> None:
+    "Eight pictures and sixteen captions, a record each."
+    names = [f'{number:016x}' for number in range(8)]
+    draw(folder / 'train_images', *(f'{name}.jpg' for name in names))
+    records = [
+        dict(caption_id=n, image_id=names[n % 8], image_path=f'train/{n}.jpg', caption_str=f'{SAID[n % 4]} {n % 8}')
+        for n in range(16)
+    ]
+    write(folder / 'TextCaps_0.1_val.json', dict(dataset_type='val', data=records))
+
+
 def mibench(folder: Path) -> None:
     "Four questions in each of two lists, on two pictures each."
     for part, task in (
@@ -295,6 +306,7 @@ SHIPPED = {
         coco,
         flickr30k,
         nocaps,
+        textcaps,
         mibench,
     )
 }
@@ -313,6 +325,7 @@ PUBLIC = dict(  # the split that is made, with public answers
     coco='test',
     flickr30k='test',
     nocaps='val',
+    textcaps='val',
     mibench='test',
 )
 HIDDEN = dict(mmbench='test', mmbench_cn='test', vqav2='test_dev', vizwiz='test')  # splits without

@@ -32,9 +32,10 @@ NUMBER = dict(  # of questions that are made
     coco=8,
     flickr30k=8,
     nocaps=8,
+    textcaps=8,
     mibench=20,
 )
-TEN = ('coco', 'flickr30k', 'nocaps')  # a caption's full score
+TEN = ('coco', 'flickr30k', 'nocaps', 'textcaps')  # a caption's full score
 TEXTS = ('.json', '.tsv', '.txt')
 
 
@@ -109,7 +110,7 @@ def test_questions_say_what_the_files_say(whole, name):
         mme=('existence/0001/1', 'Is it existence? Please answer yes or no.', ['Yes'], 'code_reasoning/0001/2'),
         mmbench=('0', 'Which of "2"?', ['B'], '1000003'),
         mmbench_cn=('0', 'Which of "2"?', ['B'], '3+1'),
-        seed=('100', 'Which, 0?', ['A'], '111'),
+        seed=('1_100', 'Which, 0?', ['A'], '10_111'),
         pope=('random/1', 'Is there a dog?', ['yes'], 'adversarial/4'),
         vqav2=('0', 'What, 0?', ['word 0'] * 8 + ['other', ''], '70'),
         okvqa=('0', 'What, 0?', ['word 0'] * 8 + ['other', ''], '70'),
@@ -130,6 +131,7 @@ def test_questions_say_what_the_files_say(whole, name):
         ),
         flickr30k=('1000.jpg', '', [shipped.SAID[0] + ' 0'] * 2, '1007.jpg'),
         nocaps=(f'{0:016x}.jpg', '', [shipped.SAID[0] + ' 0'] * 2, f'{7:016x}.jpg'),
+        textcaps=(f'{0:016x}.jpg', '', [shipped.SAID[0] + ' 0'] * 2, f'{7:016x}.jpg'),
         mibench=('general_comparison_0', 'Between <image> and <image>, which? 0', ['A'], 'text_rich_images_3+2'),
     )
     assert (first.id, first.text, first.answers, last.id) == expected[name]
@@ -297,7 +299,7 @@ def test_pope_means_its_three_files(whole):
 
 
 def test_seed_counts_by_media_and_type(whole):
-    scores = scored(whole, 'seed', lambda q: f'{right(q)}.' if q.id in ('100', '108') else f' {right(q).lower()}')
+    scores = scored(whole, 'seed', lambda q: f'{right(q)}.' if q.id in ('1_100', '10_108') else f' {right(q).lower()}')
     assert scores == {
         'accuracy': pytest.approx(10 / 12),
         'image': pytest.approx(7 / 8),
@@ -531,6 +533,34 @@ def test_any_value_anywhere_is_read_or_said(own, name, each):
                 except Trouble:
                     troubles += 1
         say(path, content)
+    assert troubles
+
+
+def scratched(content, rng):
+    "Bytes of which a stretch is lost, said twice or overwritten."
+    start, size = rng.randrange(len(content)), rng.choice([1, 2, 9, 80])
+    piece = content[start : start + size]
+    other = rng.choice([b'', piece * 2, rng.randbytes(size), b'\t', b'\n', b'"', b'\r', b'\0'])
+    return content[:start] + other + content[start + size :]
+
+
+@pytest.mark.parametrize('times', [20, pytest.param(400, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize('name', ['mme', 'mmbench', 'mmbench_cn', 'pope'])
+def test_scratched_lines_are_read_or_said(own, name, times):
+    "Lost, doubled and foreign bytes in files of lines: Trouble, or a reading; never another error."
+    folder, rng, troubles = own(name), random.Random(1), 0
+    paths = files_of(folder, PUBLIC[name])
+    for _ in range(times):
+        path = rng.choice(paths)
+        content = path.read_bytes()
+        path.write_bytes(scratched(content, rng))
+        try:
+            for question in read(name, folder):
+                assert all(image['bytes'] or image['path'] for image in question.images)
+        except Trouble as error:
+            troubles += 1
+            assert str(error).startswith(f'{name}: ')
+        path.write_bytes(content)
     assert troubles
 
 

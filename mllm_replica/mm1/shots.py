@@ -4,7 +4,7 @@
 __all__ = ['CAPTION', 'VQA', 'Template', 'demonstrations', 'resolutions', 'few_shot']
 
 # %% ../../nbs/papers/03_mm1.ipynb #0ee1865a
-import json, math, zlib
+import json, zlib
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple

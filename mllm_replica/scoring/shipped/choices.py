@@ -34,7 +34,7 @@ def _seed_question(row: Any, where: str, kinds: dict[int, str]) -> Question:
     return asked(
         where,
         [f'SEED-Bench-image/{name}' if media == 'image' else f'SEED-Bench-video-image/{number}_{key}.png'],
-        id=str(key),
+        id=f'{number}_{key}',
         text=text,
         options=options,
         answers=[letter.strip()],

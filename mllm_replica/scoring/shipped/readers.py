@@ -197,6 +197,13 @@ _LISTED = [
         'nocaps_val_4500_captions.json and images/',
     ),
     Reader(
+        'textcaps',
+        captions.read_textcaps,
+        captions.score_captions,
+        {'val': 3166},
+        'TextCaps_0.1_val.json and train_images/',
+    ),
+    Reader(
         'mibench',
         circular.read_mibench,
         circular.circular,
