@@ -23,7 +23,7 @@ from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble, project_root, settings
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.evaluating import working
+from mllm_replica.evaluating import harness, working
 from mllm_replica.evaluating.checkpoints import checkpoint_hash, our_folder
 from mllm_replica.evaluating.jobs import Group, Job, begin, code_of_answers, scored
 from mllm_replica.models.convert import convert
@@ -204,6 +204,9 @@ def perfect(world, tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(dict(table, claims=[], errata=[]), sort_keys=False))
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
+    (tmp_path / 'runs').mkdir()
+    if (world / 'runs' / 'mlflow.db').exists():  # a new one takes its time
+        shutil.copy(world / 'runs' / 'mlflow.db', tmp_path / 'runs')
     for cached in project_root, settings:
         cached.cache_clear()
 
@@ -229,7 +232,7 @@ def test_right_answers_get_their_verdicts(perfect, world):
     assert found.exit_code == 0, found.output
     said = {cells[0]: cells[1:] for line in found.output.splitlines() if len(cells := line.strip('│ ').split('│')) > 5}
     said = {name.strip(): [cell.strip() for cell in cells] for name, cells in said.items()}
-    assert said['MMB'][:6] == ['100.0', '100.00', '+0.00', '±1', 'match', '11']
+    assert said['MMB'][:6] == ['100.0', '100.00', '+0.00', '±1', 'match', '11 of 4329']
     assert said['MME-P'][:5] == ['1988', '2000.00', '+12.00', '±15', 'match']
     assert said['MME'][:5] == ['2700', '2800.00', '+100.00', '±20', 'differs']
     assert said['SEED-I'][:5] == ['–', '100.00', '', '±0.5', 'not run'] and 'GPT-4 judge' in said['LLaVA-W'][4]
@@ -240,6 +243,30 @@ def test_right_answers_get_their_verdicts(perfect, world):
         mmb='match', mme_p='match', mme='differs', seed_i='not run'
     )
     assert not (perfect / 'papers' / 'honeybee' / 'results').exists(), 'only a person publishes'
+
+
+def test_a_harness_asks_the_same_columns(perfect, world, monkeypatch):
+    "Its numbers come in our units, stand beside those of the shipped files, and what it does not give is told."
+    given = dict(mmbench_en_dev_static={'gpt_eval_score': 99.5}, mme={'mme_perception_score': 1900.0})
+    asked = []
+
+    def harnessed(model, tasks, **how):
+        asked.append((tasks, how['include'], how['limit'], how['processes']))
+        return {task: given.get(task, {'seed_image': 0.5}) for task in tasks}
+
+    monkeypatch.setattr(harness, 'lmms_scores', harnessed)
+    checkpoint = released('honeybee', perfect / 'checkpoint')
+    found = evaluate('honeybee', checkpoint, world, '--lmms', '--include', perfect, '--devices', '2', '--json')
+    assert found.exit_code == 0, found.output
+    assert asked == [(['mmbench_en_dev_static', 'mme', 'seedbench'], perfect, None, 2)]
+    cells = {cell['column']: cell for cell in json.loads(found.stdout)['cells']}
+    assert {key: (cell['evaluated'], cell['verdict']) for key, cell in cells.items() if cell['evaluated']} == dict(
+        mmb=(99.5, 'match'), mme_p=(1900.0, 'differs'), seed_i=(50.0, 'not run')
+    )
+    assert 'no harness gives total of mme' in cells['mme']['why']
+    assert evaluate('honeybee', checkpoint, world, '--column', 'mmb').exit_code == 0
+    both = {r.unit.partition(' by ')[2][:9]: r.value for r in read_released('honeybee', '6') if r.metric == 'mmb'}
+    assert both == {'': 100.0, 'lmms-eval': 99.5}
 
 
 # --- what is wrong is said --------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def _shown(
         for value, form in ((cell.evaluated, '{:.2f}'), (cell.difference, '{:+.2f}'), (cell.tolerance, '±{:g}'))
     ]
     counted = ['' if value is None else f'{value:.0f}' for value in (cell.questions, cell.seconds)]
+    if cell.official not in (None, cell.questions):
+        counted[0] += f' of {cell.official}'
     published = '–' if cell.published is None else str(cell.published)
     return [cell.name, published, *numbers, cell.why or cell.verdict, *counted]
 

@@ -16,7 +16,7 @@ from ..core.meaning import digest
 from .jobs import Job, Scored, group_of
 from .lmms import Answering
 from .scores import lmms_scores, text_scores
-from .working import Said
+from .working import Said, alone
 from ..scoring.asked import Asked
 from ..scoring.tasks import TASKS, Theirs
 
@@ -88,9 +88,10 @@ def by_harness(job: Job, asked: Mapping[str, Asked], include: Path | None, said:
     include: a folder with further tasks
     """
     values, about = {}, {}
-    for harness, found, seconds in _numbers(job, asked, include, said):
-        values |= found
-        about |= {task: (harness, seconds) for task in found}
+    with alone(job):
+        for harness, found, seconds in _numbers(job, asked, include, said):
+            values |= found
+            about |= {task: (harness, seconds) for task in found}
     groups: dict[str, Scored] = {}
     for what in asked.values():
         theirs, name = theirs_of(what), group_of(what).name
@@ -105,7 +106,8 @@ def by_harness(job: Job, asked: Mapping[str, Asked], include: Path | None, said:
             metrics=before | {what.metric: theirs.unit * values[theirs.task][key]},
             n=None,
             seconds=seconds,
-            asked=f'{harness} {_version(harness)} {theirs.task}',
+            asked=theirs.task,
+            by=f'{harness} {_version(harness)}'.strip(),
             code=digest([job.code, code_of_functions(Answering)]),
         )
     return groups

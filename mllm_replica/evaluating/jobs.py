@@ -277,16 +277,20 @@ class Scored(Strict):
     """What a group came to.
 
     n: questions; None: not known
+    official: questions that the published split has, where that is known
     asked: fingerprint of the questions, as they were asked
     code: hash of the meaning of the code that answers and counts
+    by: a harness that asked
     why: there are no metrics
     """
 
     metrics: dict[str, float]
     n: int | None
+    official: int | None = None
     seconds: float
     asked: str
     code: str
+    by: str = ''
     why: str = ''
 
 
@@ -298,6 +302,7 @@ def scored(
     asking = begin(job, group)
     same = dict(n=len(asking.questions), seconds=asking.begun.seconds, asked=asking.begun.questions)
     reader = reader_of(group.task)
+    same['official'] = reader.splits[reader.split(group.split)]
     same['code'] = digest([job.code, code_of_functions(reader.scores)])
     answers = [asking.predictions.rows[question.id]['prediction'] for question in asking.questions]
     try:

@@ -27,7 +27,7 @@ from ..running.tracking import Tracker
 from ..scoring.asked import Asked
 from ..scoring.shipped.readers import READERS
 from ..tables.published import Table, Value, load_table
-from ..tables.released import UNIT, difference, judged_cell, write_released
+from ..tables.released import difference, judged_cell, unit_of, write_released
 from ..tables.reporting import comparison
 from ..tables.results import Record
 
@@ -54,6 +54,7 @@ class Cell(Strict):
 
     name: as printed
     evaluated: in printed units
+    official: that the published split has, where that is known
     seconds: of its group
     why: there is no value
     """
@@ -66,6 +67,7 @@ class Cell(Strict):
     tolerance: float | None = None
     verdict: str = 'not run'
     questions: int | None = None
+    official: int | None = None
     seconds: float | None = None
     why: str = ''
 
@@ -127,6 +129,7 @@ def cells_of(
                 tolerance=table.tolerance(key),
                 verdict=judged_cell(table, row, key, value),
                 questions=got and got.n,
+                official=got and got.official,
                 seconds=got and got.seconds,
                 why=why.get(key, '') if value is None else '',
             )
@@ -146,7 +149,6 @@ def records_of(
         row=evaluation.row,
         scale='paper',
         seed=0,
-        unit=UNIT + evaluation.checkpoint,
         commit=git_commit(),
         date=datetime.now(UTC).isoformat(timespec='seconds'),
         processor=processor(),
@@ -162,6 +164,7 @@ def records_of(
         decided = [[one.asked, what.model_dump(mode='json')] for one, what in zip(got, parts)]
         records.append(
             Record(
+                unit=unit_of(evaluation.checkpoint, got[0].by),
                 metric=cell.column,
                 value=cell.evaluated,
                 n_eval=cell.questions,
@@ -193,6 +196,7 @@ def _tracked(
             evaluation.table,
             evaluation.row,
             evaluation.checkpoint,
+            'a harness' if how['lmms'] else 'shipped files',
             name,
             dict(how) | {'column': {key: what.model_dump(mode='json') for key, what in asked.items()}},
         )

@@ -152,16 +152,18 @@ def start_evaluation(
     table: str,
     row: str,
     checkpoint: str,
+    by: str,
     name: str,
     how: dict[str, Any],
 ) -> str:
     """Open the run of a checkpoint that is evaluated beside a published row; returns its id.
 
     checkpoint: its hash
+    by: what asks it
     name: of its folder
     how: settings to log
     """
-    identity = dict(kind='evaluation', paper=paper, table=table, row=row, scale='paper', checkpoint=checkpoint)
+    identity = dict(kind='evaluation', paper=paper, table=table, row=row, scale='paper', checkpoint=checkpoint, by=by)
     run = self._open(paper, f'{row} · {name}', identity, {})
     self.params(run, flat(how))
     return run
