@@ -1,11 +1,14 @@
 """What the published columns ask of benchmarks: named and known, or the reason why not."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from mllm_replica.core.recipe import Benchmark
 from mllm_replica.core.registry import PAPERS, recipes_of, styles_of
+from mllm_replica.running import publish
+from mllm_replica.running.engine import Metric
 from mllm_replica.scoring.asked import Asked, Question
 from mllm_replica.scoring.styles import STYLES, lettered, style
 from mllm_replica.scoring.tasks import TASKS, check_asked
@@ -200,6 +203,18 @@ def test_questions_of_a_training_unit_meet_no_cell():
     tiny = recipes_of('honeybee').recipe('3', 'cabs_144', 'tiny', 10)
     own = {tiny.benchmarks[0].name: 0.5}
     assert recorded(tiny, own) == own and isinstance(tiny.benchmarks[0], Benchmark)
+
+
+def test_records_of_a_training_unit_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, 'code_of', lambda recipe: 'code')
+    (tmp_path / 'result.json').touch()
+    (tmp_path / 'commit').write_text('abc')
+    recipe = recipes_of('honeybee').recipe('16', 'c_7b_144', 'paper', 42)
+    metrics = {'pope': Metric(value=0.8, n=3), 'gflop': Metric(value=2.0)}
+    result = SimpleNamespace(metrics=metrics, digest='d', seconds=1.0, processor='p', threads=1, versions={})
+    order = SimpleNamespace(result=lambda: result, folder=tmp_path, unit_key='unit')
+    found = publish._records(recipe, order, own=True)
+    assert {r.metric: (r.value, r.n_eval) for r in found} == {'questions.pope': (0.8, 3), 'gflop': (2.0, None)}
 
 
 def test_a_difference_is_in_printed_units():
