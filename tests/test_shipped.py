@@ -775,6 +775,8 @@ def replaced(number, **cells):
         (replaced(2, A=''), 'row 3: option A is empty'),
         (replaced(0, B=''), 'row 1.* has 1 options; expected 2 to 5'),
         (replaced(3, index='x'), "row 4: index 'x'"),
+        (replaced(1, answer='B'), 'the right letter does not move in the rotations of the questions .0.'),
+        (replaced(0, A='N/A'), 'MMBench rotations: '),
         (replaced(3, question=' '), "row 4: .*question ' '"),
     ],
 )
