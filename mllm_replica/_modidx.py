@@ -3810,6 +3810,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'mllm_replica/scoring/shipped/circular.py'),
                                                        'mllm_replica.scoring.shipped.circular._right': ( 'foundations/scoring/shipped_circular.html#_right',
                                                                                                          'mllm_replica/scoring/shipped/circular.py'),
+                                                       'mllm_replica.scoring.shipped.circular._scored_once': ( 'foundations/scoring/shipped_circular.html#_scored_once',
+                                                                                                               'mllm_replica/scoring/shipped/circular.py'),
                                                        'mllm_replica.scoring.shipped.circular.circular': ( 'foundations/scoring/shipped_circular.html#circular',
                                                                                                            'mllm_replica/scoring/shipped/circular.py'),
                                                        'mllm_replica.scoring.shipped.circular.options_of': ( 'foundations/scoring/shipped_circular.html#options_of',

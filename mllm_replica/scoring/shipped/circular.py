@@ -84,6 +84,13 @@ def circular(questions: Sequence[Question], answers: Sequence[str]) -> dict[str,
     return {'circular': scores['total_corrects'] / scores['total_samples']} | abilities
 
 # %% ../../../nbs/foundations/scoring/54c_shipped_circular.ipynb #b5742f18
+def _scored_once(questions: list[Question]) -> list[Question]:
+    "The questions, proven to be such that the official scorer counts them: before they are asked, not after."
+    if questions:
+        circular(questions, [question.answers[0] for question in questions])
+    return questions
+
+
 _NEEDED = ('index', 'question', 'A', 'B', 'image', 'category', 'l2-category')
 _REFERENCE = 64  # characters: a shorter cell names another row
 
@@ -141,7 +148,8 @@ def read_tsv(path: Path, public: bool) -> list[Question]:
     images |= {index: images[cell] for index, (_, cell) in borrowed.items()}
     by_key(((question.id, question) for question in questions), f'{path.name}: index')
     pictured = [question.model_copy(update=dict(images=[images[question.id]])) for question in questions]
-    return _in_rotations(pictured, path.name)
+    turns = _in_rotations(pictured, path.name)
+    return _scored_once(turns) if public else turns
 
 
 def _in_rotations(questions: list[Question], name: str) -> list[Question]:
@@ -237,4 +245,4 @@ def read_mibench(folder: Path, split: str) -> list[Question]:
             named = one.model_copy(update=dict(about=one.about | dict(l2_category=name)))
             questions += rotated(named, len(questions))
     by_key(((question.id, question) for question in questions), 'id of MI-Bench')
-    return questions
+    return _scored_once(questions)

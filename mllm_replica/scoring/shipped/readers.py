@@ -58,7 +58,7 @@ class Reader:
                 raise Trouble(f'{folder} has no question of the split {split}')
             by_key(((question.id, question) for question in questions), 'a question')
             check_pictures(questions, folder)
-        except Trouble as error:
+        except (ValueError, OSError) as error:
             raise Trouble(f'{self.name}: {error} (expected {self.files})') from error
         return questions
 
