@@ -109,8 +109,11 @@ def _each_picture_once(part: Sequence[Encoded], processor: Any) -> dict[str, Ten
 class _Prompts(Dataset):
     "Batches by their plan."
 
-    def __init__(self, samples: Sequence[Mapping[str, Any]], processor: Any, batch_size: int, shared: bool) -> None:
-        self.samples, self.processor, self.batch_size, self.shared = samples, processor, batch_size, shared
+    def __init__(
+        self, samples: Sequence[Mapping[str, Any]], processor: Any, batch_size: int, reuse: bool, shared: bool
+    ) -> None:
+        self.samples, self.processor, self.batch_size = samples, processor, batch_size
+        self.whole, self.shared = _each_picture_once if reuse else collate_prompts, shared
 
     def __getitem__(self, groups: list[list[int]]) -> _Batch:
         encoded = [[self.processor.encode(self.samples[n], training=False) for n in group] for group in groups]
@@ -119,7 +122,7 @@ class _Prompts(Dataset):
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         ids = [[e.id for e, _ in part] for part in parts]
         if not all(lengths):
-            return _Batch(ids, [_each_picture_once([e for e, _ in part], self.processor) for part in parts])
+            return _Batch(ids, [self.whole([e for e, _ in part], self.processor) for part in parts])
         rest = [[Encoded(e.id, e.input_ids[n:], e.labels[n:]) for e, n in part] for part in parts]
         begin = [replace(e, input_ids=e.input_ids[:n], labels=e.labels[:n]) for (e, *_), n in zip(encoded, lengths)]
         return _Batch(
@@ -260,7 +263,8 @@ def answered(
         with _ahead(_Looks(samples), windows, min(workers, 1)) as looks:
             seen = zip(windows, looks)
             plans = (batch for numbers, found in seen for batch in plan(found, numbers.start, batch_size, reuse))
-            with _ahead(_Prompts(samples, processor, batch_size, reuse and not why), plans, workers) as batches:
+            prompts = _Prompts(samples, processor, batch_size, reuse, reuse and not why)
+            with _ahead(prompts, plans, workers) as batches:
                 for batch in batches:
                     for ids, said in zip(batch.ids, _said(model, batch, max_new_tokens)):
                         yield [(id, processor.decode(tokens).strip()) for id, tokens in zip(ids, said)]
