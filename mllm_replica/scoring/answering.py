@@ -8,8 +8,9 @@ __all__ = ['Look', 'plan', 'beginning', 'obstacle', 'continued', 'answered']
 # %% ../../nbs/foundations/scoring/53d_answering.ipynb #9e18a7a7
 import copy, warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os.path import commonprefix
+from contextlib import contextmanager
 from dataclasses import replace
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +27,22 @@ Look = tuple[tuple[str, ...], int]  # names of the pictures, letters of the text
 
 
 class _Looks(Dataset):
-    "The looks of a window of samples."
+    "The looks of a window of samples; what is wrong with one is said when it is encoded."
 
     def __init__(self, samples: Sequence[Mapping[str, Any]]) -> None:
         self.samples = samples
 
     def __getitem__(self, window: range) -> list[Look]:
-        return [self.look(self.samples[number]) for number in window]
+        return [self.look(number) for number in window]
 
-    def look(self, sample: Mapping[str, Any]) -> Look:
+    def look(self, number: int) -> Look:
         "Names of images and of the files or frames of videos, and letters."
+        try:
+            return self._look(self.samples[number])
+        except Exception:
+            return (), 0
+
+    def _look(self, sample: Mapping[str, Any]) -> Look:
         media = list(sample.get('images') or [])
         for video in sample.get('videos') or []:
             media += video if isinstance(video, (list, tuple)) else [video]
@@ -102,8 +109,11 @@ def _each_picture_once(part: Sequence[Encoded], processor: Any) -> dict[str, Ten
 class _Prompts(Dataset):
     "Batches by their plan."
 
-    def __init__(self, samples: Sequence[Mapping[str, Any]], processor: Any, batch_size: int, shared: bool) -> None:
-        self.samples, self.processor, self.batch_size, self.shared = samples, processor, batch_size, shared
+    def __init__(
+        self, samples: Sequence[Mapping[str, Any]], processor: Any, batch_size: int, reuse: bool, shared: bool
+    ) -> None:
+        self.samples, self.processor, self.batch_size = samples, processor, batch_size
+        self.whole, self.shared = _each_picture_once if reuse else collate_prompts, shared
 
     def __getitem__(self, groups: list[list[int]]) -> _Batch:
         encoded = [[self.processor.encode(self.samples[n], training=False) for n in group] for group in groups]
@@ -112,7 +122,7 @@ class _Prompts(Dataset):
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         ids = [[e.id for e, _ in part] for part in parts]
         if not all(lengths):
-            return _Batch(ids, [_each_picture_once([e for e, _ in part], self.processor) for part in parts])
+            return _Batch(ids, [self.whole([e for e, _ in part], self.processor) for part in parts])
         rest = [[Encoded(e.id, e.input_ids[n:], e.labels[n:]) for e, n in part] for part in parts]
         begin = [replace(e, input_ids=e.input_ids[:n], labels=e.labels[:n]) for (e, *_), n in zip(encoded, lengths)]
         return _Batch(
@@ -197,10 +207,11 @@ def _said(model: Any, batch: _Batch, max_new_tokens: int) -> Iterator[list[list[
         yield continued(model, held, begin, part, max_new_tokens)
 
 # %% ../../nbs/foundations/scoring/53d_answering.ipynb #b4d65103
-def _loader(dataset: Dataset, order: Iterable[Any], workers: int) -> Iterable[Any]:
-    "Items in this order, made ahead by processes of their own."
+@contextmanager
+def _ahead(dataset: Dataset, order: Iterable[Any], workers: int) -> Iterator[Iterator[Any]]:
+    "Items in this order, made ahead by processes that end with the block, whatever ends it."
     more = dict(prefetch_factor=2, multiprocessing_context='fork') if workers else {}
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=order,
@@ -209,6 +220,12 @@ def _loader(dataset: Dataset, order: Iterable[Any], workers: int) -> Iterable[An
         generator=torch.Generator(),  # its own, so that no other random number is drawn
         **more,
     )
+    items = iter(loader)
+    try:
+        yield items
+    finally:
+        if workers:  # else garbage would do it, perhaps in the processes of another loader, which then hang
+            items._shutdown_workers()
 
 
 def answered(
@@ -240,14 +257,16 @@ def answered(
         warnings.warn(f'{type(model).__name__} computes the prompt of each question by itself: {why}', stacklevel=2)
     size = window * batch_size
     windows = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
-    looks = zip(windows, _loader(_Looks(samples), windows, min(workers, 1)))
-    plans = (batch for numbers, seen in looks for batch in plan(seen, numbers.start, batch_size, reuse))
-    batches = _loader(_Prompts(samples, processor, batch_size, reuse and not why), plans, workers)
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            for ids, said in zip(batch.ids, _said(model, batch, max_new_tokens)):
-                yield [(id, processor.decode(tokens).strip()) for id, tokens in zip(ids, said)]
+        with _ahead(_Looks(samples), windows, min(workers, 1)) as looks:
+            seen = zip(windows, looks)
+            plans = (batch for numbers, found in seen for batch in plan(found, numbers.start, batch_size, reuse))
+            prompts = _Prompts(samples, processor, batch_size, reuse, reuse and not why)
+            with _ahead(prompts, plans, workers) as batches:
+                for batch in batches:
+                    for ids, said in zip(batch.ids, _said(model, batch, max_new_tokens)):
+                        yield [(id, processor.decode(tokens).strip()) for id, tokens in zip(ids, said)]
     finally:
         model.train(was_training)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from timing import SLACK, beside
+from timing import beside
 
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.models.cost import count
@@ -49,6 +49,6 @@ def test_questions_on_one_picture(k, pair, judge):
     judge(
         f'{k} questions, shared ÷ not',
         lambda: beside(lambda: answer(True), lambda: answer(False), 3),
-        1.25 * SLACK * share,
+        share + 0.1,  # the rest goes into copies of keys and values
         work=share,
     )
