@@ -256,8 +256,9 @@ def test_the_harness_gives_the_same_in_batches_and_processes(paper, tiny, tasks,
         scores = lmms_scores(folder, TASKS, **how)
         answers = {task: samples_of(out, task) for task in TASKS}
         for task, said in answers.items():
-            assert len(said) == 7 and len(set(said.values())) > 1
+            assert len(said) == 7
             assert scores[task] == {'said': pytest.approx(sum(map(len, said.values())) / 7)}
+        assert len({answer for said in answers.values() for answer in said.values()}) > 2
         found.append((scores, answers))
     assert found[0] == found[1]
 

@@ -6,7 +6,7 @@
 __all__ = ['BETWEEN', 'FRAMES', 'MOST', 'sample_of', 'Length', 'length_of', 'cut', 'answered', 'on_device', 'for_several',
            'state_of', 'digest_of', 'Answers', 'told_once']
 
-# %% ../../nbs/foundations/evaluating/77_asking.ipynb #18c22a85
+# %% ../../nbs/foundations/evaluating/77_asking.ipynb #30c0104f
 import copy, hashlib, json, os, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.samples import IMAGE_MARK
 from ..owl3.pictures import read_video
 from ..scoring.evaluation import collate_prompts, greedy
 
-# %% ../../nbs/foundations/evaluating/77_asking.ipynb #ca73b9ef
+# %% ../../nbs/foundations/evaluating/77_asking.ipynb #52389a67
 BETWEEN = {'owl2': '', 'owl3': ''}  # what stands between pictures and the question; elsewhere a line break
 FRAMES = 8  # of a video, where the processor says no number
 
@@ -98,7 +98,7 @@ def sample_of(
         id=key, images=images, conversations=conversation, document='', task='', answer='', options=[], meta='{}'
     )
 
-# %% ../../nbs/foundations/evaluating/77_asking.ipynb #50c42eb8
+# %% ../../nbs/foundations/evaluating/77_asking.ipynb #6f30068e
 MOST = 1024  # tokens of an answer, where a task says no number
 
 
@@ -145,7 +145,7 @@ def cut(text: str, until: Sequence[str]) -> str:
         text = text.split(stop, 1)[0]
     return text.strip()
 
-# %% ../../nbs/foundations/evaluating/77_asking.ipynb #03609e7a
+# %% ../../nbs/foundations/evaluating/77_asking.ipynb #3d809298
 _WINDOW = 4  # batches that are encoded together
 
 
@@ -195,7 +195,7 @@ def for_several(
     cutting.encode = encode
     return cutting
 
-# %% ../../nbs/foundations/evaluating/77_asking.ipynb #e5719ebb
+# %% ../../nbs/foundations/evaluating/77_asking.ipynb #341c11bf
 def state_of(folder: Path) -> list[list[Any]]:
     """Names, sizes and times of the files: whether a folder is the one that answered before.
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['checkpoint_of', 'device_of', 'opened', 'losses', 'Answering', 'Simple', 'Chat', 'manifest']
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #47a5cbd5
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #c8b9b3a6
 import json, os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mllm_replica.auto  # noqa: F401  the Auto classes know our models
 from ..core.settings import Trouble
 from mllm_replica.evaluating.asking import (
     BETWEEN,
@@ -36,14 +36,14 @@ from mllm_replica.evaluating.asking import (
 )
 from ..scoring.evaluation import collate_prompts, left_padded
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #e86a587d
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #adfff18d
 try:
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 except ImportError:  # nothing here runs in lmms-eval then
     GenerationResult, lmms = tuple, object
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #e9ae0149
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #ea46a6bb
 def checkpoint_of(folder: str | Path) -> Path:
     """The folder of a saved model, or what is wrong with it.
 
@@ -81,10 +81,11 @@ def opened(folder: Path, device: torch.device, dtype: str, attention: str | None
     if dtype != 'auto' and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise Trouble(f'dtype is {dtype!r}; expected auto, bfloat16, float16 or float32')
     how = dict(attn_implementation=attention) if attention else {}
+    import_module('mllm_replica.auto')  # the Auto classes know our models then
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **how)
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #39047836
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #c3f8ef2e
 @torch.inference_mode()
 def losses(model: Any, batch: Mapping[str, Any], lengths: Tensor) -> list[list[Any]]:
     """Of each row the mean loss of its answer's tokens and whether greedy decoding gives them: [loss, greedy].
@@ -103,7 +104,7 @@ def losses(model: Any, batch: Mapping[str, Any], lengths: Tensor) -> list[list[A
     greedy = ((logits.argmax(-1) == tokens) | ~real).all(1)
     return [[float(value), bool(equal)] for value, equal in zip(loss, greedy)]
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #9ea5bede
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #b4705afc
 class _Samples(Sequence):
     "Samples of some requests, each made when it is read."
 
@@ -304,7 +305,7 @@ class Answering(lmms):
                     asked |= {n: said} if said is not None else {}
         return given
 
-# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #dc0c2fb7
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #72567bea
 _STILL = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')  # files that are one picture
 
 
@@ -363,7 +364,7 @@ class Chat(Answering):
         said, over, _, info = request.args[1](self.document(request), **how)
         return None if over else said, info
 
-
+# %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #dd22ce5a
 def manifest() -> Any:
     "What lmms-eval registers, by the entry point `lmms_eval.models`."
     from lmms_eval.models.registry_v2 import ModelManifest

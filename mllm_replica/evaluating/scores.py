@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SCORES', 'TROUBLE', 'LOG', 'ANSWERS', 'INSTALL', 'numbers_of', 'main', 'lmms_scores', 'text_scores']
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #e600fa2a
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #410927bc
 import json, os, subprocess, sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..core.writing import read_json_file, write_atomic
 from .asking import digest_of, state_of
 from .lmms import checkpoint_of, manifest
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #34ea01a8
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #50580610
 def numbers_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Task -> metric -> value.
 
@@ -35,7 +36,7 @@ def numbers_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 found.setdefault(task, {})[name if chosen == 'none' else key] = float(value)
     return found
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #a5f0e749
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #30050748
 QUESTION, SCORES, TROUBLE, LOG, ANSWERS = 'question.json', 'scores.json', 'trouble.txt', 'log.txt', 'answers'
 
 
@@ -64,8 +65,7 @@ def _by_lm(question: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    import mllm_replica.auto  # noqa: F401  the Auto classes know our models
-
+    import_module('mllm_replica.auto')  # the Auto classes know our models then
     folder, processes = question['checkpoint'], Accelerator()
     how = dict(batch_size=question['batch_size'], device=question['device'] or str(processes.device))
     given = {name: value for name, value in question['arguments'].items() if name in ('dtype', 'attn_implementation')}
@@ -107,7 +107,7 @@ def main(out: Path) -> int:
         torch.distributed.destroy_process_group()
     return 0
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #394c6920
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #740662f7
 INSTALL = {
     'lmms_eval': "pip install 'mllm_replica[eval]', then pip install --no-deps lmms-eval==0.7.3",
     'lm_eval': "pip install 'mllm_replica[eval]'",
@@ -212,6 +212,6 @@ def text_scores(
     question |= dict(device=device, shots=shots, arguments=arguments)
     return _evaluated('lm_eval', out, processes, question)
 
-# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #0c6880a3
+# %% ../../nbs/foundations/evaluating/77b_scores.ipynb #e22b34bd
 if __name__ == '__main__' and '__file__' in globals():
     sys.exit(main(Path(sys.argv[1])))
