@@ -8,6 +8,7 @@ __all__ = ['checkpoint_hash', 'our_folder', 'load_checkpoint']
 # %% ../../nbs/foundations/evaluating/78_checkpoints.ipynb #82a07b6b
 import hashlib, json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    import mllm_replica.auto  # noqa: F401
-
+    import_module('mllm_replica.auto')  # the Auto classes know our models then
     kernel = settings().machine.attention
     chosen = {'attn_implementation': kernel} if kernel else {}
     try:

@@ -9,6 +9,7 @@ __all__ = ['Group', 'group_of', 'groups_of', 'as_prompt', 'fingerprint', 'Begun'
 # %% ../../nbs/foundations/evaluating/78b_jobs.ipynb #e5574198
 import hashlib, json, os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,8 +223,7 @@ def code_of_answers(folder: Path, *more: Any) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    import mllm_replica.auto  # noqa: F401
-
+    import_module('mllm_replica.auto')  # the Auto classes know our models then
     kind = type(AutoConfig.from_pretrained(folder))
     return code_of_functions(answered, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind], PROCESSOR_MAPPING[kind], *more)
 
