@@ -286,6 +286,14 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(world, tmp_path):
         assert found.exit_code == 1 and isinstance(found.exception, SystemExit), (words, found.exception)
         (line,) = [line for line in found.output.splitlines() if line.startswith('Error')]
         assert message in line, line
+    picture = next((world / 'data' / 'mme').rglob('*.jpg'))
+    shutil.copytree(world / 'data' / 'mme', tmp_path / 'torn' / 'mme')
+    torn = tmp_path / 'torn' / picture.relative_to(world / 'data')
+    torn.write_bytes(b'no picture')
+    for workers in (0, 1):
+        words = ('--data', tmp_path / 'torn', '--column', 'mme', '--batch-size', '1', '--workers', workers)
+        found = evaluate('honeybee', ours, world, *words)
+        assert found.exit_code == 1 and f'Error: mme: {torn}: not a readable' in found.output, found.output
     official = released('honeybee', tmp_path / 'honeybee')
     (official / 'tokenizer.json').unlink()
     found = evaluate('honeybee', official, world)

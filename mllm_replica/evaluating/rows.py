@@ -225,9 +225,11 @@ def _here(asked: dict[str, Asked], unasked: dict[str, str], data: Path, chosen: 
     places = {key: data / what.task for key, what in asked.items() if key not in unread}
     missing = unread | {key: f'no files in {place}' for key, place in places.items() if not place.is_dir()}
     if missing and (chosen or len(missing) == len(asked)):
+        wanted = {asked[key].task: READERS[asked[key].task].files for key in missing if key in places}
         raise Trouble(
             f'{"; ".join(dict.fromkeys(missing.values()))}: put the benchmark there as it is shipped, '
-            'name another folder with --data, or let a harness fetch it with --lmms'
+            'name another folder with --data, or let a harness fetch it with --lmms. '
+            + '; '.join(f'{task}: {files}' for task, files in wanted.items())
         )
     unasked |= missing
     return {key: what for key, what in asked.items() if key not in missing}

@@ -17,6 +17,7 @@ import torch
 
 from ..core.settings import Trouble, settings
 from ..core.writing import write_atomic
+from ..data.images import ImageError
 from .checkpoints import load_checkpoint
 from .jobs import Begun, Group, Job, begin, gathered, prompts_of
 from ..running.devices import device_sets, visible_gpus
@@ -56,10 +57,14 @@ def ask(
     """
     done = 0
     how = dict(max_new_tokens=TASKS[group.task].tokens, batch_size=job.batch_size, workers=job.workers)
-    for batch in answered(*loaded, todo, **how):
-        predictions.append([dict(id=key, prediction=text) for key, text in batch])
-        done += len(batch)
-        yield done
+    try:
+        for batch in answered(*loaded, todo, **how):
+            predictions.append([dict(id=key, prediction=text) for key, text in batch])
+            done += len(batch)
+            yield done
+    except ImageError as error:
+        said = str(error).strip().splitlines()[-1]  # of another process the last of many lines
+        raise Trouble(f'{group.task}: {said.removeprefix(f"{ImageError.__module__}.ImageError: ")}') from error
 
 
 def _took(
