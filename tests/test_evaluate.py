@@ -176,6 +176,10 @@ def test_a_released_checkpoint_beside_its_row(world, monkeypatch):
     again = evaluate('honeybee', checkpoint, world, '--column', 'mmb', '--batch-size', '1')
     assert again.exit_code == 0 and 'recorded in' in again.output and len(read_released('honeybee', '6')) == 4
     answers = lines(told['folder'])
+    words = ('--checkpoint', checkpoint, '--data', world / 'data', '--json')
+    other = call('evaluate', 'honeybee', '5a', 'per_dataset', *words)  # of another table, by the same answers
+    cells = {cell['column']: cell['evaluated'] for cell in json.loads(other.stdout)['cells']}
+    assert list(cells) == ['mmb', 'seed_i', 'mme_p', 'avg_n'] and None not in cells.values()
     part = evaluate('honeybee', checkpoint, world, '--limit', '3', '--json')
     assert part.exit_code == 0 and json.loads(part.stdout)['results'] is None and lines(told['folder']) == answers
 
@@ -242,6 +246,10 @@ def test_right_answers_get_their_verdicts(perfect, world):
     assert {cell['column']: cell['verdict'] for cell in told} == dict(
         mmb='match', mme_p='match', mme='differs', seed_i='not run'
     )
+    words = ('--checkpoint', perfect / 'checkpoint-official', '--data', world / 'data', '--json', '--column', 'avg_n')
+    mean = json.loads(call('evaluate', 'honeybee', '5a', 'per_dataset', *words).stdout)['cells'][-1]
+    assert (mean['column'], mean['evaluated'], mean['questions']) == ('avg_n', 100.0, None)
+    assert read_released('honeybee', '5a')[-1].value == 100.0
     assert not (perfect / 'papers' / 'honeybee' / 'results').exists(), 'only a person publishes'
 
 
@@ -319,7 +327,7 @@ def test_nothing_outlives_an_evaluation_that_is_killed(world, tmp_path):
     code = 'import sys; from mllm_replica.cli import app; app(sys.argv[1:])'
     command = [sys.executable, '-c', code, *words, '--devices', '2', '--batch-size', '1']
     process = subprocess.Popen(command, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    folder = settings().run_folder / 'evaluations' / 'honeybee' / '6' / 'honeybee_d_7b' / checkpoint_hash(ours)[:12]
+    folder = settings().run_folder / 'evaluations' / checkpoint_hash(ours)[:12]
     while not [*folder.glob('*.part*')]:
         assert process.poll() is None, 'ended before it could be killed'
         time.sleep(0.05)

@@ -49,7 +49,7 @@ def _shown(
     "A line of the table."
     numbers = [
         '' if value is None else form.format(value)
-        for value, form in ((cell.evaluated, '{:.2f}'), (cell.difference, '{:+.2f}'), (cell.tolerance, '±{:g}'))
+        for value, form in ((cell.evaluated, '{:.2f}'), (cell.difference, '{:+.2f}'), (cell.tolerance, '±{:.3g}'))
     ]
     counted = ['' if value is None else f'{value:.0f}' for value in (cell.questions, cell.seconds)]
     if cell.official not in (None, cell.questions):

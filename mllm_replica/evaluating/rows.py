@@ -76,7 +76,7 @@ class Evaluation(Strict):
     """What an evaluation came to.
 
     checkpoint: its hash
-    folder: with the predictions
+    folder: with the predictions of the checkpoint
     limit: questions of a benchmark that were asked; None: all
     results: where it is recorded
     """
@@ -207,13 +207,16 @@ def _log(
     tracker: Tracker,
     run: str,
     done: Evaluation,
+    asked: Mapping[str, Asked],
 ) -> None:
     "Numbers, verdicts, predictions and the result file; the run ends."
     cells = [cell for cell in done.cells if cell.evaluated is not None]
     numbers = comparison(done.paper, done.table, done.row, 'paper', {cell.column: cell.evaluated for cell in cells})
     numbers |= {f'questions/{cell.column}': float(cell.questions) for cell in cells if cell.questions}
     verdicts = {cell.column: cell.verdict for cell in cells}
-    tracker.finish_table(run, numbers, verdicts, [done.results, *sorted(done.folder.glob('*.json*'))])
+    names = dict.fromkeys(group_of(what).name for what in asked.values())
+    files = [path for name in names for path in sorted(done.folder.glob(f'{name}.json*'))]
+    tracker.finish_table(run, numbers, verdicts, [done.results, *files])
 
 # %% ../../nbs/foundations/evaluating/78e_rows.ipynb #1c90ce97
 def _here(asked: dict[str, Asked], unasked: dict[str, str], data: Path, chosen: bool) -> dict[str, Asked]:
@@ -277,7 +280,7 @@ def evaluate_row(
     content = checkpoint_hash(checkpoint, lambda done, total: said('reading the checkpoint', done, total))
     model = our_folder(checkpoint, content, lambda done, total: said('converting', done, total))
     job = Job(
-        folder=settings().run_folder / 'evaluations' / paper / table / row / content[:12],
+        folder=settings().run_folder / 'evaluations' / content[:12],
         model=model,
         checkpoint=content,
         data=data,
@@ -307,5 +310,5 @@ def evaluate_row(
         counted = found()
         done = done.model_copy(update=dict(cells=cells_of(t, row, asked, unasked, counted)))
         done = done.model_copy(update=dict(results=write_released(paper, table, records_of(done, asked, counted))))
-        _log(tracker, run, done)
+        _log(tracker, run, done, asked)
     return done
