@@ -1469,6 +1469,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mllm_replica/evaluating/rows.py'),
                                               'mllm_replica.evaluating.rows.evaluate_row': ( 'foundations/evaluating/rows.html#evaluate_row',
                                                                                              'mllm_replica/evaluating/rows.py'),
+                                              'mllm_replica.evaluating.rows.job_of': ( 'foundations/evaluating/rows.html#job_of',
+                                                                                       'mllm_replica/evaluating/rows.py'),
                                               'mllm_replica.evaluating.rows.records_of': ( 'foundations/evaluating/rows.html#records_of',
                                                                                            'mllm_replica/evaluating/rows.py')},
             'mllm_replica.evaluating.scores': { 'mllm_replica.evaluating.scores._by_lm': ( 'foundations/evaluating/scores.html#_by_lm',

@@ -23,9 +23,9 @@ from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble, project_root, settings
 from mllm_replica.data.language import byte_tokenizer
-from mllm_replica.evaluating import harness, working
-from mllm_replica.evaluating.checkpoints import checkpoint_hash, our_folder
-from mllm_replica.evaluating.jobs import Group, Job, begin, code_of_answers, scored
+from mllm_replica.evaluating import harness, rows, working
+from mllm_replica.evaluating.checkpoints import checkpoint_hash
+from mllm_replica.evaluating.jobs import Group, begin, scored
 from mllm_replica.models.convert import convert
 from mllm_replica.scoring.shipped.readers import reader_of
 from mllm_replica.tables.released import read_released
@@ -106,11 +106,10 @@ def lines(folder):
 
 def job_of(world, paper, checkpoint, folder, **more):
     "A job of all benchmarks that lie here, in a folder of its own."
-    content = checkpoint_hash(checkpoint)
-    model = our_folder(checkpoint, content)
-    given = dict(batch_size=8, workers=0, devices=1, code=code_of_answers(model)) | more
+    given = dict(batch_size=8, workers=0, devices=1, limit=None) | more
     groups = [Group(task=name, split='dev' if name == 'mmbench' else 'test', prompt='letter') for name in BENCHMARKS]
-    return Job(folder=world / folder, model=model, checkpoint=content, data=world / 'data', groups=groups, **given)
+    job = rows.job_of(checkpoint, world / 'data', {}, lambda *_: None, **given)
+    return job.model_copy(update=dict(folder=world / folder, groups=groups))
 
 
 def goes_all_the_way(paper, world):

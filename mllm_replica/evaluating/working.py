@@ -19,7 +19,7 @@ from ..core.settings import Trouble, settings
 from ..core.writing import write_atomic
 from ..data.images import ImageError
 from .checkpoints import load_checkpoint
-from .jobs import Begun, Group, Job, begin, gathered, prompts_of
+from .jobs import Begun, Group, Job, Scored, begin, gathered, prompts_of, scored
 from ..running.devices import device_sets, visible_gpus
 from ..running.engine import kill_tree
 from ..running.journal import unit_lock
@@ -257,16 +257,16 @@ def alone(
 def answer(
     job: Job,
     said: Said = lambda *_: None,
-) -> None:
-    "Answer everything that a job asks and that is not answered yet."
+) -> dict[str, Scored]:
+    "Answer everything that a job asks and that is not answered yet; what each group comes to then."
     with alone(job) as lock:
         ids, totals = dealt(job, said)
-        if all(answered == total for answered, total in totals.values()):
-            return
-        if job.devices == 1:
-            answer_here(job, said)
-        else:
-            answer_together(job, ids, totals, said, lock)
+        if any(before < total for before, total in totals.values()):
+            if job.devices == 1:
+                answer_here(job, said)
+            else:
+                answer_together(job, ids, totals, said, lock)
+        return {group.name: scored(job, group) for group in job.groups}
 
 # %% ../../nbs/foundations/evaluating/78c_working.ipynb #803fba03
 if __name__ == '__main__' and '__file__' in globals():
