@@ -12,10 +12,10 @@ from mllm_replica.core.metrics import vqa_accuracy
 from mllm_replica.data.images import encode_png
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.data.samples import COLUMNS, IMAGE_MARK, check_sample
-from mllm_replica.mm1.shots import CAPTION, VQA, Template, cider_d, demonstrations, few_shot, resolutions
+from mllm_replica.mm1.shots import CAPTION, VQA, Template, demonstrations, few_shot, resolutions
 from mllm_replica.models.image_processing import VisionLanguageImageProcessor
 from mllm_replica.models.vlm import VisionLanguageProcessor
-from mllm_replica.scoring.captions import caption_words
+from mllm_replica.scoring.captions import caption_words, cider_d
 
 GOLDEN = Path(__file__).parent / 'golden' / 'mm1'
 METRICS = yaml.safe_load((GOLDEN / 'metrics.yaml').read_text())

@@ -64,7 +64,8 @@ def _shots(model: Any, processor: Any, recipe: Recipe) -> dict[str, float]:
 
 def _cider(model: Any, processor: Any, recipe: Recipe) -> float:
     "CIDEr-D of captions without demonstrations, times 100; of this world's language its full stop, too, is a word."
-    from mllm_replica.mm1.shots import Template, cider_d, few_shot
+    from mllm_replica.mm1.shots import Template, few_shot
+    from mllm_replica.scoring.captions import cider_d
     from mllm_replica.scoring.evaluation import collate_prompts, greedy
 
     size, template, written = 300 if recipe.scale == 'tiny' else 8, Template('<image>'), []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MME_TASKS', 'mme_answer', 'mme_task', 'mme', 'pope_answer', 'pope', 'pope_average', 'seed', 'infer', 'mmbench_hit',
-           'mmbench', 'scienceqa', 'mmmu_normalise', 'mmmu_parse', 'mmmu_open', 'mmmu']
+           'mmbench', 'scienceqa_right', 'scienceqa', 'mmmu_normalise', 'mmmu_parse', 'mmmu_open', 'mmmu']
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #162319b9
 import random, re
@@ -273,6 +273,28 @@ def mmbench(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
 
 # %% ../../nbs/foundations/scoring/51_official_scorers.ipynb #b73dd20b
+def scienceqa_right(
+    problems: dict[str, dict[str, Any]],
+    predictions: dict[str, str],
+    chance_seed: int = 0,
+) -> dict[str, bool]:
+    """ScienceQA: question id -> whether it is answered right.
+
+    problems: question id -> choices, answer (index)
+    predictions: question id -> the model's text
+    chance_seed: for unreadable answers
+    """
+    chance, right = random.Random(chance_seed), {}
+    for key, problem in problems.items():
+        choices, text = problem['choices'], re.sub(r'[().]', '', predictions[key])
+        read = (
+            text if len(text) == 1 else ''.join('ABCDE'[i] for i, choice in enumerate(choices) if choice in text)[-1:]
+        )
+        index = 'ABCDE'.index(read) if read and read in 'ABCDE'[: len(choices)] else chance.randrange(len(choices))
+        right[key] = index == problem['answer']
+    return right
+
+
 def scienceqa(
     problems: dict[str, dict[str, Any]],
     predictions: Sequence[dict[str, Any]],
@@ -284,17 +306,11 @@ def scienceqa(
     predictions: question_id, pred, image_path (None or 'None' without image)
     chance_seed: for unreadable answers
     """
-    chance = random.Random(chance_seed)
     right: dict[bool, list[bool]] = {True: [], False: []}
     _complete('ScienceQA', [row['question_id'] for row in predictions], problems)
     given = {row['question_id']: row for row in predictions}
-    for key, problem in problems.items():
-        choices, text = problem['choices'], re.sub(r'[().]', '', given[key]['pred'])
-        read = (
-            text if len(text) == 1 else ''.join('ABCDE'[i] for i, choice in enumerate(choices) if choice in text)[-1:]
-        )
-        index = 'ABCDE'.index(read) if read and read in 'ABCDE'[: len(choices)] else chance.randrange(len(choices))
-        right[given[key]['image_path'] not in (None, 'None')].append(index == problem['answer'])
+    for key, hit in scienceqa_right(problems, {key: row['pred'] for key, row in given.items()}, chance_seed).items():
+        right[given[key]['image_path'] not in (None, 'None')].append(hit)
     every = right[True] + right[False]
 
     def percent(values) -> 'float':
