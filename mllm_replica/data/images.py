@@ -34,7 +34,11 @@ def resolve_image(path: str | Path, root: Path) -> Path:
         full = inside(path, root, 'image path', 'folder')
     except ValueError as error:
         raise ImageError(str(error)) from error
-    if not full.is_file():
+    try:
+        found = full.is_file()
+    except OSError:  # a name that no file can have
+        found = False
+    if not found:
         raise ImageError(f'image {str(path)!r} does not exist under {root}')
     return full
 
