@@ -7,7 +7,7 @@ __all__ = ['Entry', 'ENDINGS', 'FORMATS', 'Pictures', 'conversation', 'caption',
            'converted']
 
 # %% ../../nbs/foundations/data/32_formats.ipynb #31ac38b8
-import re
+import os, re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -39,10 +39,7 @@ class Pictures(NamedTuple):
         """
         if not isinstance(image, str):
             return True
-        try:
-            return inside(image, self.folder, 'image path', 'folder').is_file()
-        except OSError:  # a name that no file can have
-            return False
+        return os.path.isfile(inside(image, self.folder, 'image path', 'folder'))
 
     def kept(
         self,
@@ -216,9 +213,10 @@ def _frames(name: Any, pictures: Pictures) -> list[str]:
     if not isinstance(name, str):
         raise ValueError(f'video is {name!r:.60}; expected a path')
     place = inside(name, pictures.folder, 'video path', 'folder')
-    folder = place if place.is_dir() else place.with_suffix('')
-    files = sorted(file for file in folder.glob('*') if file.suffix[1:].lower() in ENDINGS) if folder.is_dir() else []
-    if not files and place.is_file():
+    folder = place if os.path.isdir(place) else place.with_suffix('')
+    found = folder.glob('*') if os.path.isdir(folder) else ()
+    files = sorted(file for file in found if file.suffix[1:].lower() in ENDINGS)
+    if not files and os.path.isfile(place):
         raise NotImplementedError(
             f'video {name!r} is a file, and training reads frames: write them as {folder.name}/00001.jpg … beside it, '
             f'e.g. ffmpeg -i {place.name} -vf fps=2 {folder.name}/%05d.jpg'

@@ -96,7 +96,7 @@ def key_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     key, files = None, {}
     for base, ending, content in _members(path):
-        if files and base != key:
+        if files and (base != key or ending in files):
             yield entry()
             files = {}
         key, files[ending] = base, content
