@@ -153,7 +153,7 @@ def _as_lines(path, entries):
     put(path.parent, path.name, b'\n'.join(json.dumps(entry).encode() for entry in entries))
 
 
-def _as_rows(path, entries):
+def as_rows(path, entries):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(entries), path)
 
@@ -175,21 +175,21 @@ def _as_shard(path, entries):
                     member = tarfile.TarInfo(f'{key}.{ending}')
                     member.size = len(content)
                     shard.addfile(member, io.BytesIO(content))
-    _as_rows(path.with_suffix('.parquet'), [_about(*entry) for entry in entries])
+    as_rows(path.with_suffix('.parquet'), [_about(*entry) for entry in entries])
     put(path.parent, f'{path.stem}_stats.json', b'{"count": 3}')
 
 
 def _as_fetched_rows(path, entries):
     "What img2dataset writes as parquet: the bytes in the list."
-    _as_rows(path, [_about(*entry) | {'jpg': entry[2], 'txt': entry[1] if entry[2] else None} for entry in entries])
+    as_rows(path, [_about(*entry) | {'jpg': entry[2], 'txt': entry[1] if entry[2] else None} for entry in entries])
 
 
 def _with_list(path, entries):
     "OBELICS, and what img2dataset wrote of its pictures as files."
-    _as_rows(path, entries)
+    as_rows(path, entries)
     rows = [('http://a.b/red.jpg', '000000000', 'success'), ('http://a.b/x.jpg', '000000001', 'failed_to_download')]
     rows += [('http://a.b/blue.png?w=8', '000000002', 'success')]
-    _as_rows(path.parents[1] / 'images' / '00000.parquet', [dict(url=u, key=k, status=s) for u, k, s in rows])
+    as_rows(path.parents[1] / 'images' / '00000.parquet', [dict(url=u, key=k, status=s) for u, k, s in rows])
 
 
 LAYOUTS = {  # name → format, kind, file, folder of pictures, entries, how they are written

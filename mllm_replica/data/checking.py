@@ -137,6 +137,11 @@ def histogram(counts: Counter) -> list[tuple[int, int]]:
     return [(end, bins[end]) for end in ends]
 
 # %% ../../nbs/foundations/data/34b_checking.ipynb #c4dc9c42
+def _plain(said: Any) -> str:
+    "What a file says, as it can be shown on a terminal."
+    return ''.join(letter for letter in str(said)[:80] if letter.isprintable())
+
+
 def licence_beside(path: Path) -> list[str]:
     """What LICENSE files and dataset cards say, there or in the folder above.
 
@@ -151,14 +156,14 @@ def licence_beside(path: Path) -> list[str]:
                 text = opened.read(2**16)
             if file.name.lower() != 'readme.md':
                 line = next((line.strip() for line in text.splitlines() if line.strip()), 'nothing')
-                found.append(f'{file.name} begins: {line[:80]}')
+                found.append(f'{file.name} begins: {_plain(line)}')
             elif head := re.match(r'---\s*\n(.*?)\n---', text, re.DOTALL):
                 try:
                     card = yaml.safe_load(head[1])
                 except (yaml.YAMLError, RecursionError, ValueError):
                     continue
                 if isinstance(card, dict) and card.get('license'):
-                    found.append(f'{file.name} says license: {card["license"]}')
+                    found.append(f'{file.name} says license: {_plain(card["license"])}')
         if found:
             break
     return found
@@ -200,13 +205,14 @@ class _Seen:
 
     def __init__(self) -> None:
         self.rows = sqlite3.connect('')  # a temporary file, gone with the connection
-        self.rows.execute('CREATE TABLE seen (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID')
+        self.rows.execute('CREATE TABLE seen (id BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID')
 
     def before(self, name: str, where: str) -> str | None:
         "Where an id stood before, if it did."
-        if self.rows.execute('INSERT OR IGNORE INTO seen VALUES (?, ?)', (name, where)).rowcount:
+        key = name.encode('utf-8', 'surrogatepass')
+        if self.rows.execute('INSERT OR IGNORE INTO seen VALUES (?, ?)', (key, where)).rowcount:
             return None
-        return self.rows.execute('SELECT place FROM seen WHERE id = ?', (name,)).fetchone()[0]
+        return self.rows.execute('SELECT place FROM seen WHERE id = ?', (key,)).fetchone()[0]
 
 
 class _Check:
@@ -238,8 +244,9 @@ class _Check:
         report.shape.update({'with image' if count else 'text only': 1, 'several images': count > 1})
         report.shape['documents'] += bool(sample['document'])
         about = read_json(sample['meta'])
-        report.left_out += len(about.get('left_out', ()))
-        report.absent += about.get('absent', 0) if report.look.format != OWN else 0
+        if report.look.format != OWN:
+            report.left_out += len(about.get('left_out', ()))
+            report.absent += about.get('absent', 0)
         if not self.decode:
             self._headers(sample['images'])
 

@@ -54,7 +54,7 @@ def _about(entry: Entry, *used: str) -> Entry:
     return {
         name: value
         for name, value in entry.items()
-        if name not in used and value is not None and isinstance(value, (str, int, float))
+        if name not in (*used, 'left_out', 'absent') and isinstance(value, (str, int, float))
     }
 
 
@@ -71,6 +71,8 @@ def _answered(entry: Entry) -> tuple[list[Entry], list[Any]]:
     (turns,) = _listed(entry, 'conversations')
     if wrong := [turn for turn in turns if not isinstance(turn, dict)]:
         raise ValueError(f"conversations has {wrong[0]!r:.60}; expected objects with 'from' and 'value'")
+    if odd := [turn for turn in turns if not isinstance(turn.get('value'), str)]:
+        raise ValueError(f'a turn has value {odd[0].get("value")!r:.60}; expected text')
     roles = [turn.get('from') for turn in turns]
     start = int(roles[:1] in (['gpt'], ['system']))
     stop = len(turns) - (len(turns) > start and roles[-1] == 'human')
@@ -79,7 +81,7 @@ def _answered(entry: Entry) -> tuple[list[Entry], list[Any]]:
 
 def _one_mark(turn: Entry) -> Entry:
     "The turn with the first of its marks only."
-    before, mark, after = str(turn.get('value')).partition(IMAGE_MARK)
+    before, mark, after = turn['value'].partition(IMAGE_MARK)
     return turn | {'value': before + mark + after.replace(IMAGE_MARK, '')} if mark else turn
 
 
@@ -113,9 +115,9 @@ def caption(
     pictures: Pictures,
 ) -> Entry | None:
     "Members of a key in a shard, or a row, of img2dataset; nothing for what was not fetched."
-    names = [name for name in entry if name.lower().rpartition('.')[2] in ENDINGS]
-    if not names:
-        raise ValueError(f'expected a picture (.{", .".join(ENDINGS)}) among {sorted(entry)}')
+    names = [name for name in entry if name.lower() in ENDINGS]
+    if len(names) != 1:
+        raise ValueError(f'expected one picture (.{", .".join(ENDINGS)}) among {sorted(entry)}')
     image, key = entry[names[0]], entry.get('__key__', entry.get('key'))
     if image is None and entry.get('status') != 'success':
         return None
@@ -228,14 +230,18 @@ def _frames(name: Any, pictures: Pictures) -> list[str]:
     return [str(file.relative_to(pictures.folder.resolve())) for file in chosen]
 
 
+def _question(pair: Entry) -> tuple[Any, Any]:
+    "Instruction and question."
+    return pair.get('i', ''), pair.get('q', '')
+
+
 def _asked(pairs: list[Any]) -> list[Entry]:
     "Turns of VideoChat2's questions and answers; the instruction comes first, a caption has no question."
     found = []
     for number, pair in enumerate(pairs):
-        if not isinstance(pair, dict) or not isinstance(pair.get('a'), str):
-            raise ValueError(f"QA {number} is {pair!r:.60}; expected an object with 'q' and 'a'")
-        words = [pair.get('i') if not number else '', pair.get('q')]
-        asked = ' '.join(text for text in words if isinstance(text, str) and text)
+        if not isinstance(pair, dict) or not all(isinstance(text, str) for text in (pair.get('a'), *_question(pair))):
+            raise ValueError(f"QA {number} is {pair!r:.60}; expected an object with texts 'q' and 'a', perhaps 'i'")
+        asked = ' '.join(text for text in _question(pair)[bool(number) :] if text)
         found += [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': pair['a']}]
     return found
 
@@ -250,11 +256,11 @@ def video(
         turns[:1] = [turn | {'value': f'<video>\n{turn["value"]}'.strip()} for turn in turns[:1]]
     else:
         turns, left_out = _answered(entry)
-    marks = sum(len(_MARKS.findall(str(turn.get('value')))) for turn in turns)
+    marks = sum(len(_MARKS.findall(turn['value'])) for turn in turns)
     if marks != 1:
         raise ValueError(f'{marks} marks ({IMAGE_MARK} or <video>) for one video; expected one')
     frames = _frames(entry.get('video'), pictures)
-    turns = [turn | {'value': _MARKS.sub(IMAGE_MARK * len(frames), str(turn.get('value')))} for turn in turns]
+    turns = [turn | {'value': _MARKS.sub(IMAGE_MARK * len(frames), turn['value'])} for turn in turns]
     about = _about(entry, 'conversations') | ({'left_out': left_out} if left_out else {})
     return dict(images=frames, conversations=turns, meta=about)
 

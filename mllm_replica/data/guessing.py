@@ -96,7 +96,10 @@ def picture_place(file: Path, entries: Sequence[dict[str, Any]]) -> Path:
     file: of data
     entries: its first ones, as they lie
     """
-    names, places = [name for entry in entries for name in _names(entry)][:100], [file.parent, file.parent / 'images']
+    names, places = (
+        [name for entry in entries for name in _names(entry)][:100],
+        [file.parent, file.parent / 'images', file.parent.parent / 'images'],
+    )
 
     def there(place: Path) -> int:
         "How many of the paths lie there; of URLs all if img2dataset's lists do."
