@@ -88,8 +88,12 @@ def test_documents_lose_what_is_not_there_if_they_may(tmp_path):
     assert json.loads(left['meta'])['absent'] == 1
     write('obelics', tmp_path)
     (tmp_path / 'obelics/images/00000/000000002.jpg').unlink()
+    rows = [*LAYOUTS['obelics'][4], {'images': ['http://a.b/../c.jpg', None], 'texts': [None, 'c']}]
+    as_rows(tmp_path / LAYOUTS['obelics'][2], rows)
     data = load_source(source_of('obelics', tmp_path, drop_absent=True), 0, tmp_path)
-    assert [seen(sample)[0] for sample in data] == [['red'], ['red']]
+    assert [seen(sample)[0] for sample in data] == [['red'], ['red'], []]
+    put(tmp_path, 'obelics/images/00001.parquet', b'x')
+    assert '00001.parquet is damaged' in report_on(tmp_path / 'obelics' / 'data').said[0]
 
 
 def test_rows_with_pictures_in_them(tmp_path):
@@ -257,7 +261,10 @@ BROKEN += [
             'lengths': ({'texts': ['a']}, 'expected one list as long as the other'),
             'both': ({'images': ['a', 'b'], 'texts': ['a', 'b']}, 'place 0 has image'),
             'neither': ({'images': [None, 'a'], 'texts': [None, None]}, 'place 0 has image None and text None'),
-            'not fetched': ({'images': ['http://a.b/x.jpg', None], 'texts': [None, 'a']}, "x.jpg' does not exist"),
+            'not fetched': (
+                {'images': ['http://a.b/x.jpg', None], 'texts': [None, 'a']},
+                "x.jpg' does not exist: no list in",
+            ),
             'no text': ({'images': ['http://a.b/red.jpg'], 'texts': [None]}, 'has no text'),
             'a mark in a text': ({'images': [None], 'texts': ['an <image> tag']}, 'literally'),
         },
@@ -266,6 +273,7 @@ BROKEN += [
             'a video of a number': ({'video': 5}, 'video is 5; expected a path'),
             'a question of a number': ({'QA': [{'q': 5, 'a': 'x'}]}, 'QA 0 is'),
             'an answer of nothing': ({'QA': [{'q': 'x'}]}, 'QA 0 is'),
+            'no path': ({'video': ''}, "video '' does not exist"),
             'no questions': ({'QA': []}, '0 marks'),
             'questions of text': ({'QA': 'x'}, "QA is 'x'; expected a list"),
         },

@@ -8,6 +8,7 @@ __all__ = ['data', 'measuring', 'show', 'check']
 # %% ../../nbs/foundations/commands/89f_data.ipynb #e385f4d2
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -41,9 +42,9 @@ def _processor(recipe: Any) -> tuple[Any, str]:
     import torch
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    import mllm_replica.auto  # noqa: F401
     from mllm_replica.models.backbones import backbone_tokenizer
 
+    import_module('mllm_replica.auto')
     name = backbones_of(recipe)['text']
     tokenizer = backbone_tokenizer(name)
     with torch.device('meta'):
@@ -55,9 +56,9 @@ def _saved(folder: Path) -> tuple[Any, str]:
     "The processor of a saved model, and the paper that it is of."
     from transformers import AutoProcessor
 
-    import mllm_replica.auto  # noqa: F401
     from mllm_replica.core.writing import read_json_file
 
+    import_module('mllm_replica.auto')
     try:
         processor = AutoProcessor.from_pretrained(folder)
         described = read_json_file(folder / 'config.json') if (folder / 'config.json').is_file() else {}
@@ -172,7 +173,7 @@ def _checked(look: Any, console: Console, **how: Any) -> dict[str, Any]:
     "The report as data, a bar meanwhile."
     from mllm_replica.data.checking import check
 
-    columns = TextColumn('{task.description}'), BarColumn(), TimeElapsedColumn()
+    columns = TextColumn('{task.description}', markup=False), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         return check(look, tell=_Followed(progress, look.files), **how).plain()
 

@@ -142,30 +142,32 @@ def _plain(said: Any) -> str:
     return ''.join(letter for letter in str(said)[:80] if letter.isprintable())
 
 
-def licence_beside(path: Path) -> list[str]:
-    """What LICENSE files and dataset cards say, there or in the folder above.
+def _card(text: str) -> dict[str, Any]:
+    "The fields at the head of a dataset's card."
+    head = re.match(r'---\s*\n(.*?)\n---', text, re.DOTALL)
+    try:
+        fields = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        fields = None
+    return fields if isinstance(fields, dict) else {}
 
-    path: of the data
+
+def licence_beside(path: Path) -> list[str]:
+    """What LICENSE files and the dataset's card say in its folder.
+
+    path: of the data: a folder, or a file in it
     """
-    folder, found = path if path.is_dir() else path.parent, []
-    for place in (folder, folder.parent):
-        for file in sorted(place.glob('*')):
-            if not file.is_file() or not re.match(r'(?i)(licen[cs]e|copying|readme\.md$)', file.name):
-                continue
-            with file.open(encoding='utf-8', errors='replace') as opened:
-                text = opened.read(2**16)
-            if file.name.lower() != 'readme.md':
-                line = next((line.strip() for line in text.splitlines() if line.strip()), 'nothing')
-                found.append(f'{file.name} begins: {_plain(line)}')
-            elif head := re.match(r'---\s*\n(.*?)\n---', text, re.DOTALL):
-                try:
-                    card = yaml.safe_load(head[1])
-                except (yaml.YAMLError, RecursionError, ValueError):
-                    continue
-                if isinstance(card, dict) and card.get('license'):
-                    found.append(f'{file.name} says license: {_plain(card["license"])}')
-        if found:
-            break
+    found = []
+    for file in sorted((path if path.is_dir() else path.parent).glob('*')):
+        if not file.is_file() or not re.match(r'(?i)(licen[cs]e|copying|readme\.md$)', file.name):
+            continue
+        with file.open(encoding='utf-8', errors='replace') as opened:
+            text = opened.read(2**16)
+        if file.name.lower() != 'readme.md':
+            line = next((line.strip() for line in text.splitlines() if line.strip()), 'nothing')
+            found.append(f'{file.name} begins: {_plain(line)}')
+        elif licence := _card(text).get('license'):
+            found.append(f'{file.name} says license: {_plain(licence)}')
     return found
 
 
@@ -173,7 +175,6 @@ def failed_downloads(
     files: Sequence[Path],
 ) -> int | None:
     "What could not be fetched, as img2dataset's lists beside shards tell; None: there are none."
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     found = None
@@ -182,7 +183,7 @@ def failed_downloads(
             with pq.ParquetFile(path) as file:
                 batches = file.iter_batches(columns=['status']) if 'status' in file.schema_arrow.names else ()
                 for batch in batches:
-                    found = (found or 0) + pc.sum(pc.not_equal(batch['status'], 'success')).as_py()
+                    found = (found or 0) + sum(status != 'success' for status in batch['status'].to_pylist())
         except (OSError, ValueError):  # a broken shard is told when it is read
             continue
     return found
@@ -236,12 +237,11 @@ class _Check:
         if self._again(entry, where):
             return
         count = len(sample['images'])
-        report.samples, report.images[count], report.lengths[length] = (
-            report.samples + 1,
-            report.images[count] + 1,
-            report.lengths[length] + 1,
-        )
-        report.shape.update({'with image' if count else 'text only': 1, 'several images': count > 1})
+        report.samples += 1
+        report.images[count] += 1
+        report.lengths[length] += 1
+        report.shape['with image' if count else 'text only'] += 1
+        report.shape['several images'] += count > 1
         report.shape['documents'] += bool(sample['document'])
         about = read_json(sample['meta'])
         if report.look.format != OWN:
@@ -302,7 +302,7 @@ def check(
     limit: samples; None: all
     tell: told the file and how many records were seen
     """
-    report = Report(look, unit, dict(limits), licence=licence_beside(look.files[0]))
+    report = Report(look, unit, dict(limits), licence=licence_beside(look.path))
     through = _Check(report, measure, decode)
     for path in look.files:
         number = report.samples + report.bad

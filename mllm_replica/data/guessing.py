@@ -115,12 +115,14 @@ class Look:
 
     kind: as of `Source`
     format: one of `FORMATS`, or `OWN`
+    path: what was named
     folder: that paths of pictures are relative to
     """
 
     kind: str
     format: str
     why: str
+    path: Path
     files: list[Path]
     folder: Path
     drop_absent: bool = False
@@ -158,4 +160,4 @@ def look_at(path: Path, form: str | None = None, folder: Path | None = None, dro
                 f'no entry of {files[0].name} can be read, so its format cannot be told; say --format, and see what is wrong'
             )
         form, why = guess(kind, first)
-    return Look(kind, form, why, files, folder or picture_place(files[0], first), drop_absent)
+    return Look(kind, form, why, path, files, folder or picture_place(files[0], first), drop_absent)
