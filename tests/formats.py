@@ -164,17 +164,29 @@ def _about(key, text, image, more):
     return about | dict(width=12 if image else None, height=8 if image else None, exif='{}' if image else None) | more
 
 
-def _as_shard(path, entries):
-    "What img2dataset writes as webdataset: the shard without what failed, its list and its numbers."
+def shard_of(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, 'w') as shard:
-        for key, text, image, more in entries:
-            about = json.dumps(_about(key, text, image, more), indent=4).encode()
-            for ending, content in ('jpg', image), ('txt', text.encode()), ('json', about):
-                if image is not None:
-                    member = tarfile.TarInfo(f'{key}.{ending}')
-                    member.size = len(content)
-                    shard.addfile(member, io.BytesIO(content))
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _as_shard(path, entries):
+    "What img2dataset writes as webdataset: the shard without what failed, its list and its numbers."
+    members = [
+        (f'{key}.{ending}', content)
+        for key, text, image, more in entries
+        if image is not None
+        for ending, content in (
+            ('jpg', image),
+            ('txt', text.encode()),
+            ('json', json.dumps(_about(key, text, image, more), indent=4).encode()),
+        )
+    ]
+    shard_of(path, members)
     as_rows(path.with_suffix('.parquet'), [_about(*entry) for entry in entries])
     put(path.parent, f'{path.stem}_stats.json', b'{"count": 3}')
 

@@ -2,17 +2,15 @@
 
 import datetime
 import gzip
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 
 import pytest
 import torch
-from formats import JPG, LAYOUTS, SAMPLES, as_rows, put, turns, write
+from formats import JPG, LAYOUTS, SAMPLES, as_rows, put, shard_of, turns, write
 from toys import model_of
 from typer.testing import CliRunner
 
@@ -303,16 +301,6 @@ def test_a_broken_entry_is_found_and_the_good_ones_counted(tmp_path, name, kind,
         load_source(source_of(name, tmp_path), 0, tmp_path)
     with pytest.warns(UserWarning, match='1 bad records'):
         assert len(load_source(source_of(name, tmp_path, skip=1), 0, tmp_path)) == len(SAMPLES[name])
-
-
-def shard_of(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, 'w') as shard:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            shard.addfile(member, io.BytesIO(content))
-    return path
 
 
 MEMBERS = {  # of a key in a shard → what is said of it
