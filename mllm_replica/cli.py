@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.convert import convert
+from .commands.data import data
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
@@ -60,3 +61,4 @@ app = typer.Typer(
 )
 for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, convert, slurm, doctor, ui):
     app.command()(command)
+app.add_typer(data, name='data')
