@@ -106,13 +106,13 @@ def test_the_papers_prompt_is_asked(tiny):
 def test_what_was_answered_is_not_asked_again(tiny, tmp_path, monkeypatch):
     folder, kept = tiny('honeybee'), tmp_path / 'kept'
     model, asked = chat(folder, batch_size=2, answers=str(kept))
-    monkeypatch.setattr(lmms, 'answered', stopping(lmms.answered, 2))
+    monkeypatch.setattr(lmms, 'answered', stopping(lmms.answered, 1))
     with pytest.raises(KeyboardInterrupt):
         model.generate_until(asked)
     monkeypatch.undo()
     expected = chat(folder)[0].generate_until(asked)
     again, _ = chat(folder, batch_size=2, answers=str(kept))
-    assert len(again.answers.known) == 4
+    assert 0 < len(again.answers.known) < len(asked)
     assert again.generate_until([*asked, asked[-1]]) == [*expected, expected[-1]]
     lines = [line for path in kept.iterdir() for line in path.read_text().splitlines()]
     assert len(lines) == len(asked), 'each once'
