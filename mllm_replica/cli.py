@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.convert import convert
+from .commands.data import data
 from .commands.evaluate import evaluate
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
@@ -77,3 +78,4 @@ for command in (
     ui,
 ):
     app.command()(command)
+app.add_typer(data, name='data')

@@ -27,7 +27,7 @@ def between(doc):
 
 
 def score(doc, results):
-    return dict(said=len(results[0]), twice=float(len(results[0]) % 2))
+    return dict(said=len(results[0]))
 
 
 def mean(items):
@@ -141,7 +141,7 @@ def write_tasks(folder, rows=7):
 
 
 def write_text_task(folder, rows=7):
-    "A task of lm-eval, `local_options`."
+    "Tasks of lm-eval: `local_options` compares, `local_said` generates."
     from datasets import Dataset
 
     folder.mkdir(parents=True)
@@ -149,6 +149,9 @@ def write_text_task(folder, rows=7):
     Dataset.from_dict(dict(question=asked, answer=['yes', 'no'] * 3 + ['yes'])).to_json(folder / 'options.jsonl')
     plain = dict(name='local_options', kind='json', data=folder / 'options.jsonl', visual='')
     (folder / 'options.yaml').write_text(CHOICE.format(**plain))
+    (folder / 'tools.py').write_text(FUNCTIONS)
+    told = plain | dict(name='local_said', visual='', text='question')
+    (folder / 'said.yaml').write_text(TASK.format(**told).replace('doc_to_visual: \n', ''))
     return folder
 
 

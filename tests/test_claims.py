@@ -230,6 +230,10 @@ def test_interval_covers_the_truth():
         ('a.score > b.score and c.score > b.score', dict(a=[1, 1.1], b=[3, 3.1]), 'contradicted'),
         ('a.score > b.score and c.score > b.score', dict(a=[4, 4.1], b=[3, 3.1]), 'not run'),
         ('c.score > max(a.score, b.score)', dict(a=[1, 1.1], b=[2, 3], c=[2.4, 2.6]), 'inconclusive'),
+        ('a.score > b.score', dict(a=[1, 1.2, 0.9], b=[2, 1.7, 1.9]), 'contradicted'),  # p = 0.019 of one side
+        ('a.score > max(b.score, c.score)', dict(a=[1, 1.2, 0.9], b=[2, 1.7, 1.9], c=[0, 0, 0.1]), 'inconclusive'),
+        ('a.score > max(b.score, c.score)', dict(a=[1, 1.02, 0.9], b=[2, 2.04, 1.9], c=[0, 0, 0.1]), 'contradicted'),
+        ('b.score > max(a.score, c.score)', dict(a=[1, 1.2, 0.9], b=[2, 1.7, 1.9], c=[0, 0, 0.1]), 'supported'),
     ],
 )
 def test_verdicts(test, samples, word):

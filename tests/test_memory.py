@@ -211,6 +211,7 @@ def test_a_process_with_665_thousand_samples_holds_less_than_a_gigabyte_of_them(
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)  # Eagle and MM1 have many stages
 @pytest.mark.parametrize('paper', PAPERS)
 def test_every_stage_of_every_paper_fits_a_node_or_the_plan_says_what_to_change(paper):
     "Published sizes on 8 × 80 GB, in shares and with layers recomputed."

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'ImageError', 'resolve_image', 'to_rgb', 'image_name', 'open_image', 'encode_png']
 
 # %% ../../nbs/foundations/data/10_images.ipynb #01a6e40e
-import io, warnings
+import io, os, warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def resolve_image(path: str | Path, root: Path) -> Path:
         full = inside(path, root, 'image path', 'folder')
     except ValueError as error:
         raise ImageError(str(error)) from error
-    if not full.is_file():
+    if not os.path.isfile(full):  # also of a name that no file can have
         raise ImageError(f'image {str(path)!r} does not exist under {root}')
     return full
 

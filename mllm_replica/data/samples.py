@@ -166,6 +166,10 @@ def as_sample(entry: dict[str, Any], where: str, place: Callable[[Any], dict]) -
     given = entry.get('meta') or {}
     extra = {key: value for key, value in entry.items() if key not in (*COLUMNS, 'image', 'texts')}
     answer = entry.get('answer') or (str(turns[-1].get('value')) if turns else '')
+    try:
+        meta = json.dumps({**(read_json(given) if isinstance(given, str) else given), **extra})
+    except TypeError as error:
+        raise ValueError(f'{where}: a further field is no JSON ({error}); leave it out of the file') from error
     sample = dict(
         id='' if entry.get('id') is None else str(entry['id']),
         images=images,
@@ -174,7 +178,7 @@ def as_sample(entry: dict[str, Any], where: str, place: Callable[[Any], dict]) -
         task=entry.get('task') or '',
         answer=answer,
         options=entry.get('options') or [],
-        meta=json.dumps({**(read_json(given) if isinstance(given, str) else given), **extra}),
+        meta=meta,
     )
     check_sample(sample, where)
     try:

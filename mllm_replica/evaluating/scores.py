@@ -68,7 +68,7 @@ def _by_lm(question: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
     import_module('mllm_replica.auto')  # the Auto classes know our models then
     folder, processes = question['checkpoint'], Accelerator()
     how = dict(batch_size=question['batch_size'], device=question['device'] or str(processes.device))
-    given = {name: value for name, value in question['arguments'].items() if name in ('dtype', 'attn_implementation')}
+    given = {name: value for name, value in question['arguments'].items() if value is not None}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = HFLM(folder, backend='causal', tokenizer=tokenizer, **how, **given)
     if processes.num_processes > 1:  # on CPUs it sees only itself
@@ -89,8 +89,8 @@ def _by_lm(question: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
     return found
 
 
-def main(out: Path) -> int:
-    """Run a harness and leave its numbers: 0, or 1 and what went wrong.
+def main(out: Path) -> None:
+    """Run a harness and leave its numbers, or what went wrong.
 
     out: with the question
     """
@@ -105,7 +105,6 @@ def main(out: Path) -> int:
         write_atomic(out / SCORES, json.dumps(numbers_of(found)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return 0
 
 # %% ../../nbs/foundations/evaluating/77b_scores.ipynb #740662f7
 INSTALL = {
@@ -194,7 +193,8 @@ def text_scores(
     shots: int | None = None,
     device: str | None = None,
     processes: int = 1,
-    **arguments: Any,
+    dtype: str = 'auto',
+    attn_implementation: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Task -> metric -> value, as lm-eval computes it, of text alone.
 
@@ -206,12 +206,13 @@ def text_scores(
     shots: examples before each question; None: as the task says
     device: None: a GPU if there is one
     processes: one for each device
-    arguments: of the model: dtype, attn_implementation
+    dtype: as stored
     """
     question = dict(tasks=list(tasks), checkpoint=checkpoint, batch_size=batch_size, include=include, limit=limit)
+    arguments = dict(dtype=dtype, attn_implementation=attn_implementation)
     question |= dict(device=device, shots=shots, arguments=arguments)
     return _evaluated('lm_eval', out, processes, question)
 
 # %% ../../nbs/foundations/evaluating/77b_scores.ipynb #e22b34bd
 if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

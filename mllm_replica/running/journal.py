@@ -59,6 +59,10 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
                     f'{recipe.label}: source {key!r} ({source.kind}) wants {place}, which does not exist'
                 )
             seen[key] = _files_below(place)
+            if pictures := source.options.get('image_folder'):
+                seen[f'{key} pictures'] = _files_below(
+                    inside(str(pictures), data_root or data_folder(), 'image_folder')
+                )
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
