@@ -14,7 +14,7 @@ import torch
 import yaml
 from harnesses import save_tiny
 from mlflow import MlflowClient
-from shipped import made
+from shipped import SHIPPED, made
 from test_convert import Official
 from transformers import AutoProcessor
 from typer.testing import CliRunner
@@ -23,11 +23,13 @@ from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble, project_root, settings
 from mllm_replica.data.language import byte_tokenizer
+from mllm_replica.data.samples import IMAGE_MARK
 from mllm_replica.evaluating import harness, rows, working
 from mllm_replica.evaluating.checkpoints import checkpoint_hash
-from mllm_replica.evaluating.jobs import Group, begin, scored
+from mllm_replica.evaluating.jobs import Group, begin, group_of, prompts_of, scored
 from mllm_replica.models.convert import convert
 from mllm_replica.scoring.shipped.readers import reader_of
+from mllm_replica.tables.published import load_table, tables_of
 from mllm_replica.tables.released import read_released
 
 torch.set_num_threads(1)
@@ -194,6 +196,29 @@ def test_every_paper(paper, world):
     answers_do_not_depend(paper, world, checkpoint)
 
 
+# --- from a column to a prompt --------------------------------------------------------------------------------------------
+def test_every_column_becomes_prompts(world, tmp_path):
+    "Of every benchmark that is read here, in every wording that a table asks for: words, options, and a mark for each picture."
+    tables = [load_table(paper, name) for paper in PAPERS for name in tables_of(paper)]
+    asked = [table.asked(table.rows[0].key, column.key) for table in tables for column in table.columns]
+    groups = {group_of(what).name: group_of(what) for what in asked if what and what.task in SHIPPED}
+    assert len(groups) > 25 and len({group.task for group in groups.values()}) > 10
+    job = job_of(world, 'honeybee', save_tiny('honeybee', tmp_path / 'ours'), 'prompts', devices=1)
+    job = job.model_copy(update=dict(data=tmp_path / 'data'))
+    for group in groups.values():
+        if not (job.data / group.task).is_dir():
+            made(group.task, job.data / group.task)
+        read = reader_of(group.task).read(job.data / group.task, group.split)
+        for question, sample in zip(read, prompts_of(job, group, read), strict=True):
+            said = sample['conversations'][0]['value']
+            assert said.count(IMAGE_MARK) == len(question.images) == len(sample['images']), said
+            wanted = [
+                question.text.lower().partition('please')[0].replace(IMAGE_MARK, '').strip()[-6:],
+                *question.options,
+            ]
+            assert all(str(part).lower() in said.lower() for part in wanted), (group.name, said, wanted)
+
+
 # --- from an answer to a verdict ------------------------------------------------------------------------------------------
 @pytest.fixture
 def perfect(world, tmp_path, monkeypatch):
@@ -321,7 +346,7 @@ def test_a_process_that_fails_ends_the_others(world, tmp_path):
 @pytest.mark.nightly
 def test_nothing_outlives_an_evaluation_that_is_killed(world, tmp_path):
     "Its processes end with it, its run is no longer said to be running, and it is gone on with."
-    ours = save_tiny('honeybee', tmp_path / 'ours')
+    ours = save_tiny('owl2', tmp_path / 'ours')
     words = ['evaluate', 'honeybee', '6', 'honeybee_d_7b', '--checkpoint', str(ours), '--data', str(world / 'data')]
     code = 'import sys; from mllm_replica.cli import app; app(sys.argv[1:])'
     command = [sys.executable, '-c', code, *words, '--devices', '2', '--batch-size', '1']

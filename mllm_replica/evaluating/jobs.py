@@ -135,7 +135,7 @@ def _same(
         name for name in Begun.model_fields if name != 'seconds' and getattr(before, name) != getattr(begun, name)
     ]:
         raise Trouble(
-            f'{path.with_suffix(".jsonl")} holds predictions with another {" and ".join(other)}: '
+            f'{path.with_suffix(".jsonl")} holds predictions that differ in {" and ".join(other)}: '
             + '; '.join(f'{name} {getattr(before, name)}, now {getattr(begun, name)}' for name in other)
             + '; go on as it was begun, or move both files away'
         )
