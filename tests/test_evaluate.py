@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from harnesses import save_tiny
+from harnesses import POPE, save_tiny, write_tasks
 from mlflow import MlflowClient
 from shipped import SHIPPED, made
 from test_convert import Official
@@ -29,6 +29,7 @@ from mllm_replica.evaluating.checkpoints import checkpoint_hash
 from mllm_replica.evaluating.jobs import Group, begin, group_of, prompts_of, scored
 from mllm_replica.models.convert import convert
 from mllm_replica.scoring.shipped.readers import reader_of
+from mllm_replica.scoring.tasks import Theirs
 from mllm_replica.tables.published import load_table, tables_of
 from mllm_replica.tables.released import read_released
 
@@ -368,3 +369,37 @@ def test_nothing_outlives_an_evaluation_that_is_killed(world, tmp_path):
     assert found.exit_code == 0, found.output
     after = {run.info.run_id: run.info.status for run in client.search_runs(place, "tags.row = 'honeybee_d_7b'")}
     assert after == dict.fromkeys(before, 'FINISHED')
+
+
+@pytest.mark.nightly
+def test_lmms_eval_itself_asks_a_released_checkpoint(world, tmp_path, monkeypatch):
+    "Converted, asked by the harness on data that lies here, its number in printed units; one process and two."
+    lmms_eval = pytest.importorskip('lmms_eval')
+    tasks = write_tasks(tmp_path / 'tasks')
+    official = Path(lmms_eval.__path__[0]) / 'tasks' / 'pope' / 'pope.yaml'
+    (tasks / 'pope.yaml').write_text(POPE.format(official=official, data=tasks / 'one.parquet'))
+    monkeypatch.setattr(harness, 'theirs_of', lambda what: Theirs('local_pope', 'pope_accuracy,none'))
+    checkpoint, values = released('honeybee', tmp_path / 'honeybee'), []
+    for devices in (1, 2):
+        words = [
+            '--lmms',
+            '--include',
+            tasks,
+            '--column',
+            'accuracy',
+            '--batch-size',
+            3,
+            '--devices',
+            devices,
+            '--json',
+        ]
+        found = call('evaluate', 'owl2', '9', 'random_owl2', '--checkpoint', checkpoint, *words)
+        assert found.exit_code == 0, found.output
+        told = json.loads(found.stdout)
+        (cell,) = told['cells']
+        values.append(cell['evaluated'])
+        assert cell['verdict'] in ('match', 'near', 'differs') and cell['questions'] is None
+        shutil.rmtree(Path(told['folder']) / 'lmms-eval')  # with the answers that it would go on with
+    assert values[0] == values[1]
+    (record,) = read_released('owl2', '9')
+    assert ' by lmms-eval ' in record.unit and record.metric == 'accuracy'
