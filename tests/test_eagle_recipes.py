@@ -144,6 +144,7 @@ def test_the_search_asks_for_mixtures(tmp_path, monkeypatch):
     assert all(list(made) == [name for name in _TOWERS if name in made] for mixtures in asked for made in mixtures)
 
 
+@pytest.mark.nightly
 def test_pre_alignment_and_joint_stages_are_planned_at_the_scale_of_the_paper():
     (unit,) = plan('eagle', '5', 'paper', rows=['cnx_unfrozen_pa']).units
     clip, convnext, project, tune = unit.stages

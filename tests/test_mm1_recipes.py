@@ -136,14 +136,15 @@ def test_rows_start_from_the_same_weights():
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     'row, billions',
     [
         ('mm1_3b_chat', 2.94),
-        *(
-            pytest.param(*given, marks=pytest.mark.nightly)
-            for given in (('mm1_7b_chat', 6.4), ('mm1_30b_chat', 30.1), ('mm1_3b_moe', 63.9), ('mm1_7b_moe', 47.0))
-        ),
+        ('mm1_7b_chat', 6.4),
+        ('mm1_30b_chat', 30.1),
+        ('mm1_3b_moe', 63.9),
+        ('mm1_7b_moe', 47.0),
     ],
 )
 def test_models_of_the_paper_are_planned(row, billions):

@@ -88,6 +88,7 @@ def test_one_seed_one_model():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.nightly
 def test_all_stages_are_planned_at_the_scale_of_the_paper():
     (unit,) = plan('owl3', '4', 'paper', ['owl3'], Machine(devices=8, shard='fsdp', checkpointing=True)).units
     assert [round(s.trained / 1e6, 2) for s in unit.stages][0] == 18.88 and len(unit.stages) == 3
