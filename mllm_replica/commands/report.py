@@ -90,9 +90,9 @@ def report(
             t['replicated'] = {s: x for s, x in t['replicated'].items() if s == scale}
             for claim in t['claims']:
                 claim['verdicts'] = {s: x for s, x in claim['verdicts'].items() if s == scale}
-        for p, key, t in [(p, key, t) for p, about in found.items() for key, t in about['tables'].items()]:
-            if scale in (None, 'paper') and (cells := released_cells(p, key)):
-                t['checkpoints'] = cells
+        for name, about in found.items() if scale in (None, 'paper') else ():
+            for key, t in about['tables'].items():
+                t |= {'checkpoints': cells} if (cells := released_cells(name, key)) else {}
         return print_json(found)
     console = new_console()
     for key in [paper] if paper else PAPERS:
