@@ -147,7 +147,8 @@ def test_losses_are_those_of_the_option(paper, tiny):
         asked = [request('loglikelihood', 'Is it?', f' {o}', lambda row: [row], n, 't', 'test') for n, o in rows]
         found.append([getattr(loss, 'text', loss) for loss in model.loglikelihood(asked)])
     for (n, option), (loss, greedy), other in zip(rows, *found):
-        sample = lmms.sample_of('0', [dict(role='user', content=[image(PICTURES[n]), words('Is it?')])])
+        said = [dict(role='user', content=[image(PICTURES[n]), words('Is it?')])]
+        sample = lmms.sample_of('0', said, between=model.between)
         sample['conversations'][-1]['value'] = option
         encoded = model.processor.encode(sample)
         batch = lmms.collate_prompts([encoded], model.processor)
