@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .commands.chat import chat
 from .commands.convert import convert
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
@@ -58,5 +59,8 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-for command in (papers, tables, show, plan, run, report, effects, ablate, search, verify, convert, slurm, doctor, ui):
+for command in (
+    *(papers, tables, show, plan, run, report, effects, ablate, search, verify),
+    *(convert, chat, slurm, doctor, ui),
+):
     app.command()(command)

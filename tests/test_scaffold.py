@@ -202,6 +202,7 @@ ROOMS = (  # a module imports from its own room and from those before it
     'eagle',
     'owl3',
     'auto',
+    'demo',
     'commands',
     'cli',
 )
