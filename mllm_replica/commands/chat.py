@@ -46,7 +46,7 @@ def _ask(chat: Any, talk: Any, text: str) -> None:
 
 def _draw(chat: Any, talk: Any, picture: Path) -> None:
     "The picture of the last answer as a file."
-    chat.explain(talk).savefig(picture, dpi=110)
+    picture.write_bytes(chat.drawn(talk))
     typer.echo(f'[{picture}]', err=True)
 
 

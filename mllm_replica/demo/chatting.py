@@ -7,7 +7,7 @@ __all__ = ['MAX_BYTES', 'SUFFIXES', 'VIDEOS', 'FRAMES', 'load', 'read_image', 'r
            'Cost', 'cost_of', 'Spoken', 'Chat']
 
 # %% ../../nbs/foundations/demo/78a_chatting.ipynb #9beed3c9
-import importlib, queue
+import importlib, queue, warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..data.images import FORMATS, ImageError, open_image
 from ..data.samples import IMAGE_MARK
 from ..models.looking import Said
 from ..owl3.pictures import read_video
+from ..tables.report import png
 
 # %% ../../nbs/foundations/demo/78a_chatting.ipynb #c603f0d4
 def load(folder: str | Path) -> tuple[Any, Any]:
@@ -268,6 +269,15 @@ class Chat:
             conversation.images += conversation.waiting[:used]
             conversation.waiting = conversation.waiting[used:]
             conversation.said = Said(prompt, _spoken(self.model, spoken.ids))
+
+    def drawn(
+        self,
+        conversation: Conversation,
+    ) -> bytes:
+        "The picture that explains the last answer as the bytes of a PNG file."
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing')  # a box stands for it
+            return png(self.explain(conversation), dpi=120)
 
     def explain(
         self,

@@ -64,9 +64,9 @@ def explain(
     need_pictures(said)
     maps, read = query_maps(model, processor, said), most_read(model, processor, said)
     pictures = pictures_of(processor, processor.image_tensor(said.prompt.images))
-    several, columns = len(pictures) > 1, 5
+    several, columns = len(pictures) > 1, min(5, len(read) + 1)
     rows = -(-(len(read) + 1) // columns)
-    figure = new_figure(1.55 * columns, 1.9 * rows + 0.3)
+    figure = new_figure(max(6, 1.55 * columns), 1.9 * rows + 0.3)
     axes = [*figure.subplots(rows, columns, squeeze=False).flat]
     for ax in axes[len(read) + 1 :]:
         ax.axis('off')
