@@ -56,7 +56,9 @@ class Browser:
 
 
 def _call(address, method='POST', given=None):
-    request = urllib.request.Request(address, json.dumps(given or {}).encode() if method == 'POST' else None, method=method)
+    request = urllib.request.Request(
+        address, json.dumps(given or {}).encode() if method == 'POST' else None, method=method
+    )
     request.add_header('Content-Type', 'application/json')
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:

@@ -173,7 +173,7 @@ class Spoken(BaseStreamer):
         "The prompt, then token by token."
         if self.begun:
             self.ids += value.flatten().tolist()
-            self.texts.put(self.text.rstrip('\ufffd'))
+            self.texts.put(self.text.rstrip('\ufffd').strip())
         self.begun = True
 
     def end(self) -> None:

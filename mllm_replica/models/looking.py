@@ -42,15 +42,15 @@ def words_of(processor: Any, ids: Sequence[int]) -> list[tuple[str, int, int]]:
 
     ids: of an answer
     """
-    tokenizer, found = processor.tokenizer, []
+    tokenizer = processor.tokenizer
     texts = [tokenizer.decode(list(ids[:i])) for i in range(len(ids) + 1)]
-    for i, (before, after) in enumerate(zip(texts, texts[1:])):
-        new = after[len(before) :]
-        if not found or new[:1].isspace():
-            found.append((new, i, i + 1))
-        else:
-            found[-1] = (found[-1][0] + new, found[-1][1], i + 1)
-    return [(word.strip() or tokenizer.convert_ids_to_tokens(ids[start]), start, stop) for word, start, stop in found]
+    starts = [i for i in range(len(ids)) if not i or texts[i + 1][len(texts[i]) :][:1].isspace()]
+    spans = [*zip(starts, [*starts[1:], len(ids)])]
+    words = [texts[stop][len(texts[start]) :].strip() for start, stop in spans]
+    return [
+        (word or tokenizer.convert_ids_to_tokens(ids[start]), *(start, stop))
+        for word, (start, stop) in zip(words, spans)
+    ]
 
 
 def by_word(rows: Tensor, words: Sequence[tuple[str, int, int]]) -> Tensor:
