@@ -8,6 +8,7 @@ __all__ = ['MEANINGS', 'answers', 'build_page', 'launch', 'serve']
 # %% ../../nbs/foundations/demo/78b_page.ipynb #b11f5559
 import os
 from collections.abc import Iterator
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from socket import socket
@@ -53,15 +54,15 @@ def answers(
     talk: grows
     """
     files, empty = [{'role': 'user', 'content': {'path': file}} for file in box['files']], {'text': '', 'files': []}
-    asked = [*shown, *files, {'role': 'user', 'content': box['text']}]
+    asked = [*shown, *files, {'role': 'user', 'content': escape(box['text'], quote=False)}]
     try:
         for file in box['files']:
             talk.take(file, chat.processor)
         answer = chat.answer(talk, box['text'])
         cost = next(answer)
         for text in answer:
-            yield empty, [*asked, {'role': 'assistant', 'content': text}], str(cost), None, talk
-        now = [*asked, {'role': 'assistant', 'content': talk.turns[-1]['value']}]
+            now = [*asked, {'role': 'assistant', 'content': escape(text, quote=False)}]
+            yield empty, now, str(cost), None, talk
         yield empty, now, f'{cost} (drawing what the answer looked at …)', None, talk
     except (Trouble, ValueError, OSError) as error:
         talk.waiting.clear()
