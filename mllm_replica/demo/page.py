@@ -77,6 +77,7 @@ def answers(
 _STYLE = """
 footer, button[aria-label='Clear'], button[aria-label='Share'] { display: none !important }
 #conversation img { max-height: 8em }
+#picture img { padding-top: 2em }
 #status { min-height: 1.6em }
 """
 
@@ -92,7 +93,7 @@ def build_page(chat: Chat, name: str) -> Any:
         gr.Markdown(f'## {PAPERS[paper]}\n`{name}`')
         talk = gr.State(Conversation())
         with gr.Row():
-            with gr.Column(scale=1):
+            with gr.Column(scale=4):
                 shown = gr.Chatbot(
                     label='conversation', elem_id='conversation', height=460, render_markdown=False, buttons=['copy']
                 )
@@ -106,7 +107,7 @@ def build_page(chat: Chat, name: str) -> Any:
                 )
                 with gr.Row():
                     stop, new = gr.Button('stop the answer', elem_id='stop'), gr.Button('new conversation')
-            with gr.Column(scale=1):
+            with gr.Column(scale=5):
                 status = gr.Markdown(elem_id='status')
                 gr.Markdown(MEANINGS[paper])
                 picture = gr.Image(elem_id='picture', show_label=False, buttons=['fullscreen', 'download'])

@@ -55,8 +55,8 @@ def explain(
     first, shown = max(0, count - SHOTS), min(count, SHOTS)
     pixels = inputs_of(model, processor, said)['pixel_values'][::views][first:]
     names = [f'picture {i + 1}' for i in range(first, count)]
-    figure = new_figure(max(5.5, 1.15 * shown + 1), 4.4 + 0.22 * len(words))
-    above, middle, below = figure.subfigures(3, 1, height_ratios=(1.2, 2.2, 1 + 0.22 * len(words)))
+    figure = new_figure(max(7, shown), 3.8 + 0.22 * len(words))
+    above, middle, below = figure.subfigures(3, 1, height_ratios=(1.2, 1.6, 1 + 0.22 * len(words)))
     for ax, picture, name in zip(above.subplots(1, shown, squeeze=False)[0], pictures_of(processor, pixels), names):
         show_picture(ax, picture, name)
     ax = middle.subplots()

@@ -190,7 +190,8 @@ def show_heat(ax: Any, values: Tensor, rows: Sequence[str], columns: Sequence[st
     values: [rows, columns]
     """
     ax.imshow(values.numpy(), cmap='Blues', vmin=0, vmax=max(float(values.max()), 1e-12), aspect='auto')
-    ax.set_xticks(range(len(columns)), [short(name, 12) for name in columns], fontsize=8)
+    step = -(-len(columns) // 12)  # of labels that do not touch
+    ax.set_xticks(range(0, len(columns), step), [short(name, 12) for name in columns[::step]], fontsize=8)
     ax.set_yticks(range(len(rows)), [short(name) for name in rows], fontsize=8)
     ax.set_title(title, fontsize=9)
     if values.shape[1] > 12:

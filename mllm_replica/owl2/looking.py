@@ -34,7 +34,7 @@ def explain(
     words, left_out = first_words(words_of(processor, said.answer))
     rows = attention_rows(model, processor, said)
     parts, layers = shares(rows, said), range(1, len(rows) + 1)
-    figure = new_figure(8.4, max(2.9, 1.2 + 0.24 * len(words)))
+    figure = new_figure(7, max(2.9, 1.2 + 0.24 * len(words)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 4))
     bottom = 0 * parts['pictures'].mean(-1)
     for name, part in parts.items():

@@ -79,7 +79,7 @@ def explain(
     images, pictures = rows.shape[1], pictures_of(processor, processor.image_tensor(said.prompt.images))
     shown, names = min(images, IMAGES), [f'image {i + 1}' for i in range(images)]
     fewer = f', {IMAGES} of {images} images' if images > shown else ''
-    figure = new_figure(max(5.5, 1.35 * shown), 2.6 + 0.24 * len(words))
+    figure = new_figure(max(6, 1.05 * shown), 2.6 + 0.24 * len(words))
     above, below = figure.subfigures(2, 1, height_ratios=(0.9 + 0.24 * len(words), 1.7))
     heat = by_word(rows.sum(-1), words)[:, :shown]
     show_heat(above.subplots(), heat, [word for word, _, _ in words], names[:shown])
