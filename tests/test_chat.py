@@ -1,6 +1,7 @@
 "A conversation with a saved model: what is said, what is refused, and the pictures that explain an answer."
 
 import subprocess, sys, time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mllm_replica.data.images import ImageError, encode_png
 from mllm_replica.data.language import byte_tokenizer, text_ids
 from mllm_replica.demo import chatting
 from mllm_replica.demo.chatting import Chat, Conversation
-from mllm_replica.models.looking import Said, attention_rows, by_word, eager, inputs_of, per_picture, shares, words_of
+from mllm_replica.models.looking import attention_rows, by_word, eager, inputs_of, per_picture, shares, words_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -399,18 +400,36 @@ def test_owl3_sums_to_one_over_the_images_that_a_word_sees():
     torch.testing.assert_close(rows.sum((-1, -2)), torch.ones(rows.shape[:2]), atol=1e-5, rtol=0)
 
 
-def test_eagle_without_its_only_encoder_knows_no_picture():
-    "A mixture of one: silent, the answer is as likely as with any other picture."
+def test_honeybee_looks_at_some_queries_as_at_all():
+    from mllm_replica.honeybee.attention import attention_maps
+    from mllm_replica.honeybee.looking import query_maps
+
+    chat, talk = talked(chat_of('honeybee').model)
+    pixels = chat.processor.image_tensor(talk.said.prompt.images)
+    whole = attention_maps(chat.model.connector, chat.model.visual_features(pixels).detach())
+    chosen = [(1, 2), (0, 3), (1, 0)]
+    some_maps = query_maps(chat.model, chat.processor, talk.said, chosen)
+    torch.testing.assert_close(some_maps, torch.stack([whole[i, query] for i, query in chosen]))
+
+
+def test_eagle_without_encoders_is_blind():
+    "Silent, all pictures give the same answer as likely; one encoder alone tells them apart."
     from mllm_replica.eagle.looking import answer_log_probabilities, losses, silent
 
-    model = chat_of('eagle').model
-    chat, talk = talked(model)
-    other = Said(chat.processor.encode_text('a <image> b <image> c', [Image.new('RGB', (8, 8))] * 2), talk.said.answer)
-    with silent(model.vision_model.vision_towers[0]), silent(model.vision_model.vision_towers[1]):
-        blind = [answer_log_probabilities(model, chat.processor, said) for said in (talk.said, other)]
-    assert losses(model, chat.processor, talk.said).shape == (2, len(talk.said.answer))
-    seen = answer_log_probabilities(model, chat.processor, other)
-    assert len(blind[0]) == len(seen) and not torch.allclose(blind[1], seen)
+    chat, talk = talked(chat_of('eagle').model)
+    clip, convnext = chat.model.vision_model.vision_towers
+    swapped = replace(talk.said, prompt=replace(talk.said.prompt, images=talk.said.prompt.images[::-1]))
+
+    def differ():
+        found = [answer_log_probabilities(chat.model, chat.processor, said) for said in (talk.said, swapped)]
+        return not torch.equal(*found)
+
+    with silent(clip):
+        assert differ()
+        with silent(convnext):
+            assert not differ()
+    assert differ()
+    assert losses(chat.model, chat.processor, talk.said).shape == (2, len(talk.said.answer))
 
 
 def test_views_of_a_picture_count_as_one():
@@ -509,6 +528,12 @@ def test_the_page_stops_an_answer_and_shows_text_as_text(files):
             said = window.run("return document.querySelector('#conversation .bot').innerText")
             assert '![x](http://example.org/x.png) <img src="http://example.org/y.png">' in said and len(said) < 1000
             assert window.hosts() == {'127.0.0.1'}
+            window.type('#box textarea', 'again\ue007')
+            window.wait("document.querySelectorAll('#conversation .bot').length > 1")
+            window.click('#new')
+            window.wait("document.querySelectorAll('#conversation .bot').length == 0", 20)
+            time.sleep(2)
+            assert window.run("return document.querySelectorAll('#conversation .bot').length") == 0, 'it stays new'
     finally:
         page.close()
 

@@ -32,16 +32,15 @@ def _told(act: Callable[[], Any]) -> bool:
 def _ask(chat: Any, talk: Any, text: str) -> None:
     "Write an answer while it comes; Ctrl-C stops it."
     shown, answer = '', chat.answer(talk, text)
-    typer.echo(f'[{next(answer)}]', err=True)
     try:
+        typer.echo(f'[{next(answer)}]', err=True)
         for text in answer:
             typer.echo(text[len(shown) :], nl=False)
             shown = text
+        typer.echo()
     except KeyboardInterrupt:
         answer.close()
         typer.echo(' [stopped]', err=True)
-    finally:
-        typer.echo()
 
 
 def _draw(chat: Any, talk: Any, picture: Path) -> None:
@@ -56,21 +55,20 @@ def _converse(chat: Any, talk: Any, picture: Path | None) -> None:
     while True:
         try:
             word, _, rest = (line := input('> ').strip()).partition(' ')
+            if word == '/quit':
+                return
+            if word in ('/image', '/video'):
+                _told(lambda: talk.take(Path(rest.strip()).expanduser(), chat.processor))
+            elif word == '/new':
+                talk = type(talk)()
+            elif word.startswith('/'):
+                typer.echo(HELP, err=True)
+            elif line and _told(lambda: _ask(chat, talk, line)) and picture:
+                _told(lambda: _draw(chat, talk, picture))
         except KeyboardInterrupt:
             typer.echo('', err=True)
-            continue
         except EOFError:
             return
-        if word == '/quit':
-            return
-        if word in ('/image', '/video'):
-            _told(lambda: talk.take(Path(rest.strip()).expanduser(), chat.processor))
-        elif word == '/new':
-            talk.__init__()
-        elif word.startswith('/'):
-            typer.echo(HELP, err=True)
-        elif line and _told(lambda: _ask(chat, talk, line)) and picture:
-            _told(lambda: _draw(chat, talk, picture))
 
 # %% ../../nbs/foundations/commands/89e_chat.ipynb #3bc862dc
 def chat(

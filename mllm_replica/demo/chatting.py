@@ -10,6 +10,7 @@ __all__ = ['MAX_BYTES', 'SUFFIXES', 'VIDEOS', 'FRAMES', 'load', 'read_image', 'r
 import importlib, queue, warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -59,6 +60,8 @@ FRAMES = 8  # where a processor does not say
 def _checked(path: str | Path) -> Path:
     "A file that is there and not too large."
     path = Path(path)
+    if path.suffix.lower() in VIDEOS and not find_spec('av'):
+        raise Trouble("reading a video needs PyAV: pip install 'mllm_replica[video]'")
     if not path.is_file():
         raise ImageError(f'{path}: there is no such file')
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -277,7 +280,10 @@ class Chat:
         "The picture that explains the last answer as the bytes of a PNG file."
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Glyph .* missing')  # a box stands for it
-            return png(self.explain(conversation), dpi=120)
+            try:
+                return png(self.explain(conversation), dpi=120)
+            except RuntimeError as error:  # of the memory
+                raise Trouble(f'the picture could not be drawn: {error}') from error
 
     def explain(
         self,

@@ -70,7 +70,7 @@ def answers(
         return
     try:
         yield empty, now, str(cost), Image.open(BytesIO(chat.drawn(talk))), talk
-    except (Trouble, RuntimeError) as error:  # too long, or too large for the memory
+    except Trouble as error:  # too long, or too large for the memory
         yield empty, now, f'{cost}. No picture: {error}', None, talk
 
 # %% ../../nbs/foundations/demo/78b_page.ipynb #3d3b1cfb
@@ -106,7 +106,10 @@ def build_page(chat: Chat, name: str) -> Any:
                     max_plain_text_length=100_000,
                 )
                 with gr.Row():
-                    stop, new = gr.Button('stop the answer', elem_id='stop'), gr.Button('new conversation')
+                    stop, new = (
+                        gr.Button('stop the answer', elem_id='stop'),
+                        gr.Button('new conversation', elem_id='new'),
+                    )
             with gr.Column(scale=5):
                 status = gr.Markdown(elem_id='status')
                 gr.Markdown(MEANINGS[paper])
@@ -117,9 +120,16 @@ def build_page(chat: Chat, name: str) -> Any:
             "Answer a question on this page."
             yield from answers(chat, *given)
 
-        box.submit(ask, [box, shown, talk], outputs, concurrency_limit=1, api_visibility='private')
-        stop.click(lambda talk: setattr(talk, 'stopped', True), talk, None, queue=False, api_visibility='private')
-        new.click(lambda: ({'text': '', 'files': []}, [], '', None, Conversation()), None, outputs, queue=False)
+        def stopped(talk: Conversation) -> Conversation:
+            "The answer ends; a new conversation."
+            talk.stopped = True
+            return Conversation()
+
+        answering = box.submit(ask, [box, shown, talk], outputs, concurrency_limit=1, api_visibility='private')
+        here = dict(queue=False, api_visibility='private')
+        stop.click(lambda talk: setattr(talk, 'stopped', True), talk, None, **here)
+        fresh = new.click(stopped, talk, talk, cancels=[answering], **here)
+        fresh.then(lambda: ({'text': '', 'files': []}, [], '', None), None, outputs[:-1], **here)
     return page
 
 
