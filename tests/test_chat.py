@@ -1,6 +1,6 @@
 "A conversation with a saved model: what is said, what is refused, and the pictures that explain an answer."
 
-import subprocess, sys, time
+import json, os, pty, select, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -218,38 +218,50 @@ def test_control_c_stops_the_answer_and_not_the_program(monkeypatch, folder):
 
 
 @pytest.mark.nightly
-def test_control_c_of_a_terminal(folder):
-    import os, pty, signal
-
+def test_control_c_of_a_terminal(folder, tmp_path):
+    endless = tmp_path / 'endless'
+    shutil.copytree(folder('owl2'), endless)
+    config = json.loads((endless / 'config.json').read_text())
+    config['text_config']['max_position_embeddings'] = 100_000
+    (endless / 'config.json').write_text(json.dumps(config))
     here, there = pty.openpty()
-    command = [sys.executable, '-m', 'mllm_replica.cli_main', 'chat', str(folder('owl2')), '--max-new-tokens', '2000']
-    command[1:3] = ['-c', 'from mllm_replica.cli import app; app()']
+    command = [
+        sys.executable,
+        '-c',
+        'from mllm_replica.cli import app; app()',
+        'chat',
+        endless,
+        '--max-new-tokens',
+        '90000',
+    ]
     child = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True, cwd=ROOT)
 
     def read_until(text, seconds=120):
         seen, end = '', time.monotonic() + seconds
         while text not in seen and time.monotonic() < end:
-            seen += os.read(here, 4096).decode(errors='replace')
+            if select.select([here], [], [], 1)[0]:
+                seen += os.read(here, 4096).decode(errors='replace')
         assert text in seen, seen
-        return seen
 
     try:
         read_until('> ')
         os.write(here, b'go on\n')
         read_until('positions]')
-        time.sleep(1)
         child.send_signal(signal.SIGINT)
         read_until('[stopped]')
+        read_until('> ')
+        child.send_signal(signal.SIGINT)
+        read_until('> ')
         os.write(here, b'/quit\n')
         assert child.wait(60) == 0
     finally:
         child.kill()
+        os.close(here)
+        os.close(there)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------
 def test_what_is_no_model_is_told_in_a_line(folder, tmp_path):
-    import shutil
-
     def broken(name, change):
         place = tmp_path / name
         shutil.copytree(folder('owl2'), place)
