@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .commands.chat import chat
 from .commands.convert import convert
 from .commands.data import data
 from .commands.evaluate import evaluate
@@ -61,21 +62,8 @@ app = typer.Typer(
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
 for command in (
-    papers,
-    tables,
-    show,
-    plan,
-    run,
-    report,
-    effects,
-    ablate,
-    search,
-    verify,
-    convert,
-    evaluate,
-    slurm,
-    doctor,
-    ui,
+    *(papers, tables, show, plan, run, report, effects, ablate, search, verify),
+    *(convert, evaluate, chat, slurm, doctor, ui),
 ):
     app.command()(command)
 app.add_typer(data, name='data')

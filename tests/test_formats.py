@@ -41,7 +41,7 @@ def source_of(name, root, **options):
     "The source that a recipe would say."
     form, kind, file, pictures, *_ = LAYOUTS[name]
     folder = os.path.relpath((root / file).parent / pictures, root)
-    more = {'frames': 2} if form == 'llava_video' else {}
+    more = {'video_frames': 2} if form == 'llava_video' else {}
     return Source(kind=kind, name=file, options={'format': form, 'image_folder': folder} | more | options)
 
 
@@ -120,7 +120,7 @@ def test_a_video_file_is_no_training_data_and_says_what_is(tmp_path):
     [
         ({'format': 'lava'}, "format is 'lava'; expected one of llava, "),
         ({'drop_absent': 1}, 'drop_absent is 1; expected true or false'),
-        ({'frames': 0}, 'frames is 0; expected a number'),
+        ({'video_frames': 0}, 'video_frames is 0; expected a number'),
         ({'image_folder': '../..'}, r"image_folder '../..' contains '\.\.'"),
         ({'image_folder': '/etc'}, "image_folder '/etc' is absolute"),
         ({'pictures': 'x'}, r"does not know the options \['pictures'\]"),

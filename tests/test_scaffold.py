@@ -203,6 +203,7 @@ ROOMS = (  # a module imports from its own room and from those before it
     'owl3',
     'auto',
     'evaluating',
+    'demo',
     'commands',
     'cli',
 )

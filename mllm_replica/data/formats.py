@@ -26,12 +26,12 @@ class Pictures:
     """Where the pictures of a file's entries lie, and what becomes of those that are not there.
 
     drop_absent: from documents
-    frames: of a video
+    video_frames: of a video
     """
 
     folder: Path
     drop_absent: bool = False
-    frames: int = 8
+    video_frames: int = 8
 
     def has(self, image: Any) -> bool:
         """Whether a picture is there; a path that leads out of the folder is an error.
@@ -236,7 +236,7 @@ def _frames(name: Any, pictures: Pictures) -> list[str]:
         )
     if not files or place == pictures.folder.resolve():
         raise ImageError(f'video {name!r} does not exist under {pictures.folder}, nor a folder of its frames')
-    count = min(pictures.frames, len(files))
+    count = min(pictures.video_frames, len(files))
     chosen = [files[(2 * i + 1) * len(files) // (2 * count)] for i in range(count)]
     return [str(file.relative_to(pictures.folder.resolve())) for file in chosen]
 

@@ -203,12 +203,12 @@ def records(source: Source, path: Path, folder: Path | None = None) -> Iterator[
     name = source.options.get('format')
     if name is None:
         return _READERS[source.kind][1](path)
-    how = {option: source.options[option] for option in ('drop_absent', 'frames') if option in source.options}
+    how = {option: source.options[option] for option in ('drop_absent', 'video_frames') if option in source.options}
     found = (key_records if source.kind == 'tar' else _READERS[source.kind][1])(path)
     return converted(found, path, FORMATS[name], Pictures(folder or path.parent, **how))
 
 
-_MEANT = ('format', 'image_folder', 'drop_absent', 'frames')  # options that say what entries mean
+_MEANT = ('format', 'image_folder', 'drop_absent', 'video_frames')  # options that say what entries mean
 
 
 def _check_meant(source: Source) -> None:
@@ -218,8 +218,9 @@ def _check_meant(source: Source) -> None:
         raise ValueError(f'{name}: format is {given["format"]!r}; expected one of {", ".join(FORMATS)}')
     if type(given.get('drop_absent', False)) is not bool:
         raise ValueError(f'{name}: drop_absent is {given["drop_absent"]!r}; expected true or false')
-    if type(given.get('frames', 1)) is not int or given.get('frames', 1) < 1:
-        raise ValueError(f'{name}: frames is {given["frames"]!r}; expected a number of pictures from 1 on')
+    frames = given.get('video_frames', 1)
+    if type(frames) is not int or frames < 1:
+        raise ValueError(f'{name}: video_frames is {frames!r}; expected a number of pictures from 1 on')
 
 
 def may_skip(
