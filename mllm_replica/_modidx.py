@@ -1537,8 +1537,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'mllm_replica/evaluating/asking.py'),
                                                 'mllm_replica.evaluating.asking._text_of': ( 'foundations/evaluating/asking.html#_text_of',
                                                                                              'mllm_replica/evaluating/asking.py'),
-                                                'mllm_replica.evaluating.asking.answered': ( 'foundations/evaluating/asking.html#answered',
-                                                                                             'mllm_replica/evaluating/asking.py'),
                                                 'mllm_replica.evaluating.asking.cut': ( 'foundations/evaluating/asking.html#cut',
                                                                                         'mllm_replica/evaluating/asking.py'),
                                                 'mllm_replica.evaluating.asking.digest_of': ( 'foundations/evaluating/asking.html#digest_of',

@@ -24,7 +24,6 @@ from mllm_replica.evaluating.asking import (
     FRAMES,
     Answers,
     Length,
-    answered,
     cut,
     digest_of,
     for_several,
@@ -34,6 +33,7 @@ from mllm_replica.evaluating.asking import (
     state_of,
     told_once,
 )
+from ..scoring.answering import answered
 from ..scoring.evaluation import collate_prompts, left_padded
 
 # %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #adfff18d
@@ -222,7 +222,6 @@ class Answering(lmms):
         lengths = {number: self.length(requests[number]) for number in numbers}
         for length in sorted(set(lengths.values())):
             part = [number for number in numbers if lengths[number] == length]
-            part.sort(key=lambda number: -len(requests[number].args[0]))
             how = dict(max_new_tokens=length.tokens, batch_size=self.batch_size)
             for batch in answered(self.model, self.processor, _Samples(make, part), **how):
                 bar.update(len(batch))
