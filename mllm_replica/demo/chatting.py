@@ -223,13 +223,14 @@ class Chat:
         used, (turns, prompt) = len(conversation.waiting), self.encoded(conversation, text)
         yield cost_of(self.model, prompt)
         conversation.stopped, spoken = False, Spoken(self.processor)
-        thread = Thread(target=self._speak, args=(conversation, prompt, spoken), daemon=True)
-        thread.start()
+        thread = Thread(target=self._speak, args=(conversation, prompt, spoken))
         try:
+            thread.start()  # Ctrl-C may come at once
             yield from iter(spoken.texts.get, None)
         finally:
             conversation.stopped = True
-            thread.join()
+            if thread.is_alive():
+                thread.join()
             self._remember(conversation, turns, used, prompt, spoken)
         if spoken.error:
             raise Trouble(f'the model could not answer: {spoken.error}') from spoken.error
