@@ -46,7 +46,7 @@ def explain(
     left.set(xlabel='layer', ylabel='share of the attention', ylim=(0, 1), xlim=(0.5, len(rows) + 0.5))
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_title('what the answer reads', fontsize=9)
-    left.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.22), ncol=2, frameon=False)
+    figure.legend(fontsize=7, loc='outside lower left', ncol=4, frameon=False)
     on_pictures = by_word(parts['pictures'][..., None], words)[..., 0].T
     show_heat(right, on_pictures, [word for word, _, _ in words], list(map(str, layers)), f'on pictures{left_out}')
     right.set_xlabel('layer')
