@@ -532,7 +532,7 @@ def test_the_page_stops_an_answer_and_shows_text_as_text(files):
     if chromium.missing:
         pytest.skip(f'{chromium.missing}: not installed (Debian: chromium chromium-driver)')
     page, address = served(
-        'honeybee', Parrot('![x](http://example.org/x.png) <img src="http://example.org/y.png"> ' * 40, 0.02)
+        'honeybee', Parrot('![x](http://example.org/x.png) <img src="http://example.org/y.png"> ' * 12, 0.02)
     )
     try:
         with chromium.browser() as window:
@@ -543,7 +543,7 @@ def test_the_page_stops_an_answer_and_shows_text_as_text(files):
             window.click('#stop')
             window.wait("document.querySelector('#status').innerText.includes('No picture')", 20)
             said = window.run("return document.querySelector('#conversation .bot').innerText")
-            assert '![x](http://example.org/x.png) <img src="http://example.org/y.png">' in said and len(said) < 1000
+            assert '![x](http://example.org/x.png) <img src="http://example.org/y.png">' in said and len(said) < 600
             assert window.hosts() == {'127.0.0.1'}
             window.type('#box textarea', 'again\ue007')
             window.wait("document.querySelectorAll('#conversation .bot').length > 1")
