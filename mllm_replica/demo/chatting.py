@@ -220,9 +220,10 @@ class Chat:
         """
         if not text.strip():
             raise Trouble('the question is empty; write one')
+        conversation.stopped = False  # at once: from here on a stop is one of this answer
         used, (turns, prompt) = len(conversation.waiting), self.encoded(conversation, text)
         yield cost_of(self.model, prompt)
-        conversation.stopped, spoken = False, Spoken(self.processor)
+        spoken = Spoken(self.processor)
         thread = Thread(target=self._speak, args=(conversation, prompt, spoken))
         try:
             thread.start()  # Ctrl-C may come at once
