@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mllm_replica.core.machine import Machine
 from mllm_replica.core.recipe import Stage
 from mllm_replica.data.encoded import Encoded
 from mllm_replica.training import checkpoint
@@ -182,6 +184,17 @@ def test_interrupt_at_any_step_ends_bit_identical(tmp_path, straight, step):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed, continued = run(tmp_path)
     assert same_bits(resumed, straight[0]) and continued.points == straight[1].points
+
+
+def test_no_process_that_reads_ahead_outlives_its_stage_or_an_error(tmp_path):
+    def fail(done, *_):
+        assert len(multiprocessing.active_children()) == 1
+        if done == STAGES[0].steps + 1:
+            raise RuntimeError('an error')
+
+    with pytest.raises(RuntimeError, match='an error') as kept:
+        run(tmp_path, progress=fail, machine=Machine(loaders=1))
+    assert kept.tb and not multiprocessing.active_children()  # although the error's frames are still there
 
 
 def test_a_long_step_is_given_up_between_its_micro_batches_and_done_again(tmp_path):

@@ -8,7 +8,7 @@ __all__ = ['History', 'supervised', 'derived_seed', 'train']
 # %% ../../nbs/foundations/training/47_loop.ipynb #6d1c6b7e
 import hashlib, math, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -329,37 +329,37 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     every = run.machine.save_every or stage.checkpoint_every
     order = _order(run, number, resumed=run.done > first)
     total = sum(s.steps for s in run.stages)
-    ahead = run.pace.timed(_batches(run, stage, order, run.done - first))
-    for step in range(run.done - first, stage.steps):
-        names, batches = next(ahead)
-        _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
-        lr = lr_at(step, stage.lr, stage.min_lr, stage.warmup_steps, stage.steps)
-        for group in optimizer.param_groups:
-            group['lr'] = lr * group['factor']
-        try:
-            loss, norm, tokens, stop = _step(run, model, optimizer, stage, names, batches)
-        except FloatingPointError as failure:
-            run.save(number, optimizer)
-            raise FloatingPointError(
-                f'stage {stage.name!r}, step {run.done + 1}: {failure}; the state before it is in {run.folder}'
-            ) from failure
-        except _Abandoned:
-            run.save(number, optimizer)
-            raise KeyboardInterrupt(
-                f'stopped in step {run.done + 1} of {total}; run again to continue from {run.folder}'
-            ) from None
-        run.done += 1
-        run.curve.append(Point(run.done, stage.name, loss, lr, norm, tokens))
-        last = step + 1 == stage.steps
-        run.pace.step(run.done, stage, last, stop)
-        if run.progress:
-            run.progress(run.done, total, loss)
-        if last or stop or (every and (step + 1) % every == 0):
-            run.save(number, None if last else optimizer, now=last or stop)
-        if stop:
-            raise KeyboardInterrupt(
-                f'stopped after step {run.done} of {total}; run again to continue from {run.folder}'
-            )
+    with closing(run.pace.timed(_batches(run, stage, order, run.done - first))) as ahead:  # its processes end with it
+        for step in range(run.done - first, stage.steps):
+            names, batches = next(ahead)
+            _seed_random(derived_seed(run.seed, number, step, run.accelerator.process_index), run.accelerator.device)
+            lr = lr_at(step, stage.lr, stage.min_lr, stage.warmup_steps, stage.steps)
+            for group in optimizer.param_groups:
+                group['lr'] = lr * group['factor']
+            try:
+                loss, norm, tokens, stop = _step(run, model, optimizer, stage, names, batches)
+            except FloatingPointError as failure:
+                run.save(number, optimizer)
+                raise FloatingPointError(
+                    f'stage {stage.name!r}, step {run.done + 1}: {failure}; the state before it is in {run.folder}'
+                ) from failure
+            except _Abandoned:
+                run.save(number, optimizer)
+                raise KeyboardInterrupt(
+                    f'stopped in step {run.done + 1} of {total}; run again to continue from {run.folder}'
+                ) from None
+            run.done += 1
+            run.curve.append(Point(run.done, stage.name, loss, lr, norm, tokens))
+            last = step + 1 == stage.steps
+            run.pace.step(run.done, stage, last, stop)
+            if run.progress:
+                run.progress(run.done, total, loss)
+            if last or stop or (every and (step + 1) % every == 0):
+                run.save(number, None if last else optimizer, now=last or stop)
+            if stop:
+                raise KeyboardInterrupt(
+                    f'stopped after step {run.done} of {total}; run again to continue from {run.folder}'
+                )
     run.accelerator.free_memory()
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #d4efd810
