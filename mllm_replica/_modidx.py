@@ -4558,6 +4558,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'mllm_replica/tables/verdicts.py'),
                                               'mllm_replica.tables.verdicts._chance': ( 'foundations/tables/verdicts.html#_chance',
                                                                                         'mllm_replica/tables/verdicts.py'),
+                                              'mllm_replica.tables.verdicts._counted': ( 'foundations/tables/verdicts.html#_counted',
+                                                                                         'mllm_replica/tables/verdicts.py'),
                                               'mllm_replica.tables.verdicts._decide': ( 'foundations/tables/verdicts.html#_decide',
                                                                                         'mllm_replica/tables/verdicts.py'),
                                               'mllm_replica.tables.verdicts._failing': ( 'foundations/tables/verdicts.html#_failing',

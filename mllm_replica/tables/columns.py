@@ -28,6 +28,7 @@ class Column(Strict):
     mean_of: of columns of its table, perhaps times factors: no measurement
     task: what it asks of a benchmark; `{param}` in the metric is the row's
     unasked: why nobody can ask it here
+    counted: of the model itself, by whatever seed: FLOPs, tokens, weights
     """
 
     key: str
@@ -40,6 +41,7 @@ class Column(Strict):
     mean_of: list[str] | dict[str, float] = []
     task: Asked | None = None
     unasked: str = ''
+    counted: bool = False
 
     @model_validator(mode='after')
     def _one_origin(self) -> 'Column':

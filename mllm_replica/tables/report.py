@@ -391,16 +391,14 @@ def matrix() -> str:
                     f', {" to ".join(map(str, sorted({min(seeds), max(seeds)})))} seeds' if seeds else ''
                 )
                 shown = (scale or MISSING) + f' {STALE}' * bool(stale(paper, records))
-                others = (
-                    {name: _count(verdicts(paper, key, scale, name)) for name in readings(t, scale)} if scale else {}
-                )
-                claims = '; '.join(
-                    [
-                        _count(verdicts(paper, key, scale or 'tiny')),
-                        *(f'{name}: {count}' for name, count in others.items()),
-                    ]
-                )
-                lines.append((PAPERS[paper], t.table, t.title, t.status, shown, run, claims))
+                first = verdicts(paper, key, scale or 'tiny')
+                claims = [_count(first)]
+                for name in readings(t, scale) if scale else ():  # what copies the main evidence is no second finding
+                    both = zip(first, verdicts(paper, key, scale, name))
+                    claims += (
+                        [f'{name}: {_count(own)}'] if (own := [v for f, v in both if v.evidence != f.evidence]) else []
+                    )
+                lines.append((PAPERS[paper], t.table, t.title, t.status, shown, run, '; '.join(claims)))
     return markdown(
         pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']),
         index=False,

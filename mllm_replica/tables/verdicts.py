@@ -19,7 +19,7 @@ from .published import Claim, Table, Value
 
 # %% ../../nbs/foundations/tables/57_verdicts.ipynb #3841ae87
 Samples = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
-VERDICTS = ('supported', 'contradicted', 'inconclusive', 'not run', 'not testable at this scale')
+VERDICTS = ('supported', 'counted', 'contradicted', 'inconclusive', 'not run', 'not testable at this scale')
 
 
 class Interval(NamedTuple):
@@ -111,13 +111,15 @@ def verdict(
         where = elsewhere.get(other[0].removeprefix('table_'), {}) if other else samples
         return where.get(row, {}).get(metric, {})
 
-    evidence = _together(
-        [(c, _judge(c, seeds)) for c in {c.text: c for c in found}.values()]
-    )  # stand-ins may be shared
+    judged = [(c, _judge(c, seeds)) for c in {c.text: c for c in found}.values()]  # two columns may share a stand-in
+    counts = {column.key for column in measured.columns if column.counted}
+    exact = {c.text for c in found if c.cells and {cell[-1] for cell in c.cells} <= counts}
+    evidence = _together([(c, e) for c, e in judged if c.text not in exact])
+    evidence += tuple(_counted(c.op, e) for c, e in judged if c.text in exact)
     words = {e.word for e in evidence}
-    word = next((w for w in ('contradicted', 'not run', 'inconclusive') if w in words), 'supported')
+    word = next(w for w in (*_ORDER, 'counted') if w in words)
     failing = _failing(
-        {cell[0] for c in found for cell in c.cells if len(cell) == 2 and cell[1] != measured.control},
+        {cell[0] for c in found for cell in c.cells if len(cell) == 2 and cell[1] not in {measured.control, *counts}},
         measured.control,
         samples,
     )
@@ -126,6 +128,7 @@ def verdict(
     return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {scope.note}'.strip(), evidence)
 
 
+_ORDER = ('contradicted', 'not run', 'inconclusive', 'supported')  # a claim is what the first of its comparisons is
 CONTROL = 0.95  # mean that rows must reach in the table's control before they are compared
 
 
@@ -158,6 +161,16 @@ def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Ev
     except NOT_COMPUTABLE:
         return Evidence(comparison.text, 'inconclusive')
     return Evidence(comparison.text, _decide(comparison.op, found), found)
+
+
+def _counted(op: str, evidence: Evidence) -> Evidence:
+    "The same where only counts are compared: one seed is enough, and it is no finding over seeds."
+    found = evidence.difference
+    if found is None:
+        return evidence
+    if found.n == 1:
+        evidence = replace(evidence, word=_decide(op, Interval(found.mean, found.mean, found.mean, 2)))
+    return replace(evidence, word='counted') if evidence.word == 'supported' else evidence
 
 
 def _decide(op: str, found: Interval) -> str:
