@@ -5,6 +5,7 @@ import inspect
 import random
 
 import pytest
+from scipy.special import stdtr
 
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.tables import claims
@@ -83,7 +84,7 @@ def faults(table):
         for reading, other in again.items():
             if (other.word == 'not testable at this scale') is testable:
                 yield claim.id, reading, other.note
-        if testable and found.word not in ('supported', 'contradicted', 'inconclusive'):
+        if testable and found.word not in ('supported', 'counted', 'contradicted', 'inconclusive'):
             yield claim.id, found.word, found.note
         if not testable and not (found.word == 'not testable at this scale' and found.note):
             yield claim.id, found.word, found.note
@@ -238,6 +239,25 @@ def test_interval_covers_the_truth():
 )
 def test_verdicts(test, samples, word):
     assert judged(test, samples).word == word
+
+
+def test_a_count_is_no_finding_over_seeds():
+    columns = [Column(key='own', name='own'), Column(key='cost', name='cost', counted=True)]
+    measured = Replication(columns=columns, stands_for={'score': 'own'})
+    table = table_of(dict(a=None, b=None)).model_copy(update={'replication': {'tiny': measured}})
+
+    def word(test, own, cost):
+        samples = {row: {'own': dict(enumerate(own[row])), 'cost': dict(enumerate(cost[row]))} for row in 'ab'}
+        claim = Claim(id='c', statement='s', test=test, scales={'tiny': Scope(testable=True)})
+        found = verdict(claim, table, 'tiny', samples)
+        return found.word, found.chance
+
+    clear, less, more = dict(a=[3, 3.1, 3.2], b=[1, 1, 1]), dict(a=[5], b=[9]), dict(a=[9], b=[5])
+    assert word('a.cost < b.cost', clear, less) == ('counted', None)
+    assert word('a.cost < b.cost', clear, more) == ('contradicted', None)
+    assert word('a.score > b.score and a.cost < b.cost', clear, less)[0] == 'supported'
+    assert word('a.score > b.score and a.cost < b.cost', clear, more)[0] == 'contradicted'
+    assert word('a.score > b.score', clear, less)[1] == pytest.approx(2 * stdtr(2, -2.1 / (0.1 / 3**0.5)))
 
 
 def test_differences_are_paired_by_seed():

@@ -209,7 +209,7 @@ def test_verdicts_read_the_files(project):
     assert {v.word for v in verdicts('honeybee', '3', 'tiny')} == {'not run'}
     write_results('honeybee', '3', 'tiny', run())
     words = {v.claim.id: v.word for v in verdicts('honeybee', '3', 'tiny')}
-    assert words['resampler-weak-144'] == words['step-time-follows-M'] == 'supported'
+    assert (words['resampler-weak-144'], words['step-time-follows-M']) == ('supported', 'counted')
     shown = verdict_frame('honeybee', '3', 'tiny')
     differences = shown['difference [95 % interval]']
     assert (
@@ -221,7 +221,7 @@ def test_verdicts_read_the_files(project):
 def test_every_claim_is_judged_on_both_readings(project):
     write_results('honeybee', '3', 'tiny', run())
     shown = verdict_frame('honeybee', '3', 'tiny')
-    assert shown['verdict at tiny'].tolist() == ['supported', 'supported', 'supported', 'supported']
+    assert shown['verdict at tiny'].tolist() == ['supported', 'supported', 'supported', 'counted']
     assert shown['verdict on easy-VQA'].tolist() == [
         'contradicted',
         'contradicted',
@@ -229,8 +229,11 @@ def test_every_claim_is_judged_on_both_readings(project):
         '–',
     ]  # the last one counts cost only
     assert 'cabs_144.easy_vqa > resampler_144.easy_vqa: by -0.270' in shown['difference [95 % interval]'][0]
-    assert [v.word for v in verdicts('honeybee', '3', 'tiny', 'easy-VQA')][3] == 'supported'
-    assert '4 supported' in next(x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |'))
+    assert [v.word for v in verdicts('honeybee', '3', 'tiny', 'easy-VQA')][3] == 'counted'
+    assert shown['false ones'].tolist()[3] == '–' and float(shown['false ones'][0]) < 0.05
+    assert '3 supported, 1 counted; easy-VQA: 1 supported, 2 contradicted' in next(
+        x for x in matrix().splitlines() if x.startswith('| Honeybee | 3 |')
+    )
     assert not [c for c in verdict_frame('honeybee', 'fig9', 'tiny').columns if c.startswith('verdict on')]
 
 

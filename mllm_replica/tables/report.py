@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STALE', 'MISSING', 'Panel', 'row_names', 'interval_text', 'table_frame', 'escape', 'markdown', 'verdicts', 'judged',
-           'readings', 'verdict_frame', 'figure', 'png', 'scales_run', 'matrix']
+           'readings', 'discoveries', 'verdict_frame', 'figure', 'png', 'scales_run', 'matrix', 'believed']
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #895548d6
 import io, re, textwrap
@@ -150,6 +150,19 @@ def _evidence(*found: Verdict) -> str:
     return '; '.join(lines.values())
 
 
+def discoveries(paper: str, scale: Scale, own: bool = False) -> dict[tuple[str, str], str]:
+    """Table, claim -> share of false ones to be expected among the paper's verdicts that are as clear (Benjamini and Hochberg).
+
+    own: this clone's own results
+    """
+    from scipy.stats import false_discovery_control
+
+    judged = {(table, v.claim.id): v for table in tables_of(paper) for v in verdicts(paper, table, scale, None, own)}
+    chances = {key: v.chance for key, v in judged.items() if v.chance is not None}
+    shares = zip(chances, false_discovery_control(list(chances.values()) or [1.0]))
+    return {key: f'{share:.3f}' for key, share in shares if judged[key].word in ('supported', 'contradicted')}
+
+
 _PUBLISHED = {True: 'holds', False: 'contradicted by its own table', None: 'cells not printed'}
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #0d4fa377
@@ -158,17 +171,28 @@ def verdict_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd
 
     own: this clone's own results
     """
-    names = readings(load_table(paper, table), scale)
+    names, shares = readings(load_table(paper, table), scale), discoveries(paper, scale, own)
     lines = []
     for v, *others in zip(*(verdicts(paper, table, scale, name, own) for name in (None, *names))):
         published = _PUBLISHED[v.claim.holds_on_published_numbers] if v.claim.test else 'not a test'
         again = [MISSING if other.evidence == v.evidence else other.word for other in others]
-        lines.append((v.claim.statement, published, v.word, *again, _evidence(v, *others), v.note))
+        lines.append(
+            (
+                v.claim.statement,
+                published,
+                v.word,
+                *again,
+                shares.get((table, v.claim.id), MISSING),
+                _evidence(v, *others),
+                v.note,
+            )
+        )
     heads = [
         'claim',
         'published numbers',
         f'verdict at {scale}',
         *(f'verdict on {name}' for name in names),
+        'false ones',
         'difference [95 % interval]',
         'note',
     ]
@@ -402,4 +426,16 @@ def matrix() -> str:
     return markdown(
         pd.DataFrame(lines, columns=['paper', 'table', 'what it shows', 'published', 'scale', 'rows run', 'claims']),
         index=False,
+    )
+
+
+def believed(
+    scale: Scale = 'tiny',
+) -> str:
+    "How many conclusive verdicts over seeds there are, and how many remain where one in twenty of a paper's may be false."
+    found = [float(share) for paper in PAPERS for share in discoveries(paper, scale).values()]
+    kept = sum(share <= 0.05 for share in found)
+    return (
+        f'{len(found)} claims are supported or contradicted over seeds at scale `{scale}`; {kept} of them remain where '
+        "at most one in twenty of a paper's verdicts may be false."
     )

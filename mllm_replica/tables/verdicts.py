@@ -67,6 +67,7 @@ class Verdict:
 
     word: one of `VERDICTS`
     note: why it was not judged, or what to keep in mind
+    chance: of a verdict so clear where rows are alike; None: nothing was compared over seeds
     """
 
     claim: Claim
@@ -74,6 +75,7 @@ class Verdict:
     word: str
     note: str = ''
     evidence: tuple[Evidence, ...] = ()
+    chance: float | None = None
 
 
 def verdict(
@@ -114,8 +116,8 @@ def verdict(
     judged = [(c, _judge(c, seeds)) for c in {c.text: c for c in found}.values()]  # two columns may share a stand-in
     counts = {column.key for column in measured.columns if column.counted}
     exact = {c.text for c in found if c.cells and {cell[-1] for cell in c.cells} <= counts}
-    evidence = _together([(c, e) for c, e in judged if c.text not in exact])
-    evidence += tuple(_counted(c.op, e) for c, e in judged if c.text in exact)
+    family = [(c, e) for c, e in judged if c.text not in exact]
+    evidence = _together(family) + tuple(_counted(c.op, e) for c, e in judged if c.text in exact)
     words = {e.word for e in evidence}
     word = next(w for w in (*_ORDER, 'counted') if w in words)
     failing = _failing(
@@ -124,7 +126,8 @@ def verdict(
         samples,
     )
     if not failing or word not in ('supported', 'contradicted'):
-        return Verdict(claim, scale, word, scope.note, evidence)
+        chance = None if failing else _clearness(family)
+        return Verdict(claim, scale, word, scope.note, evidence, chance)
     return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {scope.note}'.strip(), evidence)
 
 
@@ -202,22 +205,44 @@ def _spread(
     return (found.mean - found.low) * math.sqrt(found.n) / float(stdtrit(found.n - 1, 1 - LEVEL))
 
 
-def _chance(comparison: Comparison, found: Interval, usual: float) -> float:
-    "How probable a difference so far on the wrong side is where there is none; `usual` is the family's spread."
-    error = max(_spread(found), _FLOOR * usual) / math.sqrt(found.n)
-    wrong = abs(found.mean) if comparison.op == '==' else -found.mean
-    return float(stdtr(found.n - 1, -wrong / error)) if error else 0.0
+def _beyond(by: float, error: float, n: int) -> float:
+    """How probable a difference so large is where there is none.
+
+    n: seeds
+    """
+    return float(stdtr(n - 1, -by / error)) if error else float(by <= 0)
+
+
+def _wrong(family: Sequence[tuple[Comparison, Evidence]]) -> list[float]:
+    "Of each comparison, how probable it is that chance alone puts it so far on the wrong side."
+    columns = [frozenset(cell[-1] for cell in comparison.cells) for comparison, _ in family]
+    spreads, found = [_spread(e.difference) for _, e in family], []
+    for (comparison, evidence), mine in zip(family, columns):
+        by = evidence.difference
+        usual = math.sqrt(statistics.fmean(s**2 for s, others in zip(spreads, columns) if others == mine))
+        if by is None or by.n < 2:
+            found.append(1.0)
+            continue
+        error = max(_spread(by), _FLOOR * usual) / math.sqrt(by.n)
+        found.append(_beyond(abs(by.mean) if comparison.op == '==' else -by.mean, error, by.n))
+    return found
+
+
+def _clearness(
+    family: Sequence[tuple[Comparison, Evidence]],
+) -> float | None:
+    "How probable a verdict so clear is where rows are alike: all comparisons right, or after the correction one wrong."
+    differences = [e.difference for _, e in family if e.difference and e.difference.n > 1]
+    if not differences:
+        return None
+    right = [_beyond(by.mean, _spread(by) / math.sqrt(by.n), by.n) for by in differences]
+    all_right = max(right) if len(right) == len(family) and all(c.op != '==' for c, _ in family) else 1.0
+    return min(1.0, 2 * min(all_right, len(family) * min(_wrong(family))))
 
 
 def _together(family: Sequence[tuple[Comparison, Evidence]]) -> tuple[Evidence, ...]:
     "The evidence of a claim: contradictions that one of so many comparisons shows by chance decide nothing."
-    columns = [frozenset(cell[-1] for cell in comparison.cells) for comparison, _ in family]
-    chances = {}
-    for number, (comparison, evidence) in enumerate(family):
-        if evidence.word == 'contradicted':
-            alike = [_spread(e.difference) for (_, e), others in zip(family, columns) if others == columns[number]]
-            usual = math.sqrt(statistics.fmean(spread**2 for spread in alike))
-            chances[number] = _chance(comparison, evidence.difference, usual)
+    chances = {n: chance for n, chance in enumerate(_wrong(family)) if family[n][1].word == 'contradicted'}
     found, left = [evidence for _, evidence in family], len(family)
     for number in sorted(chances, key=chances.get):
         if chances[number] > LEVEL / left:
