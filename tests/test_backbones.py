@@ -271,7 +271,7 @@ STEPS = [
     pytest.param('honeybee', '6', 'honeybee_d_13b', marks=pytest.mark.nightly),
     ('owl2', '2', 'owl2'),
     pytest.param('owl2', '6', 'frozen', marks=pytest.mark.nightly),
-    ('mm1', '4', 'mm1_3b_chat'),
+    pytest.param('mm1', '4', 'mm1_3b_chat', marks=pytest.mark.nightly),
     pytest.param('mm1', '4', 'mm1_7b_moe', marks=pytest.mark.nightly),
     ('owl3', '4', 'owl3'),
     ('owl3', '10', 'base'),

@@ -155,7 +155,7 @@ def steps_of(folder):
     return sorted(int(path.name[5:]) for path in (folder / 'checkpoints').glob('step-*'))
 
 
-@pytest.mark.parametrize('processes', [2, 1])
+@pytest.mark.parametrize('processes', [2, pytest.param(1, marks=pytest.mark.nightly)])
 def test_killed_in_a_stage_it_goes_on_with_any_number_of_processes(processes, sharded, tmp_path):
     launch('kill', tmp_path, papers=['honeybee'], fails=True)
     assert steps_of(tmp_path / 'honeybee') == [4, 6] and not (tmp_path / 'honeybee.json').exists()

@@ -245,6 +245,7 @@ def test_interrupted_at_any_step_it_ends_in_the_same_bits(tmp_path):
         assert same_bits(again, model) and history.points == straight.points
 
 
+@pytest.mark.nightly
 def test_in_shares_the_same_samples_give_the_same_losses(tmp_path):
     source_of(tmp_path, 'tar', [5, 0, 9, 3])
     for name, at, shard in (('whole', 0, 'none'), ('shares', 11, 'fsdp')):
