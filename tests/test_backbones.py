@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from accelerate import init_empty_weights
+from shipped import made
 from standins import names_of, write_backbone, write_backbones, write_data
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from mllm_replica.cli import app
 
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
+from mllm_replica.evaluating.rows import evaluate_row
 from mllm_replica.models import backbones
 from mllm_replica.models.assembly import as_stored, types_of
 from mllm_replica.models.backbones import BACKBONES, FORMS, BackboneError
@@ -296,6 +298,24 @@ def test_a_unit_of_the_paper_trains_a_step_of_each_stage(standins, place, tmp_pa
     assert result.steps == len(recipe.stages)
     losses = [float(line.split(',')[2]) for line in (tmp_path / 'unit' / 'curve.csv').read_text().splitlines()[1:]]
     assert len(losses) == result.steps and all(0 < loss < 20 for loss in losses)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    'paper, table, row, column', [('honeybee', '6', 'honeybee_c_7b', 'mme_p'), ('owl2', '2', 'owl2', 'mme')]
+)
+def test_the_folder_of_a_trained_unit_is_asked_like_a_released_one(
+    standins, place, tmp_path, monkeypatch, paper, table, row, column
+):
+    root, recipe = place(standins), short(recipe_of(paper, table, row))
+    write_data(recipe, root / 'data')
+    monkeypatch.setattr(f'mllm_replica.{paper}.recipes.recipe', lambda *_: recipe)
+    unit.run_unit(recipe, tmp_path / 'unit')
+    made('mme', tmp_path / 'asked' / 'mme')
+    folder = tmp_path / 'unit' / 'model' / recipe.stages[-1].name
+    done = evaluate_row(paper, table, row, folder, data=tmp_path / 'asked', columns=[column])
+    (cell,) = [cell for cell in done.cells if cell.column == column]
+    assert 0 <= cell.evaluated <= 2000 and (cell.questions, cell.official) == (28, 2374) and done.results.is_file()
 
 
 @pytest.mark.nightly

@@ -174,7 +174,7 @@ def test_a_released_checkpoint_beside_its_row(world, monkeypatch):
     checkpoint, told = goes_all_the_way('honeybee', world)
     (ours,) = (settings().run_folder / 'converted').iterdir()
     assert ours.name.startswith(told['checkpoint'][:12]) and (ours / 'config.json').is_file()
-    monkeypatch.setattr(working, 'load_checkpoint', None)  # nothing is left to ask
+    monkeypatch.setattr(working, 'load_saved', None)  # nothing is left to ask
     again = evaluate('honeybee', checkpoint, world, '--column', 'mmb', '--batch-size', '1')
     assert again.exit_code == 0 and 'recorded in' in again.output and len(read_released('honeybee', '6')) == 4
     answers = lines(told['folder'])
@@ -245,7 +245,7 @@ def perfect(world, tmp_path, monkeypatch):
         yield [(sample['id'], said[sample['id']]) for sample in samples]
 
     monkeypatch.setattr(working, 'answered', right)
-    monkeypatch.setattr(working, 'load_checkpoint', lambda folder: (None, None))
+    monkeypatch.setattr(working, 'load_saved', lambda folder: (None, None))
     yield tmp_path
     monkeypatch.undo()
     for cached in project_root, settings:

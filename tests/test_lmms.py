@@ -15,7 +15,7 @@ from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.evaluating import lmms
-from mllm_replica.evaluating.asking import for_several
+from mllm_replica.evaluating.checkpoints import for_several
 from mllm_replica.evaluating.lmms import Chat, Simple
 from mllm_replica.evaluating.scores import lmms_scores, text_scores
 

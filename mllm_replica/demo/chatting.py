@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..core.registry import CHAPTERS, PAPERS
@@ -25,6 +25,7 @@ from ..core.settings import Trouble
 from ..data.encoded import Encoded
 from ..data.images import FORMATS, ImageError, open_image
 from ..data.samples import IMAGE_MARK
+from ..evaluating.checkpoints import load_saved
 from ..models.looking import Said
 from ..owl3.pictures import read_video
 from ..tables.report import png
@@ -37,18 +38,13 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     """
     if not (Path(folder) / 'config.json').is_file():
         raise Trouble(f'{folder} is no folder of a saved model: it has no config.json')
-    importlib.import_module('mllm_replica.auto')  # the Auto classes know the papers
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype='auto', local_files_only=True)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of files that are lacking, damaged or of another model, in many types
-        raise Trouble(f'{folder} cannot be loaded: {str(error) or type(error).__name__}') from error
+    model, processor = load_saved(Path(folder))
     if model.config.model_type not in CHAPTERS or not hasattr(processor, 'encode'):
         raise Trouble(
             f'{folder} holds a {type(model).__name__} with a {type(processor).__name__}; '
             f'expected model and processor of {", ".join(PAPERS.values())}'
         )
-    return model.eval().to(torch.accelerator.current_accelerator() or 'cpu'), processor
+    return model, processor
 
 # %% ../../nbs/foundations/demo/78a_chatting.ipynb #8fc964b9
 MAX_BYTES = 64 * 2**20  # of a file

@@ -9,14 +9,12 @@ __all__ = ['checkpoint_of', 'device_of', 'opened', 'losses', 'Answering', 'Simpl
 import json, os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..core.settings import Trouble
 from mllm_replica.evaluating.asking import (
@@ -26,14 +24,13 @@ from mllm_replica.evaluating.asking import (
     Length,
     cut,
     digest_of,
-    for_several,
     length_of,
-    on_device,
     sample_of,
     state_of,
     told_once,
 )
-from ..scoring.answering import answered
+from .checkpoints import load_saved
+from ..scoring.answering import answered, on_device
 from ..scoring.evaluation import collate_prompts, left_padded
 
 # %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #adfff18d
@@ -80,10 +77,7 @@ def opened(folder: Path, device: torch.device, dtype: str, attention: str | None
     """
     if dtype != 'auto' and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise Trouble(f'dtype is {dtype!r}; expected auto, bfloat16, float16 or float32')
-    how = dict(attn_implementation=attention) if attention else {}
-    import_module('mllm_replica.auto')  # the Auto classes know our models then
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **how)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    return load_saved(folder, device, dtype, attention)
 
 # %% ../../nbs/foundations/evaluating/77a_lmms.ipynb #c3f8ef2e
 @torch.inference_mode()
@@ -147,9 +141,8 @@ class Answering(lmms):
             raise Trouble(f'{" and ".join(wrong)}: expected whole numbers')
         self.batch_size, folder = max(1, int(batch_size)), checkpoint_of(pretrained)
         self.device, self.task_dict = device_of(device), {}
-        self.model, processor = opened(folder, self.device, dtype, attn_implementation)
-        self.processor = for_several(processor)
-        self.frames = int(max_frames_num) or getattr(processor, 'frames', FRAMES)
+        self.model, self.processor = opened(folder, self.device, dtype, attn_implementation)
+        self.frames = int(max_frames_num) or getattr(self.processor, 'frames', FRAMES)
         self.answers = Answers(Path(answers) if answers else None)
         self.state = digest_of(state_of(folder), dtype, attn_implementation, self.frames)
 

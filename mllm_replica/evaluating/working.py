@@ -18,7 +18,7 @@ import torch
 from ..core.settings import Trouble, settings
 from ..core.writing import write_atomic
 from ..data.images import ImageError
-from .checkpoints import load_checkpoint
+from .checkpoints import load_saved
 from .jobs import Begun, Group, Job, Scored, begin, gathered, prompts_of, scored
 from ..running.devices import device_sets, visible_gpus
 from ..running.engine import kill_tree
@@ -100,7 +100,7 @@ def answer_here(
     said: Said,
 ) -> None:
     "Answer what is not answered, in this process."
-    loaded = load_checkpoint(job.model)
+    loaded = load_saved(job.model)
     for group in job.groups:
         asking, start = begin(job, group), time.monotonic()
         todo, total = asking.todo, len(asking.samples)
@@ -131,7 +131,7 @@ def answer_share(job: Job, todo: Mapping[str, list[str]], rank: int) -> None:
 
     todo: group -> ids
     """
-    loaded = load_checkpoint(job.model)
+    loaded = load_saved(job.model)
     for group in job.groups:
         questions, wanted = reader_of(group.task).read(job.data / group.task, group.split), set(todo[group.name])
         samples = prompts_of(job, group, [question for question in questions if question.id in wanted])

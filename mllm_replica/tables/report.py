@@ -150,7 +150,7 @@ def _evidence(*found: Verdict) -> str:
     return '; '.join(lines.values())
 
 
-def discoveries(paper: str, scale: Scale, own: bool = False) -> dict[tuple[str, str], str]:
+def discoveries(paper: str, scale: Scale, own: bool = False) -> dict[tuple[str, str], float]:
     """Table, claim -> share of false ones to be expected among the paper's verdicts that are as clear (Benjamini and Hochberg).
 
     own: this clone's own results
@@ -160,7 +160,7 @@ def discoveries(paper: str, scale: Scale, own: bool = False) -> dict[tuple[str, 
     judged = {(table, v.claim.id): v for table in tables_of(paper) for v in verdicts(paper, table, scale, None, own)}
     chances = {key: v.chance for key, v in judged.items() if v.chance is not None}
     shares = zip(chances, false_discovery_control(list(chances.values()) or [1.0]))
-    return {key: f'{share:.3f}' for key, share in shares if judged[key].word in ('supported', 'contradicted')}
+    return {key: float(share) for key, share in shares if judged[key].word in ('supported', 'contradicted')}
 
 
 _PUBLISHED = {True: 'holds', False: 'contradicted by its own table', None: 'cells not printed'}
@@ -182,7 +182,7 @@ def verdict_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd
                 published,
                 v.word,
                 *again,
-                shares.get((table, v.claim.id), MISSING),
+                f'{shares[key]:.3f}' if (key := (table, v.claim.id)) in shares else MISSING,
                 _evidence(v, *others),
                 v.note,
             )
@@ -433,7 +433,7 @@ def believed(
     scale: Scale = 'tiny',
 ) -> str:
     "How many conclusive verdicts over seeds there are, and how many remain where one in twenty of a paper's may be false."
-    found = [float(share) for paper in PAPERS for share in discoveries(paper, scale).values()]
+    found = [share for paper in PAPERS for share in discoveries(paper, scale).values()]
     kept = sum(share <= 0.05 for share in found)
     return (
         f'{len(found)} claims are supported or contradicted over seeds at scale `{scale}`; {kept} of them remain where '

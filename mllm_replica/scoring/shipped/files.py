@@ -195,6 +195,7 @@ def under(folder: Path, questions: Sequence[Question], *places: str) -> list[Que
     before = f'{place}/' if place else ''
 
     def placed(question: Question) -> Question:
+        "The question with its images' whole paths."
         images = [dict(path=before + image['path'], bytes=None) for image in question.images]
         return question.model_copy(update=dict(images=images))
 
