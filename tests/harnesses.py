@@ -33,14 +33,17 @@ def score(doc, results):
 def mean(items):
     return sum(items) / len(items)
 """
-TASK = """
+HEAD = """
 task: {name}
 dataset_path: {kind}
 dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
-output_type: generate_until
+"""
+TASK = (
+    HEAD
+    + """output_type: generate_until
 doc_to_visual: {visual}
 doc_to_text: {text}
 doc_to_target: answer
@@ -53,14 +56,10 @@ metric_list:
     aggregation: !function tools.mean
     higher_is_better: true
 """
-CHOICE = """
-task: {name}
-dataset_path: {kind}
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
+)
+CHOICE = (
+    HEAD
+    + """output_type: multiple_choice
 {visual}doc_to_text: question
 doc_to_choice: ["yes", "no", "certainly not"]
 doc_to_target: "{{{{ ['yes', 'no'].index(answer) }}}}"
@@ -69,6 +68,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
+)
 POPE = """
 include: {official}
 task: local_pope

@@ -1,6 +1,5 @@
 "The model that lmms-eval and lm-eval see: without them in `make test`, in them where they are installed (`make nightly`)."
 
-import copy
 import json
 import shutil
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble
 from mllm_replica.data.language import byte_tokenizer
 from mllm_replica.evaluating import lmms
-from mllm_replica.evaluating.checkpoints import for_several
+from mllm_replica.evaluating.checkpoints import load_saved
 from mllm_replica.evaluating.lmms import Chat, Simple
 from mllm_replica.evaluating.scores import lmms_scores, text_scores
 
@@ -176,12 +175,12 @@ def test_rounds_go_on_until_the_task_ends_them(tiny):
     assert [answers[0] for answers in found] == chat(tiny('honeybee'))[0].generate_until(chat(tiny('honeybee'))[1][:3])
 
 
-def test_several_pictures_are_not_cut(tiny):
+def test_several_pictures_are_not_cut(tiny, tmp_path):
     model, asked = chat(tiny('owl3'), batch_size=4)
-    whole = model.processor
-    cutting = copy.copy(whole)
-    cutting.cropping = True
-    model.processor = for_several(cutting)
+    whole, folder = model.processor, shutil.copytree(tiny('owl3'), tmp_path / 'cutting')
+    path = folder / 'processor_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(cropping=True)))
+    model.processor = load_saved(folder)[1]
     one, two = (lmms.sample_of('0', model.messages(asked[n])) for n in (0, 2))
     assert len(model.processor.encode(one, training=False).images) > 1
     assert model.processor.encode(two, training=False) == whole.encode(two, training=False)
