@@ -69,7 +69,7 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
-_BUILDERS = {'smoke': _small, 'tiny': _small, 'paper': from_published}  # by scale
+_BUILDERS = {'smoke': _small, 'tiny': _small, 'small': from_published, 'paper': from_published}  # by scale
 
 
 def build(

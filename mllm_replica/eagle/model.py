@@ -73,7 +73,7 @@ class EagleVisionModel(Towers, WholeCheckpoint, PreTrainedModel):
     main_input_name = 'pixel_values'
     supports_gradient_checkpointing = True
     _no_split_modules = ['SamExpert', 'EvaExpert', 'ConvNextBlock', 'CLIPVisionEmbeddings', 'CLIPEncoderLayer']
-    _no_split_modules += ['Dinov2Embeddings', 'Dinov2Layer', 'Pix2StructVisionLayer']
+    _no_split_modules += ['Dinov2Embeddings', 'Dinov2Layer', 'Pix2StructVisionLayer', 'LiteBlock']
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: EagleVisionConfig) -> None:

@@ -19,9 +19,51 @@ def backbones(
     from mllm_replica.eagle.released import RELEASED, STARTS
 
     if recipe.scale != 'paper':
-        return {}
+        return recipe.model.get('backbones', {})
     language = RELEASED[recipe.model['name']][1]
     return {name: STARTS[name] for name in recipe.model['experts']} | {'text': STARTS[language]}
+
+
+def _towers(names: dict[str, str], experts: list[dict[str, Any]]) -> dict[str, Any]:
+    "Path of every expert, and of the language model -> what it starts from."
+    from mllm_replica.eagle.experts.efficientnet import built_blocks
+    from mllm_replica.models.assembly import Tower
+
+    found = {'language_model': Tower(names['text'])}
+    for k, expert in enumerate(experts):
+        inner = '.vision_model' if expert['kind'].startswith('clip') else ''
+        changed = built_blocks(expert['config']) if expert['kind'] == 'efficientnet_lite' else None
+        found[f'vision_model.vision_towers.{k}.vision_tower{inner}'] = Tower(names[expert['name']], changed)
+    return found
+
+
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "Any experts and language model, a drawn fusion and projector."
+    from mllm_replica.eagle.model import EagleConfig, EagleModel
+    from mllm_replica.eagle.prompts import EagleProcessor
+    from mllm_replica.models.assembly import on_backbones
+    from mllm_replica.models.backbones import backbone_config, backbone_form, backbone_settings, backbone_tokenizer
+
+    made, names = recipe.model, recipe.model['backbones']
+    size = made['image_size']
+    experts = [
+        dict(
+            name=name,
+            kind=backbone_form(names[name]),
+            config=backbone_settings(names[name]) | made.get('settings', {}).get(name, {}),
+            image_size=made.get('sizes', {}).get(name, size),
+            options={'own_statistics': True},
+        )
+        for name in made['experts']
+    ]
+    config = EagleConfig(
+        vision_config=dict(experts=experts, image_size=size),
+        connector_config=made['connector'],
+        text_config=backbone_config(names['text']),
+    )
+    model = on_backbones(EagleModel, config, _towers(names, experts), recipe)
+    tokenizer = backbone_tokenizer(names['text'])
+    return model, EagleProcessor.from_config(config, tokenizer, **made.get('processor', {}))
 
 
 def from_published(
@@ -32,9 +74,11 @@ def from_published(
     from mllm_replica.eagle.model import EagleConfig, EagleModel
     from mllm_replica.eagle.prompts import EagleProcessor
     from mllm_replica.eagle.released import RELEASED, paper_config
-    from mllm_replica.models.assembly import Tower, on_backbones
+    from mllm_replica.models.assembly import on_backbones
     from mllm_replica.models.backbones import backbone_config, backbone_settings, backbone_tokenizer
 
+    if recipe.scale == 'small':
+        return _small(recipe)
     planned, names = paper_config(**recipe.model), backbones(recipe)
     if torch.get_default_device().type == 'meta':
         return EagleModel(planned), None
@@ -46,10 +90,6 @@ def from_published(
         connector_config=planned.connector_config,
         text_config=backbone_config(names['text']),
     )
-    towers = {
-        f'vision_model.vision_towers.{k}.vision_tower' + '.vision_model' * name.startswith('clip'): Tower(names[name])
-        for k, name in enumerate(expert['name'] for expert in experts)
-    }
-    model = on_backbones(EagleModel, config, towers | {'language_model': Tower(names['text'])}, recipe)
+    model = on_backbones(EagleModel, config, _towers(names, config.vision_config.experts), recipe)
     template = _TEMPLATES.get(RELEASED[recipe.model['name']][1], 'vicuna_v1')
     return model, EagleProcessor.from_config(config, backbone_tokenizer(names['text']), template=template)

@@ -15,18 +15,18 @@ def from_published(
     "Encoder, language model and a drawn projector; on meta only the shapes."
     import torch
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
-    from mllm_replica.models.assembly import Tower, on_backbones
-    from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
+    from mllm_replica.models.assembly import named_parts, on_backbones
+    from mllm_replica.models.backbones import backbone_tokenizer
 
-    made, names = recipe.model, recipe.model['backbones']
+    made = recipe.model
     if torch.get_default_device().type == 'meta' and 'size' in made:
         return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
+    parts, tokenizer = named_parts(recipe), backbone_tokenizer(made['backbones']['text'])
     config = HoneybeeConfig(
-        vision_config=backbone_config(names['vision']),
-        text_config=backbone_config(names['text']),
+        vision_config=parts.vision,
+        text_config=parts.text,
         connector_config=made['connector'],
         feature_layer=made['feature_layer'],
     )
-    towers = {'vision_model': Tower(names['vision']), 'language_model': Tower(names['text'])}
-    model = on_backbones(HoneybeeModel, config, towers, recipe)
-    return model, HoneybeeProcessor.from_config(config, backbone_tokenizer(names['text']))
+    model = on_backbones(HoneybeeModel, config, parts.towers, recipe)
+    return model, HoneybeeProcessor.from_config(config, tokenizer, **made.get('processor', {}))

@@ -25,7 +25,7 @@ from .shots import Template
 from ..models.image_processing import VisionLanguageImageProcessor
 from ..models.processing import VisionLanguageProcessor
 from ..models.templates import SHOWN, without_ends
-from ..models.vision import CLIP_MEAN, CLIP_STD, patch_features, resize_positions
+from ..models.vision import CLIP_MEAN, CLIP_STD, anatomy, patch_features, resize_positions
 from ..models.configuration import VisionLanguageConfig
 from ..models.vlm import VisionLanguageModel, VisionLanguageOutput, register
 from ..owl2.encoder import WholeCheckpoint
@@ -117,11 +117,8 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
             self.config.feature_layer,
             patch_features(self.vision_model, pixel_values, self.config.feature_layer),
         )
-        return (
-            self.vision_model.post_layernorm(states)
-            if layer in (-1, self.config.vision_config.num_hidden_layers)
-            else states
-        )
+        last = layer in (-1, self.config.vision_config.num_hidden_layers)
+        return anatomy(self.vision_model).last_norm(states) if last else states
 
     def _insert_experts(self) -> None:
         insert_experts(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'LLAMA', 'BACKBONES', 'QWEN_FIELDS', 'Sources', 'Form', 'Backbone', 'sized', 'published', 'BackboneError',
-           'find_backbone', 'backbone_files', 'backbone_config', 'backbone_settings', 'backbone_tokenizer', 'planned',
-           'load_backbone']
+           'find_backbone', 'backbone_form', 'backbone_files', 'backbone_config', 'backbone_settings',
+           'backbone_tokenizer', 'planned', 'load_backbone']
 
 # %% ../../nbs/foundations/models/46_backbones.ipynb #068a9602
 import re
@@ -36,6 +36,7 @@ class Form(NamedTuple):
     part: of config.json that describes the tower
     fixed: settings that are not as in config.json
     file: of weights, where it has a name of its own
+    read: fields of config.json that are settings; (): all
     """
 
     kind: str
@@ -45,12 +46,14 @@ class Form(NamedTuple):
     part: str = ''
     fixed: Mapping[str, Any] = {}
     file: str = ''
+    read: tuple[str, ...] = ()
 
 
 _OTHER_HALF = r'^(text_model|visual_projection|text_projection)\.|^logit_(scale|bias)$|position_ids$'
 _QUERY_KEY_VALUE = tuple(
     (rf'\.attention\.attention\.{name}\.', f'.attention.{name[0]}_proj.') for name in ('query', 'key', 'value')
 )
+_DINOV2 = (*_QUERY_KEY_VALUE, (r'\.attention\.output\.dense\.', '.attention.o_proj.'))
 FORMS = {
     'clip': Form('CLIPVisionModel', ((r'^vision_model\.', ''),), _OTHER_HALF, part='vision_config'),
     'siglip': Form(
@@ -92,8 +95,12 @@ FORMS = {
         part='vision_config',
     ),
     'pix2struct': Form('Pix2StructExpert', ((r'^encoder\.', ''),), r'^(?!encoder\.)', part='vision_config'),
-    'dinov2': Form(
-        'Dinov2Model', (*_QUERY_KEY_VALUE, (r'\.attention\.output\.dense\.', '.attention.o_proj.')), 'position_ids$'
+    'dinov2': Form('Dinov2Model', _DINOV2, 'position_ids$'),
+    'dinov2_with_registers': Form('Dinov2WithRegistersModel', _DINOV2, 'position_ids$'),
+    'efficientnet_lite': Form(
+        'EfficientNetLiteExpert',
+        unread=r'^(_conv_head|_bn1|_fc)\.|\.num_batches_tracked$',
+        read=('variant', 'image_size'),
     ),
 }
 
@@ -119,6 +126,14 @@ _CLIP = _VIT_L | dict(
     layer_norm_eps=1e-5,
 )
 _DFN = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, image_size=378, projection_dim=1024)
+_DINOV2_S = dict(
+    model_type='dinov2',
+    hidden_size=384,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    patch_size=14,
+    image_size=518,
+)
 _SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, image_size=384, vision_use_head=False)
 LLAMA = dict(  # what all Llama-2 models share
     model_type='llama',
@@ -157,6 +172,14 @@ def sized(shared: dict[str, Any], width: int, inner: int, layers: int, heads: in
 _7B, _13B = sized(LLAMA, 4096, 11008, 32, 32), sized(LLAMA, 5120, 13824, 40, 40)
 _YI = sized(LLAMA, 7168, 20480, 60, 56, num_key_value_heads=8, vocab_size=64000, rope_theta=5000000.0)
 _LLAMA3 = dict(vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0)
+_SMOLLM2 = dict(
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+    num_key_value_heads=3,
+    pad_token_id=2,
+)
 _QWEN = dict(num_key_value_heads=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 BACKBONES = {  # hub id -> what is known of it
     'openai/clip-vit-large-patch14': Backbone('clip', _CLIP),
@@ -164,6 +187,10 @@ BACKBONES = {  # hub id -> what is known of it
     'apple/DFN5B-CLIP-ViT-H-14-378': Backbone('clip', _CLIP | _DFN),
     'google/siglip-so400m-patch14-384': Backbone('siglip', _VIT_L | _SO400M | dict(model_type='siglip_vision_model')),
     'facebook/dinov2-large': Backbone('dinov2', _VIT_L | dict(model_type='dinov2', image_size=518)),
+    'facebook/dinov2-small': Backbone('dinov2', _DINOV2_S),
+    'efficientnet-lite0': Backbone('efficientnet_lite', dict(variant='lite0', image_size=224)),
+    'efficientnet-lite1': Backbone('efficientnet_lite', dict(variant='lite1', image_size=240)),
+    'efficientnet-lite2': Backbone('efficientnet_lite', dict(variant='lite2', image_size=260)),
     'timm/convnext_xxlarge.clip_laion2b_soup_ft_in1k': Backbone('convnext'),
     'Yuxin-CV/EVA-02': Backbone('eva'),
     'facebook/sam-vit-large': Backbone('sam'),
@@ -183,6 +210,7 @@ BACKBONES = {  # hub id -> what is known of it
     '01-ai/Yi-34B': Backbone('llama', _YI),
     'princeton-nlp/Sheared-LLaMA-1.3B': Backbone('llama', sized(LLAMA, 2048, 5504, 24, 16)),
     'princeton-nlp/Sheared-LLaMA-2.7B': Backbone('llama', sized(LLAMA, 2560, 6912, 32, 20)),
+    'HuggingFaceTB/SmolLM2-135M-Instruct': Backbone('llama', sized(LLAMA | _SMOLLM2, 576, 1536, 30, 9)),
     'Qwen/Qwen2-0.5B-Instruct': Backbone('qwen2', sized(_QWEN2, 896, 4864, 24, 14, num_key_value_heads=2)),
     'Qwen/Qwen2-1.5B-Instruct': Backbone('qwen2', sized(_QWEN2, 1536, 8960, 28, 12, num_key_value_heads=2)),
     'Qwen/Qwen2-7B-Instruct': Backbone(
@@ -243,6 +271,15 @@ def _described(name: str) -> tuple[Path, dict[str, Any], Form]:
         raise BackboneError(f'backbone {name}: {folder / "config.json"} holds no object; fetch it again')
     form = known.form if known else str(content.get('model_type')).removesuffix('_vision_model')
     return folder, content, FORMS.get(form, Form('AutoModelForCausalLM'))
+
+
+def backbone_form(name: str) -> str:
+    """Key of `FORMS`, as the table or else the folder says.
+
+    name: hub id
+    """
+    form = _described(name)[2]
+    return next((key for key, known in FORMS.items() if known is form), '')
 
 
 def backbone_files(name: str) -> list[Path]:
@@ -309,6 +346,8 @@ def backbone_settings(name: str) -> dict[str, Any]:
     name: hub id
     """
     _, content, form = _described(name)
+    if form.read:
+        return {field: content[field] for field in form.read if field in content}
     if 'model_type' not in content:
         return dict(content.get(form.part, {}) if form.part else content)
     config = backbone_config(name)
@@ -358,9 +397,10 @@ def planned(form: Form, found: Iterable[str]) -> Sources:
 
 # %% ../../nbs/foundations/models/46_backbones.ipynb #32a0947d
 def _set(tower: nn.Module, key: str, tensor: Tensor) -> None:
-    "Put a tensor in a parameter's place."
-    owner, _, last = key.rpartition('.')
-    setattr(tower.get_submodule(owner), last, nn.Parameter(tensor))
+    "Put a tensor in a parameter's or a buffer's place."
+    path, _, last = key.rpartition('.')
+    owner = tower.get_submodule(path)
+    setattr(owner, last, tensor if last in owner._buffers else nn.Parameter(tensor))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from ..data.language import IMAGE_PIECE, Piece, text_ids
 from ..data.samples import IMAGE_MARK
 from .image_processing import VisionLanguageImageProcessor, dealt
 from .templates import TURNS, with_token
-from .vision import image_keys
+from .vision import image_keys, statistics_of
 
 # %% ../../nbs/foundations/models/39b_processing.ipynb #59bf8bbc
 Part = tuple[list[int | None], bool]  # token ids, None for an image, and whether they are supervised
@@ -86,10 +86,9 @@ class VisionLanguageProcessor(ProcessorMixin):
         settings: those of the image processor are taken out
         """
         vision, kind = config.vision_config, cls.image_processor_type
-        fitting = {name: getattr(vision, name) for name in ('image_mean', 'image_std') if hasattr(vision, name)}
         known = inspect.signature(kind).parameters
         given = {name: settings.pop(name) for name in [*settings] if name in known}
-        return kind(**{'size': vision.image_size, **fitting, **given})
+        return kind(**{'size': vision.image_size, **statistics_of(vision), **given})
 
     @classmethod
     def _get_arguments_from_pretrained(

@@ -38,7 +38,7 @@ from mllm_replica.models.placing import (
     unless_empty,
 )
 from .processing import VisionLanguageProcessor
-from .vision import patch_features
+from .vision import anatomy, patch_features
 
 # %% ../../nbs/foundations/models/39_vlm.ipynb #a0f99ab6
 @dataclass
@@ -317,7 +317,7 @@ def shard_blocks(
     self: VisionLanguageModel,
 ) -> list[nn.Module]:
     "What is gathered one at a time when the model is spread over devices: layers of encoder and decoder, and the connector."
-    return [*self.vision_model.encoder.layers, self.connector, *self.get_decoder().layers]
+    return [*anatomy(self.vision_model).layers, self.connector, *self.get_decoder().layers]
 
 
 @patch

@@ -17,7 +17,7 @@ from ..models.configuration import VisionLanguageConfig
 from ..models.vlm import VisionLanguageModel, VisionLanguageOutput, register
 from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import WholeCheckpoint
+from .encoder import Owl2VisionModel, WholeCheckpoint
 from .processor import Owl2Processor
 
 # %% ../../nbs/papers/01_owl2.ipynb #87ea7669
@@ -39,7 +39,7 @@ class Owl2Config(VisionLanguageConfig):
         implied = dict(
             encoder_hidden_size=vision.hidden_size,
             grid_size=vision.image_size // vision.patch_size,
-            use_cls_token=vision.use_cls_token,
+            use_cls_token=getattr(vision, 'use_cls_token', False),  # of another encoder the patches alone are read
         )
         self.connector_config = abstractor_fields(implied | self.connector_config)
         wrong = {
@@ -76,10 +76,12 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
         return VisualAbstractor(config.connector_config, config.text_config.hidden_size)
 
     def visual_features(self, pixel_values: Tensor) -> Tensor:
-        """All tokens of the encoder, class token included: [N,3,h,w] → [N,S,C].
+        """All tokens of the paper's encoder, class token included; of another one `feature_layer`'s patches: [N,3,h,w] → [N,S,C].
 
         pixel_values: [N,3,height,width]
         """
+        if not isinstance(self.vision_model, Owl2VisionModel):
+            return super().visual_features(pixel_values)
         return self.vision_model(pixel_values).last_hidden_state
 
     def route(

@@ -14,7 +14,34 @@ def backbones(
 ) -> dict[str, str]:
     "Part -> published model that a unit starts from."
     names = {'vision': 'openai/clip-vit-large-patch14', 'text': 'meta-llama/Llama-2-7b-hf'}
-    return names if recipe.scale == 'paper' else {}
+    return names if recipe.scale == 'paper' else recipe.model.get('backbones', {})
+
+
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "Any encoder and language model, with ways and a drawn abstractor."
+    from mllm_replica.models.assembly import named_parts, on_backbones
+    from mllm_replica.models.backbones import backbone_tokenizer
+    from mllm_replica.owl2.components import adapt_layers
+    from mllm_replica.owl2.model import Owl2Config, Owl2Model
+    from mllm_replica.owl2.processor import Owl2Processor
+
+    made, parts = recipe.model, named_parts(recipe)
+    config = Owl2Config(
+        vision_config=parts.vision,
+        text_config=parts.text,
+        connector_config=made['abstractor'],
+        adaptive=made.get('adaptive'),
+        feature_layer=made.get('feature_layer', -2),
+    )
+    model = on_backbones(
+        Owl2Model,
+        config,
+        parts.towers,
+        recipe,
+        lambda model: adapt_layers(model.language_model, tuple(config.adaptive)),
+    )
+    tokenizer = backbone_tokenizer(made['backbones']['text'])
+    return model, Owl2Processor.from_config(config, tokenizer, **made.get('processor', {}))
 
 
 def from_published(
@@ -30,6 +57,8 @@ def from_published(
     from mllm_replica.owl2.processor import Owl2Processor
     from mllm_replica.owl2.released import plan_encoder
 
+    if recipe.scale == 'small':
+        return _small(recipe)
     made, names = recipe.model, backbones(recipe)
     config = paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))
     if torch.get_default_device().type == 'meta':

@@ -125,7 +125,7 @@ def special_id(self: Owl3Processor, name: str) -> int:
     name: as the tokenizer spells it
     """
     number = self.tokenizer.convert_tokens_to_ids(name)
-    if number is None or number == self.tokenizer.unk_token_id:
+    if number is None or number == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token:
         raise ValueError(f'the tokenizer has no token {name}; use that of Qwen2 or add the token')
     return number
 

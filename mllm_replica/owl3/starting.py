@@ -16,7 +16,7 @@ def backbones(
     from mllm_replica.owl3.released import SIZES
 
     if recipe.scale != 'paper':
-        return {}
+        return recipe.model.get('backbones', {})
     size, base = recipe.model.get('size'), recipe.model.get('base')
     return {'vision': 'google/siglip-so400m-patch14-384', 'text': SIZES[size][0] if size else f'Qwen/{base}'}
 
@@ -49,18 +49,56 @@ def _shapes(recipe: Recipe) -> Any:
     return kind(config)
 
 
+def _filled(kind: Any, config: Any, towers: dict[str, Any], recipe: Recipe, processor: Any) -> tuple[Any, Any]:
+    "The model of a way to read images on its towers, and the processor of that way."
+    from mllm_replica.models.assembly import on_backbones
+    from mllm_replica.models.processing import VisionLanguageProcessor
+    from mllm_replica.owl3.components import insert_layers
+
+    if recipe.model.get('fusion') == 'concat':
+        tokenizer = processor.tokenizer
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token  # as Qwen's configuration says
+        count, placeholder = config.visual_token_count(), config.image_token_id
+        return on_backbones(kind, config, towers, recipe), VisionLanguageProcessor(
+            processor.image_processor, tokenizer, count, placeholder
+        )
+
+    def grow(model: Any) -> None:
+        "Image layers, from the language model's own."
+        insert_layers(model.language_model, config.hyper_layers, config.fusion, **config.layer_options)
+
+    return on_backbones(kind, config, towers, recipe, grow), processor
+
+
+def _small(recipe: Recipe) -> tuple[Any, Any]:
+    "Any encoder and language model; the recipe's model has the fields of `Owl3Config` beside their names."
+    from mllm_replica.models.assembly import named_parts
+    from mllm_replica.models.backbones import backbone_tokenizer
+    from mllm_replica.models.vision import statistics_of
+    from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor
+
+    made, parts = dict(recipe.model), named_parts(recipe)
+    pictures = Owl3ImageProcessor(parts.vision.image_size, **statistics_of(parts.vision))
+    tokenizer = backbone_tokenizer(made.pop('backbones')['text'])
+    processor = Owl3Processor(pictures, tokenizer, **made.pop('processor', {}))
+    known = dict(vision_config=parts.vision, text_config=parts.text, feature_layer=made.pop('feature_layer', -2))
+    made.pop('image_size', None)
+    kind, config = kind_of(made, known, placeholder_ids=processor.placeholder_ids)
+    return _filled(kind, config, parts.towers, recipe, processor)
+
+
 def from_published(
     recipe: Recipe,
 ) -> tuple[Any, Any]:
     "SigLIP and Qwen2, whose image layers start from its own keys and values; on meta only the shapes."
     import torch
-    from mllm_replica.models.assembly import Tower, first_words, on_backbones
+    from mllm_replica.models.assembly import Tower, first_words
     from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
-    from mllm_replica.models.processing import VisionLanguageProcessor
-    from mllm_replica.owl3.components import insert_layers
     from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor
     from mllm_replica.owl3.released import SIZES, WORDS
 
+    if recipe.scale == 'small':
+        return _small(recipe)
     if torch.get_default_device().type == 'meta':
         return _shapes(recipe), None
     names, size = backbones(recipe), recipe.model.get('size')
@@ -76,15 +114,4 @@ def from_published(
     blocks = '|'.join(map(str, getattr(config, 'hyper_layers', ())))
     language = Tower(names['text'], first_words(text.vocab_size), rf'^model\.layers\.({blocks})\.')
     towers = {'vision_model': Tower(names['vision']), 'language_model': language}
-    if made['fusion'] == 'concat':
-        tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token  # as Qwen's configuration says
-        count, placeholder = config.visual_token_count(), config.image_token_id
-        return on_backbones(kind, config, towers, recipe), VisionLanguageProcessor(
-            pictures, tokenizer, count, placeholder
-        )
-
-    def grow(model: Any) -> None:
-        "Image layers, from the language model's own."
-        insert_layers(model.language_model, config.hyper_layers, config.fusion, **config.layer_options)
-
-    return on_backbones(kind, config, towers, recipe, grow), processor
+    return _filled(kind, config, towers, recipe, processor)

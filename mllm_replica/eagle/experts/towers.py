@@ -13,6 +13,7 @@ from torch import Tensor
 from ...models.backbones import published
 from .clip import ClipExpert, Dinov2Expert
 from .convnext import CONVNEXT, ConvNextExpert
+from .efficientnet import EfficientNetLiteExpert
 from .eva import EVA, EvaExpert
 from .expert import Expert
 from .pix2struct import PIX2STRUCT, Pix2StructExpert
@@ -27,6 +28,7 @@ KINDS: dict[str, type[Expert]] = dict(
     eva=EvaExpert,
     pix2struct=Pix2StructExpert,
     dinov2=Dinov2Expert,
+    efficientnet_lite=EfficientNetLiteExpert,
 )
 PUBLISHED: dict[
     str, tuple[str, dict[str, Any], int]
