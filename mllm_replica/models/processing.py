@@ -268,8 +268,14 @@ def assembled(
             new += shown
         ids += new
         labels += new if supervised else [IGNORED] * len(new)
-    unknown = self.tokenizer.unk_token_id
-    if unknown in ids and unknown != self.tokenizer.pad_token_id:
+    tokenizer = self.tokenizer
+    unknown = tokenizer.unk_token_id
+    is_mark = unknown in (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )  # as where bytes spell all words
+    if unknown in ids and not is_mark and tokenizer.unk_token not in (self.chat_template or ''):
         words = {word for text in texts for word in text.replace(IMAGE_MARK, ' ').split()}
         words = sorted(word for word in words if unknown in text_ids(self.tokenizer, word)) or 'words of the prompt'
         raise ValueError(f'{name}: the tokenizer does not know {words}; add them to its vocabulary')

@@ -19,7 +19,8 @@ from ..core.machine import Machine
 from ..core.recipe import Stage
 from ..data.encoded import Encoded
 from ..data.streams import Stream, size_of
-from .optimiser import lr_factors, trainable_names
+from .adapters import learning_names
+from .optimiser import lr_factors
 
 # %% ../../nbs/foundations/training/46h_identity.ipynb #b8f00b53
 def check_stages(
@@ -31,7 +32,7 @@ def check_stages(
 ) -> None:
     "Raise where the stages do not fit model, data or machine."
     for stage in stages:
-        lr_factors(model, trainable_names(model, stage.trainable), stage)
+        lr_factors(model, learning_names(model, stage), stage)
         missing = sorted(set(stage.mixture) - set(datasets))
         if missing:
             raise ValueError(f'stage {stage.name!r} mixes {missing}; the data sets given are {sorted(datasets)}')
@@ -43,6 +44,10 @@ def check_stages(
             raise ValueError(
                 f'stage {stage.name!r}: batch_size {stage.batch_size} cannot be cut into '
                 f'{processes} processes × {accumulate} micro-batches'
+            )
+        if stage.lora and machine.in_shares:
+            raise NotImplementedError(
+                f'stage {stage.name!r} trains adapters, which are not shared out; set [machine] shard to none'
             )
         Stage.model_validate(stage)  # a copy may have brought in what a recipe refuses
 

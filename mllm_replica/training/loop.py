@@ -26,6 +26,7 @@ from ..core.writing import replacing
 from ..data.encoded import IGNORED, Encoded
 from ..data.mixture import Mixture
 from ..data.streams import Stream, size_of
+from .adapters import adapters, learning_names
 from mllm_replica.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -53,7 +54,7 @@ from mllm_replica.training.sharding import (
     shard,
 )
 from ..models.vlm import VisionLanguageModel
-from .optimiser import freeze_all_but, lr_at, make_optimizer, trainable_names
+from .optimiser import freeze_all_but, lr_at, make_optimizer
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #ad0bebc9
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class _Run:
         # logits that nobody reads are not made
         self.options = {'return_logits': False} if isinstance(model, VisionLanguageModel) else {}
         check_stages(model, stages, datasets, machine, processes)
-        self.trained = [trainable_names(model, stage.trainable) for stage in stages]
+        self.trained = [learning_names(model, stage) for stage in stages]
         self.config, self.environment = identity_of(model, stages, datasets, seed), surroundings_of(self.accelerator)
         if any(isinstance(samples, Stream) for samples in datasets.values()):
             self.environment['readers'] = processes * max(1, machine.loaders)
@@ -363,6 +364,17 @@ def _train_stage(run: _Run, number: int, first: int) -> None:
     run.accelerator.free_memory()
 
 # %% ../../nbs/foundations/training/47_loop.ipynb #d4efd810
+def _train_stages(run: _Run, exports: Path | None) -> None:
+    "What is left of every stage, and the folder of each that is done."
+    first = 0
+    for number, stage in enumerate(run.stages):
+        if run.done < first + stage.steps:
+            _train_stage(run, number, first)
+        if exports is not None and run.done == first + stage.steps and not (exports / stage.name).exists():
+            export(run.model, exports / stage.name)
+        first += stage.steps
+
+
 def train(
     model: nn.Module,
     stages: Sequence[Stage],
@@ -391,19 +403,15 @@ def train(
     held_out: samples whose loss is told while it trains
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw, machine)
-    losses = held_out and partial(held_out.losses, run.model, run.accelerator)
-    run.pace, first = Pace(out_dir, run.done, machine, run.accelerator, losses), 0
-    with torch.random.fork_rng(), run.interrupt:
-        try:
-            for number, stage in enumerate(stages):
-                if run.done < first + stage.steps:
-                    _train_stage(run, number, first)
-                if exports is not None and run.done == first + stage.steps and not (exports / stage.name).exists():
-                    export(run.model, exports / stage.name)
-                first += stage.steps
-        finally:
-            run.curve.flush()
-        run.finish_writing()
+    with adapters(model, stages, derived_seed(seed, len(stages))):
+        run = _Run(model, stages, datasets, collate, out_dir, seed, progress, draw, machine)
+        losses = held_out and partial(held_out.losses, run.model, run.accelerator)
+        run.pace = Pace(out_dir, run.done, machine, run.accelerator, losses)
+        with torch.random.fork_rng(), run.interrupt:
+            try:
+                _train_stages(run, exports)
+            finally:
+                run.curve.flush()
+            run.finish_writing()
     model.eval()
     return History(run.curve.points, run.spent(), tuple(run.notes))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
+from .adapters import plain_state
 from mllm_replica.training.checkpoint import (
     WHOLE,
     Checkpoint,
@@ -149,12 +150,12 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    """A folder that the Auto classes load, weights gathered; all processes must call it.
+    """A folder that the Auto classes load, weights gathered, adapters added to them; all processes must call it.
 
     model: perhaps in shares
     """
     main, state, partial = not dist.is_initialized() or dist.get_rank() == 0, {}, folder.with_name(f'.{folder.name}')
-    for name, tensor in model.state_dict().items():
+    for name, tensor in plain_state(model).items():
         gathered = whole(tensor)
         if main:
             state[name] = gathered.detach().cpu()
