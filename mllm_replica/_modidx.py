@@ -4050,6 +4050,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'mllm_replica/scoring/evaluation.py'),
                                                  'mllm_replica.scoring.evaluation._end_tokens': ( 'foundations/scoring/evaluation.html#_end_tokens',
                                                                                                   'mllm_replica/scoring/evaluation.py'),
+                                                 'mllm_replica.scoring.evaluation._in_training_types': ( 'foundations/scoring/evaluation.html#_in_training_types',
+                                                                                                         'mllm_replica/scoring/evaluation.py'),
                                                  'mllm_replica.scoring.evaluation._references': ( 'foundations/scoring/evaluation.html#_references',
                                                                                                   'mllm_replica/scoring/evaluation.py'),
                                                  'mllm_replica.scoring.evaluation._unfinished': ( 'foundations/scoring/evaluation.html#_unfinished',

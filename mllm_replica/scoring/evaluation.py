@@ -8,6 +8,7 @@ __all__ = ['left_padded', 'collate_prompts', 'greedy', 'log_probabilities', 'Pre
 # %% ../../nbs/foundations/scoring/50_evaluation.ipynb #d8923b3d
 import json, os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,13 @@ class Score(Strict):
     high: float
 
 
+def _in_training_types(model: Any) -> AbstractContextManager[Any]:
+    "A model whose parts are held in bf16 and fp32 computes in bf16, as it did when it was trained."
+    kinds = {parameter.dtype for parameter in getattr(model, 'parameters', list)()}
+    mixed = {torch.bfloat16, torch.float32} <= kinds
+    return torch.autocast(model.device.type, torch.bfloat16) if mixed else nullcontext()
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -293,7 +301,8 @@ def evaluate(
         for start in range(0, len(todo), benchmark.batch_size):
             keys = todo[start : start + benchmark.batch_size]
             batch, asked = [prompts[key] for key in keys], [chosen[key] for key in keys]
-            texts = answerer.generate(batch) if benchmark.method == 'generate' else answerer.choose(batch, asked)
+            with _in_training_types(model):
+                texts = answerer.generate(batch) if benchmark.method == 'generate' else answerer.choose(batch, asked)
             predictions.append(
                 [
                     dict(id=key, prediction=text, answer=sample['answer'], correct=score(text, _references(sample)))
