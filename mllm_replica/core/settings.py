@@ -93,7 +93,6 @@ class Settings(Strict):
     seeds: the default seeds
     workers: units that run side by side
     backbones: hub id -> local folder, from `[backbones]`
-    parts: what `fetch` takes from a place of your own, from `[parts]`
     machine: from `[machine]`
     """
 
@@ -103,7 +102,6 @@ class Settings(Strict):
     seeds: tuple[int, ...]
     workers: int
     backbones: dict[str, str] = {}
-    parts: dict[str, str] = {}
     machine: Machine = Machine()
 
     @field_validator('workers')
@@ -130,7 +128,7 @@ def read_settings(path: Path, folder: Path | None = None) -> Settings:
         raise SettingsError(f'{path} has no [replication] section')
     raw = dict(ini['replication'])
     run_folder = ((folder or path.parent) / raw.pop('run_folder', 'runs')).resolve()
-    backbones, parts = (dict(ini[name]) if name in ini else {} for name in ('backbones', 'parts'))
+    backbones = dict(ini['backbones']) if 'backbones' in ini else {}
     try:
         machine = read_machine(ini['machine'] if 'machine' in ini else {})
     except ValueError as error:
@@ -145,7 +143,6 @@ def read_settings(path: Path, folder: Path | None = None) -> Settings:
             seeds=seeds,
             workers=workers,
             backbones=backbones,
-            parts=parts,
             machine=machine,
             **raw,
         )
