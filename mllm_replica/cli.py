@@ -16,6 +16,7 @@ from .commands.chat import chat
 from .commands.convert import convert
 from .commands.data import data
 from .commands.evaluate import evaluate
+from .commands.fetch import fetch
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
@@ -62,6 +63,6 @@ app = typer.Typer(
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
 replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify)
-for command in (*replicating, convert, evaluate, chat, slurm, doctor, ui):
+for command in (*replicating, fetch, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')

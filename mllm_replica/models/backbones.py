@@ -21,6 +21,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..core.packaged import packaged
 from ..core.settings import Trouble, settings, work_folder
 from ..core.writing import read_json_file
 from .official import OfficialWeightsError, Source, StoredWeights, check_keys, weight_files
@@ -239,7 +240,7 @@ class BackboneError(Trouble):
 
 
 def find_backbone(name: str) -> Path:
-    """Its folder: that of settings.ini, else the one in the hub's cache.
+    """Its folder: that of settings.ini, else what `fetch` made, else the one in the hub's cache.
 
     name: hub id
     """
@@ -250,7 +251,7 @@ def find_backbone(name: str) -> Path:
             return folder
         raise BackboneError(f'backbone {name}: settings.ini [backbones] says {folder}, which is no folder; correct it')
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return packaged(name) or Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise BackboneError(
             f'backbone {name}: no line of settings.ini [backbones] names its folder, and the cache of the hub '

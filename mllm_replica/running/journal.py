@@ -42,6 +42,8 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
 
     data_root: where local sources lie; the project's `data` folder by default
     """
+    from mllm_replica.data.worlds.table import world_files
+
     seen = {}
     for part, name in sorted(backbones_of(recipe).items()):
         found = settings().backbones.get(name, name)  # a folder, or an id of the hub
@@ -52,7 +54,9 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
     for key, source in sorted(recipe.sources.items()):
         if source.kind == 'easy_vqa':
             seen[key] = version('easy-vqa')
-        elif source.kind != 'world':
+        elif source.kind == 'world':
+            seen |= {key: files for files in [world_files(source.name)] if files}
+        else:
             place = inside(source.name, data_root or data_folder(), 'source')
             if not place.exists():
                 raise FileNotFoundError(

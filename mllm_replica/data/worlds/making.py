@@ -36,7 +36,7 @@ def samples(name: str, split: str, seed: int, size: int, **options: Any) -> Iter
     options: see `world_options`
     """
     world, options = world_options(name, options)
-    known, made, index = {*vocabulary(), IMAGE_MARK}, 0, -1
+    known, made, index = {*vocabulary(), *world.words(), IMAGE_MARK}, 0, -1
     stream = [seed, world.version, zlib.crc32(f'{name} {split}'.encode())]
     while made < size:
         index += 1
@@ -78,7 +78,8 @@ def build_world(name: str, split: str, seed: int, size: int, **options: Any) -> 
     if not isinstance(size, int) or size < 1:
         raise ValueError(f'world {name!r}: size is {size!r}; a procedural world needs the number of samples')
     world, full = world_options(name, options)
-    key = hashlib.sha256(json.dumps([_code(world), full], sort_keys=True).encode()).hexdigest()[:12]
+    content = [_code(world), full] + [files for files in [world.files()] if files]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     path = settings().run_folder / 'data' / f'{name}-{split}-{seed}-{size}-v{world.version}-{key}.parquet'
     if path.exists():
         return path

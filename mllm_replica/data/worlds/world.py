@@ -42,6 +42,8 @@ class World:
     prefix: before each image but a lone one
     parts: what train and test must not share
     version: raise it when pictures or questions change
+    words: that it says beside those of the vocabulary
+    files: hash of the stored files that its pictures show, if any
     """
 
     draw: Callable[[np.random.Generator, dict[str, Any]], Scene]
@@ -51,6 +53,8 @@ class World:
     prefix: str = '<image>'
     parts: Callable[[Scene], list[Any]] = lambda scene: [scene]
     version: int = 1
+    words: Callable[[], list[str]] = list
+    files: Callable[[], str] = str
 
 
 def pick(
