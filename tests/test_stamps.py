@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from mllm_replica.core.settings import settings
 from mllm_replica.data.images import encode_png, open_image
 from mllm_replica.data.samples import check_sample
 from mllm_replica.data.sources import check_images, load_source
-from mllm_replica.data.worlds import cutouts
+from mllm_replica.data.worlds import pictures as pasted
 from mllm_replica.data.worlds.making import build_world, samples
 from mllm_replica.data.worlds.stamps import PLACES, SAYINGS, SPOKEN, STAMPS
 from mllm_replica.data.worlds.table import WORLDS, world_files
@@ -31,7 +30,7 @@ NEEDS = dict(beside=dict(things=[2, 3]), many=dict(things=[1, 4]), same=dict(ima
 
 @pytest.fixture(scope='module')
 def letters(tmp_path_factory):
-    cutouts.draw_letters(place := tmp_path_factory.mktemp('letters'))
+    pasted.draw_letters(place := tmp_path_factory.mktemp('letters'))
     return place
 
 
@@ -145,7 +144,7 @@ def test_things_lie_where_the_answer_says(pixels):
         assert image.size == (pixels, pixels)
         middle = middle_of(image, thing['name'][2:-4])
         assert side_of(*middle) == sample['answer']
-        assert np.abs(middle - thing['middle']).max() < 60
+        assert np.abs(middle - thing['middle']).max() < 90  # a letter's ink is not all in its middle
         seen[sample['answer']] += 1
     assert set(seen) == set(PLACES)
 
@@ -157,8 +156,9 @@ def test_a_card_has_its_color_around_its_thing_and_only_there():
         for thing in picture['things']:
             around = [(np.array(thing['middle']) + 0.53 * thing['extent'] * np.array(turn)) * 0.112 for turn in ROUND]
             seen = Counter(color_of(image[min(int(y), 111), min(int(x), 111)]) for x, y in around)
-            color, count = seen.most_common(1)[0]
-            assert color == thing['card'] and count > 8, (seen, thing)
+            if (ink := thing['name'][2:-4]) != thing['card']:
+                del seen[ink]  # of the letter itself
+            assert max(seen, key=seen.get) == thing['card'], (seen, thing)
 
 
 def test_a_label_is_white_with_dark_signs_that_differ():
@@ -270,21 +270,43 @@ def test_no_pictures_says_both_ways(pictures):
     pictures.rename(pictures.with_name('elsewhere'))
     for use in (lambda: build_world('stamps', 'train', 0, 2), STAMPS.words, lambda: world_files('stamps')):
         with pytest.raises(
-            FileNotFoundError, match='put your own into .*data_root in settings.ini.*or fetch the packaged'
+            FileNotFoundError, match=r'run mllm-replica fetch cutouts.*cutouts = FOLDER .* in \[parts\] of settings.ini'
         ):
             use()
 
 
-def test_own_pictures_win(pictures, tmp_path, monkeypatch):
-    own = tmp_path / 'own'
-    monkeypatch.setattr(cutouts, 'data_folder', lambda: own)
-    before = cutouts.identity()
-    for kind in ('dog', 'cat', 'cow', 'hen'):
-        (own / 'cutouts' / kind).mkdir(parents=True)
-        Image.new('RGBA', (40, 20), 'red').save(own / 'cutouts' / kind / 'one.png')
-    rows = list(samples('stamps', 'train', 0, 10, pixels=32, kinds=4, tasks=['which', 'caption']))
-    assert {kind for row in rows for kind in scene_of(row)['kinds']} == {'dog', 'cat', 'cow', 'hen'}
-    assert cutouts.identity() != before and cutouts.backgrounds() == pictures / 'backgrounds'
+def test_the_package_s_pictures_are_called_by_the_table(pictures):
+    shutil.rmtree(pictures / 'cutouts')
+    for names in pasted.KINDS.values():
+        for name in names:
+            path = pictures / 'cutouts' / f'{name}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGBA', (4, 2), 'red').save(path)
+    (pictures / 'cutouts' / 'fruit' / 'quince.png').write_bytes(path.read_bytes())
+    (pictures / 'cutouts' / 'source.json').write_text(json.dumps(dict(package='tuxpaint-stamps-default')))
+    assert set(pasted.kinds()) == set(pasted.KINDS) and not any(
+        'quince' in str(names) for names in pasted.kinds().values()
+    )
+    counts = [len(names) for names in pasted.kinds().values()]
+    assert counts == sorted(counts, reverse=True)
+    rows = list(samples('stamps', 'train', 0, 10, pixels=32, tasks=['which']))
+    assert all(
+        thing['name'][:-4] in pasted.KINDS[thing['kind']]
+        for row in rows
+        for thing in scene_of(row)['pictures'][0]['things']
+    )
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path.relative_to(pictures / 'cutouts'))[:-4])):
+        pasted.kinds()
+
+
+def test_a_ground_called_like_a_kind_is_left_out(pictures):
+    shutil.copyfile(pictures / 'photographs' / 'grey110.png', pictures / 'photographs' / 'a.png')
+    assert pasted.grounds() == ['grey110.png', 'grey160.png']
+    for name in pasted.grounds():
+        (pictures / 'photographs' / name).unlink()
+    with pytest.raises(ValueError, match='not called like a kind'):
+        list(samples('stamps', 'train', 0, 1))
 
 
 def damaged(kind):
@@ -312,7 +334,7 @@ def test_cutouts_of_any_mode(pictures, mode):
     Image.new('L' if mode == 'I;16' else mode, (30, 60), (1, 255) if mode == 'LA' else 1).save(
         pictures / 'cutouts' / 'a' / f'own.{ending}'
     )
-    cut = cutouts.open_cutout(f'a/own.{ending}', 20)
+    cut = pasted.open_cutout(f'a/own.{ending}', 20)
     assert cut.mode == 'RGBA' and cut.size == (10, 20) and cut.getchannel('A').getextrema() == (255, 255)
 
 
@@ -326,13 +348,13 @@ def test_a_folder_that_is_no_kind(pictures, name, message):
 
 
 def test_what_does_not_count(pictures):
-    before = cutouts.identity(), cutouts.kinds()
+    before = pasted.identity(), pasted.kinds()
     (pictures / 'cutouts' / 'source.json').write_text('{}')
     (pictures / 'cutouts' / '.hidden').mkdir()
     (pictures / 'cutouts' / 'a' / '.one.png').write_bytes(b'')
     (pictures / 'cutouts' / 'a' / 'red.txt').write_text('a red letter')
-    (pictures / 'backgrounds' / 'index.json').write_text('{}')
-    assert (cutouts.identity(), cutouts.kinds()) == before
+    (pictures / 'photographs' / 'index.json').write_text('{}')
+    assert (pasted.identity(), pasted.kinds()) == before
 
 
 def recipe():
@@ -368,16 +390,18 @@ def test_other_pictures_are_other_data(pictures, change):
     elif change == 'name':
         path.rename(path.with_name('pink.png'))
     else:
-        Image.new('RGB', (90, 90)).save(pictures / 'backgrounds' / 'more.jpg')
+        Image.new('RGB', (90, 90)).save(pictures / 'photographs' / 'more.jpg')
     after = keys()
     assert after[0] != before[0] and after[1] != before[1] and after[2] == before[2]
 
 
 def test_the_same_pictures_elsewhere_are_the_same_data(pictures, tmp_path, monkeypatch):
-    before = cutouts.identity(), [sample['images'][0]['bytes'] for sample in samples('stamps', 'train', 0, 3)]
-    monkeypatch.setattr(cutouts, 'data_folder', lambda: tmp_path / 'moved')
-    pictures.rename(tmp_path / 'moved')
-    assert (cutouts.identity(), [sample['images'][0]['bytes'] for sample in samples('stamps', 'train', 0, 3)]) == before
+    before = pasted.identity(), [sample['images'][0]['bytes'] for sample in samples('stamps', 'train', 0, 3)]
+    (tmp_path / 'moved').mkdir()
+    pictures.rename(tmp_path / 'moved' / 'packaged')
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'moved'))
+    settings.cache_clear()
+    assert (pasted.identity(), [sample['images'][0]['bytes'] for sample in samples('stamps', 'train', 0, 3)]) == before
 
 
 def test_load_source_reads_stamps():
@@ -388,20 +412,19 @@ def test_load_source_reads_stamps():
 
 
 @pytest.mark.nightly
-def test_the_packages_pictures():
-    "Only where they were fetched: everything in the tables is there, each kind can be shown."
-    place = Path(__file__).parents[1] / 'runs' / 'packaged'
-    if not (place / 'cutouts').is_dir():
-        pytest.skip('fetch the packaged cut-outs first')
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(cutouts, 'data_folder', lambda: place)
-        assert set(cutouts.kinds()) == set(cutouts.KINDS) and len(cutouts.grounds()) == len(cutouts.GROUNDS[''])
-        for names in cutouts.kinds().values():
-            for name in names:
-                cut = np.asarray(cutouts.open_cutout(name, 60))
-                assert 0.05 < (cut[..., 3] > 128).mean() < 0.99, name
-        assert len(list(islice(samples('stamps', 'test', 0, 30, kinds=len(cutouts.KINDS), tasks=TASKS), 30))) == 30
+def test_the_packages_pictures(monkeypatch):
+    "Only where they were fetched: each of the table is there and can be shown."
+    place = Path(__file__).parents[1] / 'runs'
+    if not (place / 'packaged' / 'cutouts').is_dir():
+        pytest.skip('run mllm-replica fetch cutouts first')
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(place))
+    settings.cache_clear()
+    for names in pasted.kinds().values():
+        for name in names:
+            cut = np.asarray(pasted.open_cutout(name, 60))
+            assert 0.05 < (cut[..., 3] > 128).mean() < 0.99, name
+    rows = list(samples('stamps', 'test', 0, 30, kinds=len(pasted.kinds()), tasks=TASKS))
+    assert len(rows) == 30
 
 
 def test_worlds_are_in_the_table():

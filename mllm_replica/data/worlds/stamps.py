@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .cutouts import KINDS, grounds, identity, kinds, open_cutout, open_ground
+from .pictures import KINDS, grounds, identity, kinds, open_cutout, open_ground
 from .world import COLORS, SPLITS, Scene, World, pick, split_of
 
 # %% ../../../nbs/foundations/data/worlds/27b_stamps.ipynb #af609417
@@ -57,7 +57,7 @@ def draw_stamp(
 ) -> Scene:
     """A picture of one split: ground, things, label.
 
-    options: extent, turn, colors, labels, and the words `asked`
+    options: extent, turn, colors, labels, words `asked`, names of `grounds`
     shown: of each thing the kind and its cut-outs
     split: key of `SPLITS`
     """
@@ -69,7 +69,7 @@ def draw_stamp(
     picture = {'things': things}
     if 'label' in options['asked']:
         picture['label'] = spots[-1] | dict(word=pick(rng, SPOKEN[: options['labels']]))
-    name, zoom, flip = pick(rng, grounds()), int(rng.integers(3)), bool(rng.integers(2))
+    name, zoom, flip = pick(rng, options['grounds']), int(rng.integers(3)), bool(rng.integers(2))
     while True:
         picture['ground'] = dict(name=name, zoom=zoom, flip=flip, corner=rng.integers(1001, size=2).tolist())
         if split_of(picture) == split:
@@ -122,7 +122,7 @@ def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
         shown[other] = _shown(rng, [name for name in names if name not in shown[one]], options, asked)
         if rng.random() < 0.5:
             shown[other] = [pick(rng, shown[one]) if kind == shown[other][0] else kind for kind in shown[other]]
-    options = options | dict(asked=asked)
+    options = options | dict(asked=asked, grounds=grounds())
     stock = {kind: _stock(there[kind], split, options['held_out']) for kind in names}
     return {
         'pictures': [draw_stamp(rng, options, [(kind, stock[kind]) for kind in each], split) for each in shown],
