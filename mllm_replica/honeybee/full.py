@@ -10,28 +10,36 @@ from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .mixtures import ASKED, PRETRAIN, instruction_mixture, options_of
 
 # %% ../../nbs/papers/02_honeybee.ipynb #ca34e62d
-_TINY_TOKENS = {64: 16, 144: 36, 256: 64, 400: 100, 576: 144}
+_TOKENS = {64: 16, 144: 36, 256: 64, 400: 100, 576: 144}
 _BLOCKS = {'resnet-bottleneck+SE': {}, 'convnext': {'block': 'convnext'}, 'conv3x3': {'block': 'conv3x3'}}
-_TINY_SIZES = {  # widths and depths of the small projectors
-    'mlp': {},
-    'resampler': dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
-    'c-abs': dict(hidden_size=64, depth=1, mlp_depth=2),
-    'd-abs': dict(d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128),
+_SIZES = {  # scale -> widths and depths of the projectors, if they are not the official ones
+    'tiny': {
+        'mlp': {},
+        'resampler': dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
+        'c-abs': dict(hidden_size=64, depth=1, mlp_depth=2),
+        'd-abs': dict(d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128),
+    },
+    'small': {
+        'mlp': {},
+        'resampler': dict(hidden_size=384, num_hidden_layers=3, num_attention_heads=6, intermediate_size=1024),
+        'c-abs': dict(hidden_size=384, depth=3, mlp_depth=2),
+        'd-abs': dict(d_model=384, decoder_layers=3, decoder_attention_heads=6, decoder_ffn_dim=1024),
+    },
 }
 
 
-def projector_of(params: dict[str, Any], tiny: bool) -> dict[str, Any]:
+def projector_of(params: dict[str, Any], scale: str) -> dict[str, Any]:
     """The official `projector_config` of a row.
 
     params: of a published row
-    tiny: small widths and token counts
+    scale: a key of `_SIZES`: its widths, and fewer tokens
     """
     name = params.get('projector', 'c-abs')
     tokens = params.get('num_visual_tokens', 144)
     kind = 'mlp' if name == 'linear' else name
-    config = {'projector_type': kind, 'num_query_tokens': _TINY_TOKENS[tokens] if tiny else tokens} | (
-        _TINY_SIZES[kind] if tiny else {}
-    )
+    config = {'projector_type': kind, 'num_query_tokens': tokens}
+    if scale in _SIZES:
+        config |= {'num_query_tokens': _TOKENS[tokens]} | _SIZES[scale][kind]
     if kind == 'mlp':
         return config | {'depth': params.get('depth', 1)}
     if kind == 'resampler':
@@ -89,7 +97,7 @@ def paper_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
     size = '13B' if '13b' in str(params.get('llm', params.get('scale', '7B'))).lower() else '7B'
     if 'num_visual_tokens' not in params and size == '13B':
         params = params | {'num_visual_tokens': 256}
-    projector = projector_of(params, tiny=False)
+    projector = projector_of(params, 'paper')
     long = table in ('6', '7', '14a', '14b', '14c', '14d', '15', '16', '1', 'fig8')
     steps = (params.get('pt_steps', 200_000 if long else 50_000), params.get('it_steps', 10_000 if long else 4_000))
     mixture = instruction_mixture(params)

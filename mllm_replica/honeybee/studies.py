@@ -7,7 +7,8 @@ __all__ = ['TINY', 'small_recipe']
 from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
-from .full import projector_of, two_stages
+from .full import projector_of
+from ..training.real import PARTS, PIXELS, stamp_questions, stamp_source
 from ..training.tiny import tiny_stage
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5d831e89
@@ -111,7 +112,7 @@ def _projectors(table: str, row: str, params: dict[str, Any], scale: str, seed: 
         row=row,
         scale=scale,
         seed=seed,
-        model=_tiny_model(projector_of(params, tiny=True)),
+        model=_tiny_model(projector_of(params, 'tiny')),
         sources=train | tests,
         stages=_joint(_TINY_MIX, scale),
         benchmarks=benchmarks,
@@ -179,7 +180,7 @@ def _mixture(
         for name, (_, metric, new) in (asked | _CONTROL).items()
     )
     real = Benchmark(name='easy_vqa', source='test_easy_vqa', max_new_tokens=1)
-    model = _tiny_model(projector_of({'num_visual_tokens': 64}, tiny=True))
+    model = _tiny_model(projector_of({'num_visual_tokens': 64}, 'tiny'))
     return Recipe(
         paper='honeybee',
         table=table,
@@ -264,25 +265,40 @@ TINY = {
 }  # table -> what makes the recipes of its rows
 
 # %% ../../nbs/papers/02_honeybee.ipynb #361c4e14
-_SMALL = {'vision': 'openai/clip-vit-large-patch14', 'text': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
+_SMALL_TASKS = dict(which=0.25, color=0.25, where=0.2, beside=0.15, count=0.15)
 
 
 def small_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
-    "The headline rows on pretrained backbones."
-    board = {'pixels': 224}
-    projector = projector_of(params, tiny=False)
-    tests, benchmarks = _questions('tiny', **board)
-    train = {'boards': _world(_FOUR, 'tiny', size=20_000, **board), 'easy_vqa': _easy_vqa('tiny', turns=8)}
-    model = {'backbones': _SMALL, 'connector': projector, 'feature_layer': -2}
+    "The headline rows on pretrained parts."
+    tests, benchmarks = stamp_questions(list(_SMALL_TASKS))
+    stage = Stage(
+        name='joint',
+        trainable=(r'^abstractor\.', r'^language_model\.model\.layers\.'),
+        mixture={'stamps': 1.0},
+        steps=1500,
+        batch_size=8,
+        lr=3e-4,
+        min_lr=3e-5,
+        warmup_steps=50,
+        lr_scale={r'^abstractor\.': 5.0},
+        precision='bf16',
+        checkpoint_every=100,
+    )
     return Recipe(
         paper='honeybee',
         table=table,
         row=row,
         scale='small',
         seed=seed,
-        model=model,
-        sources=train | tests,
-        stages=two_stages(projector['projector_type'], (500, 1000), (_TINY_MIX, _TINY_MIX), (64, 64), accumulate=4),
-        benchmarks=tuple(b.model_copy(update={'max_new_tokens': 8}) for b in benchmarks),
-        assumptions=('boards and easy-VQA instead of photographs',),
+        model={
+            'backbones': PARTS,
+            'image_size': PIXELS,
+            'connector': projector_of(params, 'small'),
+            'feature_layer': -2,
+            'processor': {'system': ''},
+        },
+        sources={'stamps': stamp_source(_SMALL_TASKS, 6000, turns=8)} | tests,
+        stages=(stage,),
+        benchmarks=benchmarks,
+        assumptions=('cut-outs on photographs', 'one joint stage; the embeddings of words stay'),
     )
