@@ -235,6 +235,10 @@ class EagleModel(WholeCheckpoint, VisionLanguageModel):
             0, (len(counts), -1)
         )
 
+    def feature_settings(self) -> dict[str, Any]:
+        "The size of every map as the fusion reads it."
+        return {'sides': {expert.name: self.fusion.side(expert) for expert in self.fusion.experts}}
+
     def maps_of(self, image_features: Tensor) -> list[Tensor]:
         """`visual_features` as maps again: → [P,C,s,s] for each expert.
 

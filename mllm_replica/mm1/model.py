@@ -113,12 +113,13 @@ class MM1Model(WholeCheckpoint, VisionLanguageModel):
 
         pixel_values: [N,3,height,width]
         """
-        layer, states = (
-            self.config.feature_layer,
-            patch_features(self.vision_model, pixel_values, self.config.feature_layer),
-        )
-        last = layer in (-1, self.config.vision_config.num_hidden_layers)
-        return anatomy(self.vision_model).last_norm(states) if last else states
+        states = patch_features(self.vision_model, pixel_values, self.config.feature_layer)
+        return anatomy(self.vision_model).last_norm(states) if self.feature_settings()['normed'] else states
+
+    def feature_settings(self) -> dict[str, Any]:
+        "The layer, and whether it is the last one, which is normed."
+        layer = self.config.feature_layer
+        return {'layer': layer, 'normed': layer in (-1, self.config.vision_config.num_hidden_layers)}
 
     def _insert_experts(self) -> None:
         insert_experts(

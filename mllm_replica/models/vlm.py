@@ -128,6 +128,14 @@ def visual_features(self: VisionLanguageModel, pixel_values: Tensor) -> Tensor:
 
 
 @patch
+def feature_settings(
+    self: VisionLanguageModel,
+) -> dict[str, Any]:
+    "What decides `visual_features` besides pixels and encoder: features of equal settings are shared by all models."
+    return {'layer': self.config.feature_layer}
+
+
+@patch
 def visual_embeds(
     self: VisionLanguageModel,
     pixel_values: Tensor | None = None,

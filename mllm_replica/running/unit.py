@@ -171,7 +171,8 @@ def cache_features(
     low = all(stage.precision == 'bf16' for stage in unit.recipe.stages)
     key = encoder_key(
         model.vision_model,
-        layer=model.config.feature_layer,
+        **model.feature_settings(),
+        **({'precision': 'bf16'} if low else {}),
         size=processor.image_processor.side,
         mean=processor.image_processor.image_mean,
         std=processor.image_processor.image_std,
