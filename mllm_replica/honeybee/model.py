@@ -82,7 +82,7 @@ class HoneybeeProcessor(VisionLanguageProcessor):
     visual_tokens: positions per image
     image_token_id: placeholder; None: the tokenizer's or a new one
     chat_template: Jinja; None: that of the style
-    style: or 'plain': no role words, no end tokens
+    style: or without role words: 'turns', and without end tokens: 'plain'
     system: system sentence; None: that of the style
     """
 
@@ -96,11 +96,11 @@ class HoneybeeProcessor(VisionLanguageProcessor):
         style: str = 'conversation',
         system: str | None = None,
     ) -> None:
-        if style not in ('conversation', 'plain'):
-            raise ValueError(f"style {style!r} is unknown; expected 'conversation' or 'plain'")
+        if style not in ('conversation', 'turns', 'plain'):
+            raise ValueError(f"style {style!r} is unknown; expected 'conversation', 'turns' or 'plain'")
         self.style, self.system = style, SYSTEM_DETAIL if system is None and style == 'conversation' else system or ''
         if chat_template is None:
-            chat_template = CHAT if style == 'conversation' else without_ends(TURNS)
+            chat_template = {'conversation': CHAT, 'turns': TURNS, 'plain': without_ends(TURNS)}[style]
             chat_template = with_system(chat_template, self.system) if self.system else chat_template
         super().__init__(image_processor, tokenizer, visual_tokens, image_token_id, chat_template)
 
@@ -111,7 +111,7 @@ class HoneybeeProcessor(VisionLanguageProcessor):
 
     def text_parts(self, text: str, begin: bool) -> Iterator[list[int | None]]:
         "Token ids of a written prompt, None for an image; each line by itself, an end token after each answer."
-        if self.style == 'plain':
+        if self.style != 'conversation':
             yield from super().text_parts(text, begin)
             return
         start = self.tokenizer.bos_token
@@ -132,9 +132,8 @@ class HoneybeeProcessor(VisionLanguageProcessor):
             return super().pieces(sample, training)
         if self.style == 'conversation':
             return conversation_pieces(sample['conversations'], self.system, training)
-        bare = [
-            piece if piece is IMAGE_PIECE else piece._replace(end=False) for piece in super().pieces(sample, training)
-        ]
+        bare, plain = super().pieces(sample, training), self.style == 'plain'
+        bare = [piece if piece is IMAGE_PIECE else piece._replace(end=piece.end and not plain) for piece in bare]
         return [Piece(self.system)] * bool(self.system) + bare
 
 

@@ -295,7 +295,7 @@ def small_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
             'image_size': PIXELS,
             'connector': projector_of(params, 'small'),
             'feature_layer': -2,
-            'processor': {'system': ''},
+            'processor': {'style': 'turns'},
         },
         sources={'stamps': stamp_source(_SMALL_TASKS, 6000, turns=8)} | tests,
         stages=(stage,),

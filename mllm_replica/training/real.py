@@ -13,7 +13,7 @@ from ..core.recipe import Benchmark, Source
 # %% ../../nbs/foundations/training/49b_real.ipynb #1b3852b2
 PARTS = {'vision': 'facebook/dinov2-small', 'text': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
 PIXELS = 112
-_LOOK = dict(pixels=PIXELS, things=[2, 3], kinds=16, size=340)
+_LOOK = dict(pixels=PIXELS, things=[2, 3], kinds=16, extent=340)
 
 
 def stamp_source(tasks: dict[str, float] | list[str], size: int, split: str = 'train', **options: Any) -> Source:
