@@ -16,6 +16,7 @@ from .commands.chat import chat
 from .commands.convert import convert
 from .commands.data import data
 from .commands.evaluate import evaluate
+from .commands.lock import lock
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
@@ -61,7 +62,7 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify)
+replicating = (papers, tables, show, plan, lock, run, report, effects, ablate, search, verify)
 for command in (*replicating, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')

@@ -44,12 +44,16 @@ class Scope(Strict):
     note: the reason why not, or what to keep in mind beside the verdict
     test: replaces the claim's test at this scale
     stands_for: published column -> measured metric, over the table's own map
+    counted: row -> published column -> count at the published sizes, in place of what is measured
     """
 
     testable: bool
     note: str = ''
     test: str | None = None
     stands_for: dict[str, str] = {}
+    counted: dict[
+        str, dict[str, float]
+    ] = {}
 
 
 class Claim(Strict):
@@ -181,6 +185,11 @@ class Table(Strict):
         for row in self.rows:
             if list(row.values) != columns:
                 raise ValueError(f'row {row.key}: has cells {list(row.values)}, the columns are {columns}')
+        for claim in self.claims:
+            for scope in claim.scales.values():
+                for row, values in scope.counted.items():
+                    for column in values:
+                        self.cell(row, column)
         for erratum in self.errata:
             if erratum.cell and self.cell(*erratum.cell.split('.')) != erratum.printed:
                 raise ValueError(
