@@ -45,11 +45,12 @@ def lock(
     numbers, names = seeds_of(seeds), [table_of(paper, table)] if table else registry.recipes_of(paper).tables(scale)
     if bool(numbers) == after:
         raise typer.BadParameter('say either --seeds, before the runs, or --after-results')
+    commit = git_commit()
     for name in names:
         if after:
-            entry = lock_results(paper, name, scale, git_commit())
+            entry = lock_results(paper, name, scale, commit)
         else:
-            entry = lock_table(paper, name, scale, numbers, git_commit(), _finished(paper, name, scale, numbers))
+            entry = lock_table(paper, name, scale, numbers, commit, _finished(paper, name, scale, numbers))
         tested = sum(bool(claim.test) for claim in entry.design.claims.values())
         typer.echo(
             f'{PAPERS[paper]} table {name} at {scale}: {tested} of {len(entry.design.claims)} claims with a test, '
