@@ -185,11 +185,6 @@ class Table(Strict):
         for row in self.rows:
             if list(row.values) != columns:
                 raise ValueError(f'row {row.key}: has cells {list(row.values)}, the columns are {columns}')
-        for claim in self.claims:
-            for scope in claim.scales.values():
-                for row, values in scope.counted.items():
-                    for column in values:
-                        self.cell(row, column)
         for erratum in self.errata:
             if erratum.cell and self.cell(*erratum.cell.split('.')) != erratum.printed:
                 raise ValueError(
@@ -200,6 +195,9 @@ class Table(Strict):
             check_column(column, self.rows)
         for scale, found in self.replication.items():
             _own_names(scale, found, self.columns)
+        for scope in (scope for claim in self.claims for scope in claim.scales.values()):
+            for cell in ((row, column) for row, values in scope.counted.items() for column in values):
+                self.cell(*cell)
         return self
 
     def row(
