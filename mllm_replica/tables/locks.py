@@ -290,7 +290,7 @@ def lock_results(paper: str, table: str, scale: Scale, commit: str) -> Lock:
 
 def _batch(seeds: Collection[int], locked: str, commit: str) -> Batch:
     return Batch(
-        seeds=tuple(sorted(seeds)), locked=locked, date=datetime.now(UTC).replace(microsecond=0), commit=commit
+        seeds=tuple(sorted(set(seeds))), locked=locked, date=datetime.now(UTC).replace(microsecond=0), commit=commit
     )
 
 
