@@ -415,7 +415,8 @@ def test_counts_at_the_published_sizes_stand_in_place_of_ours():
     table = Table(**same | dict(replication=dict(tiny=dict(columns=[]))))
 
     def judged(test, **counted):
-        scope = Scope(testable=True, counted={row: dict(score=value) for row, value in counted.items()})
+        counts = {row: dict(flop=value) for row, value in counted.items()}
+        scope = Scope(testable=True, stands_for=dict(score='flop'), counted=counts)
         claim = Claim(id='c', statement='s', test=test, scales={'tiny': scope})
         return verdict(claim, table, 'tiny', {'a': {'score': dict.fromkeys(range(10, 15), 0.0)}}).word
 

@@ -236,7 +236,7 @@ def test_chunked_loss_takes_a_share_of_the_memory(vocabulary, share):
 
 
 def counted(paper, table):
-    "(row, column) -> value beside a table's claims."
+    "(row, name) -> value beside a table's claims."
     scopes = [scope for claim in load_table(paper, table).claims for scope in claim.scales.values()]
     return {(row, c): value for s in scopes for row, values in s.counted.items() for c, value in values.items()}
 
@@ -246,15 +246,15 @@ CELLS = [
     for p, t in (('honeybee', '3'), ('honeybee', '7'), ('honeybee', '8'), ('owl3', 'fig1a'))
     for cell in counted(p, t)
 ]
-QUICK = [('honeybee', '3', 'linear_256', 's_per_step'), ('owl3', 'fig1a', 'llava_interleave', 'n10')]
+QUICK = [('honeybee', '3', 'linear_256', 'pflop_step'), ('owl3', 'fig1a', 'llava_interleave', 'tflop_10')]
 
 
 @pytest.mark.parametrize('cell', [pytest.param(c, marks=[pytest.mark.nightly] * (c not in QUICK)) for c in CELLS])
 def test_counts_beside_claims(cell):
-    paper, table, row, column = cell
+    paper, table, row, name = cell
     if paper == 'honeybee':
         found = pflop_per_step(paper, table, row)
     else:  # LLaVA-Next-Interleave: the concatenation of Table 8
         unit = ('fig1a', row) if row == 'owl3' else ('8', 'concat')
-        found = tflop_to_first_token(*unit, int(column[1:]))
-    assert float(f'{found:.4g}') == counted(paper, table)[row, column]
+        found = tflop_to_first_token(*unit, int(name.removeprefix('tflop_')))
+    assert float(f'{found:.4g}') == counted(paper, table)[row, name]

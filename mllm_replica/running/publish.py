@@ -23,8 +23,8 @@ from ..core.writing import write_atomic
 from .engine import Job, TableParameters, check_parameters
 from .journal import git_commit
 from .worker import Order, environment, start_job, watch
-from ..tables.published import Replication, load_table, paper_folder
-from ..tables.reporting import FRESH, TableReport, recorded, report_folder
+from ..tables.published import FRESH, Replication, load_table, paper_folder
+from ..tables.reporting import TableReport, recorded, report_folder
 
 # %% ../../nbs/foundations/running/71_publish.ipynb #4091494e
 def reportable(

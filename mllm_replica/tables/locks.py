@@ -23,8 +23,7 @@ from ..core.settings import Scale, Strict, Trouble, clone, project_root
 from ..core.variation import split_row
 from ..core.writing import read_json, write_atomic
 from .claims import Comparison, Unmeasured, comparisons, parse
-from .published import Table, load_table, paper_folder, tables_of
-from .reporting import FRESH
+from .published import FRESH, Table, load_table, paper_folder, tables_of
 from .results import Record, read_results
 from .validity import outdated
 from .verdicts import measured_names

@@ -82,20 +82,19 @@ class Verdict:
     chance: float | None = None
 
 
-def _columns(
+def _names(
     counted: dict[str, dict[str, float]],
 ) -> set[str]:
-    return {column for values in counted.values() for column in values}
+    return {name for values in counted.values() for name in values}
 
 
 def measured_names(claim: Claim, table: Table, scale: Scale, reading: str | None = None) -> dict[str, str]:
-    "Column -> what stands for it when the claim is judged; what is counted at the published sizes stands for itself."
+    "Column -> what stands for it when the claim is judged; what is counted at the published sizes does so under every reading."
     measured, scope = table.measured(scale), claim.scope(scale)
     return {
         **{c.key: c.key for c in measured.columns},
         **measured.names(reading),
-        **(scope.stands_for if reading is None else {}),
-        **{column: column for column in _columns(scope.counted)},
+        **{c: name for c, name in scope.stands_for.items() if reading is None or name in _names(scope.counted)},
     }
 
 
@@ -132,7 +131,7 @@ def verdict(
         return where.get(row, {}).get(metric, {})
 
     judged = [(c, _judge(c, seeds)) for c in {c.text: c for c in found}.values()]  # two columns may share a stand-in
-    counts = {column.key for column in measured.columns if column.counted} | _columns(scope.counted)
+    counts = {column.key for column in measured.columns if column.counted} | _names(scope.counted)
     exact = {c.text for c in found if c.cells and {cell[-1] for cell in c.cells} <= counts}
     family = [(c, e) for c, e in judged if c.text not in exact]
     evidence = _together(family) + tuple(_counted(c.op, e) for c, e in judged if c.text in exact)
