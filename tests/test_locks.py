@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mllm_replica.cli import app
 from mllm_replica.core.registry import PAPERS
 from mllm_replica.core.settings import Trouble
-from mllm_replica.running.runner import run_tables
+from mllm_replica.running import runner
 from mllm_replica.running.publish import write_records
 from mllm_replica.tables.locks import (
     AFTER,
@@ -219,26 +219,40 @@ def test_a_damaged_file_is_told(toy):
             read_locks('mm1')
 
 
-def test_nothing_runs_that_is_not_locked(project, inline, toy):
-    def run(**how):
-        return run_tables('mm1', ['first'], 'tiny', rows=['wide'], pipeline=project.pipeline, **how)
+def test_nothing_runs_that_is_not_locked(project, toy, monkeypatch):
+    begun = []
+    monkeypatch.setattr(runner, '_run', lambda plan, *_: begun.append((plan.study, [*plan.places.values()][0][0].seed)))
+
+    def run(seed, **how):
+        runner.run_tables('mm1', ['first'], 'tiny', rows=['wide'], seeds=[seed], pipeline=project.pipeline, **how)
 
     with pytest.raises(Trouble, match='lock mm1 first --scale tiny --seeds'):
-        run(seeds=[10])
-    assert project.events() == []
-    said = CliRunner().invoke(app, ['lock', 'mm1', 'first', '--scale', 'tiny', '--seeds', '10-11'])
-    assert (
-        said.exit_code == 0 and '1 of 1 claims with a test, 2 rows, seeds 10, 11, locked before its runs' in said.output
-    )
-    assert run(seeds=[10]).exit_code == 0
-    page = project.runs / 'reports/mm1/first.tiny/table.md'
-    assert 'locked before its runs' in page.read_text()
+        run(10)
+    lock_table(*TABLE, [10, 11], 'c')
     with pytest.raises(Trouble, match='has not locked seeds 12'):
-        run(seeds=[12])
-    again = CliRunner().invoke(app, ['lock', 'mm1', 'first', '--scale', 'tiny', '--seeds', '10'])
-    assert again.exit_code == 1 and 'seeds 10 have been used' in again.output
-    assert run(seeds=[12], report=False, study='s').exit_code == 0  # a study is not reported, but its seeds are seen
-    seen = CliRunner().invoke(app, ['lock', 'mm1', 'first', '--scale', 'tiny', '--seeds', '12'])
-    assert seen.exit_code == 1 and 'seeds 12 have been used' in seen.output
-    both = CliRunner().invoke(app, ['lock', 'mm1', 'first', '--scale', 'tiny', '--seeds', '13', '--after-results'])
-    assert both.exit_code == 2 and 'either --seeds' in both.output
+        run(12)
+    assert begun == []
+    run(3)
+    run(10)
+    run(12, report=False, study='s')
+    assert begun == [('', 3), ('', 10), ('s', 12)]  # a study is not reported
+
+
+def test_the_command(project, toy):
+    def lock(*words):
+        result = CliRunner().invoke(app, ['lock', 'mm1', 'first', '--scale', 'tiny', *words])
+        return result.exit_code, ' '.join(result.output.split())
+
+    code, said = lock('--seeds', '10-11')
+    assert code == 0 and '1 of 1 claims with a test, 2 rows, seeds 10, 11, locked before its runs' in said
+    key = next(iter(runner.make_plan('mm1', ['first'], 'tiny', ['wide'], [12]).places))
+    unit = project.runs / 'units' / key  # finished and in no result file
+    unit.mkdir(parents=True)
+    (unit / 'result.json').touch()
+    code, said = lock('--seeds', '12-13')
+    assert code == 1 and 'seeds 12 have been used' in said
+    for words in (['--seeds', '13', '--after-results'], []):
+        code, said = lock(*words)
+        assert code == 2 and 'either --seeds' in said
+    code, said = lock('--after-results')
+    assert code == 1 and 'has no published results' in said
