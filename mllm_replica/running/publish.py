@@ -158,6 +158,7 @@ def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
         'tables/validity',
         'tables/effects',
         'tables/claims',
+        'tables/locks',
         'tables/verdicts',
         'tables/published',
         'tables/columns',
@@ -167,6 +168,7 @@ def _inputs(paper: str, table: str, scale: Scale) -> list[Path]:
     return [
         *(results_path(paper, t, scale, own=True) for t in [table, *others]),
         paper_folder(paper) / 'tables' / f'table_{table}.yaml',
+        paper_folder(paper) / 'claims.lock',
         _notebook(),
         *code,
     ]

@@ -126,7 +126,7 @@ def verdict(
         "What is known of a row and metric, by seed."
         *other, row, metric = cell
         if not other and metric in scope.counted.get(row, {}):
-            return {0: scope.counted[row][metric]}
+            return dict.fromkeys(range(2), scope.counted[row][metric])  # a count has no spread
         where = elsewhere.get(other[0].removeprefix('table_'), {}) if other else samples
         return where.get(row, {}).get(metric, {})
 
