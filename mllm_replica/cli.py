@@ -17,6 +17,7 @@ from .commands.convert import convert
 from .commands.data import data
 from .commands.evaluate import evaluate
 from .commands.fetch import fetch
+from .commands.lock import lock
 from .commands.slurm import slurm
 from .commands.look import papers, show, tables
 from .commands.machine import doctor, ui
@@ -62,7 +63,7 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify)
+replicating = (papers, tables, show, plan, lock, run, report, effects, ablate, search, verify)
 for command in (*replicating, fetch, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')

@@ -408,3 +408,18 @@ def test_cell_verdict(published, ours, word):
 
 def test_no_cell_verdict_without_a_tolerance_or_a_run():
     assert cell_verdict(None, 53.5, Interval(53.5, None, None, 1)) == 'not run' == cell_verdict(0.5, 53.5, None)
+
+
+def test_counts_at_the_published_sizes_stand_in_place_of_ours():
+    same = table_of({r: None for r in 'abcd'}).model_dump()
+    table = Table(**same | dict(replication=dict(tiny=dict(columns=[]))))
+
+    def judged(test, **counted):
+        counts = {row: dict(flop=value) for row, value in counted.items()}
+        scope = Scope(testable=True, stands_for=dict(score='flop'), counted=counts)
+        claim = Claim(id='c', statement='s', test=test, scales={'tiny': scope})
+        return verdict(claim, table, 'tiny', {'a': {'score': dict.fromkeys(range(10, 15), 0.0)}}).word
+
+    assert judged('a.score > b.score', a=2, b=1) == 'counted'
+    assert judged('a.score > b.score', a=1, b=2) == 'contradicted'
+    assert judged('a.score > b.score and c.score > b.score', a=2, b=1) == 'not run'

@@ -271,7 +271,7 @@ def test_report_shows_both_sides_the_verdict_and_where_it_comes_from(imagined):
         'not run',
         'verdict at tiny',
         'scale tiny; 1 units, seeds 10, 11, 12, 1000 questions per value',
-        'commit abc123',
+        'commit abc123; locked after the results',
     ):
         assert part in text, part
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from fullsize import MATMUL_FLOPS, close, eagle, flops, honeybee, loss, owl2, owl3
+from fullsize.counted import pflop_per_step, tflop_to_first_token
 from fullsize.prefill import prefill
 
 from mllm_replica.eagle.fusing.fusion import FUSIONS, build_fusion
 from mllm_replica.models.cost import count
 from mllm_replica.models.loss import chunked_cross_entropy
+from mllm_replica.tables.published import load_table
 
 torch.set_num_threads(1)
 both_passes = pytest.mark.parametrize('backward', (False, True), ids=('forward', 'both'))
@@ -228,3 +230,31 @@ def test_chunked_loss_takes_a_share_of_the_memory(vocabulary, share):
     memory = usual.peak_mb()
     assert memory > 2 * 4096 * vocabulary * 4 / 2**20
     assert ours.peak_mb() <= share * memory
+
+
+# counted, in place of what a toy's width would decide
+
+
+def counted(paper, table):
+    "(row, name) -> value beside a table's claims."
+    scopes = [scope for claim in load_table(paper, table).claims for scope in claim.scales.values()]
+    return {(row, c): value for s in scopes for row, values in s.counted.items() for c, value in values.items()}
+
+
+CELLS = [
+    (p, t, *cell)
+    for p, t in (('honeybee', '3'), ('honeybee', '7'), ('honeybee', '8'), ('owl3', 'fig1a'))
+    for cell in counted(p, t)
+]
+QUICK = [('honeybee', '3', 'linear_256', 'pflop_step'), ('owl3', 'fig1a', 'llava_interleave', 'tflop_10')]
+
+
+@pytest.mark.parametrize('cell', [pytest.param(c, marks=[pytest.mark.nightly] * (c not in QUICK)) for c in CELLS])
+def test_counts_beside_claims(cell):
+    paper, table, row, name = cell
+    if paper == 'honeybee':
+        found = pflop_per_step(paper, table, row)
+    else:  # LLaVA-Next-Interleave: the concatenation of Table 8
+        unit = ('fig1a', row) if row == 'owl3' else ('8', 'concat')
+        found = tflop_to_first_token(*unit, int(name.removeprefix('tflop_')))
+    assert float(f'{found:.4g}') == counted(paper, table)[row, name]

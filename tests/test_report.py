@@ -104,8 +104,11 @@ def test_an_earlier_design_goes_when_its_row_is_run_again(project):
         record(row, 10, 'open', 0.1, table='5d', digest=digest)
         for row, digest in (('multi_turn', 'another recipe'), ('single_turn', 'another recipe'))
     )
-    same = record('multi_turn', 11, 'open', 0.2, table='5d', digest=now('multi_turn', 11).digest())
-    write_results('honeybee', '5d', 'tiny', [old, kept, same])
+    same, foreign = (
+        record('multi_turn', seed, 'open', 0.2, table='5d', digest=now('multi_turn', seed).digest())
+        for seed in (21, 11)
+    )  # the table has not locked seed 11
+    write_results('honeybee', '5d', 'tiny', [old, kept, same, foreign])
     (project / 'unit').mkdir()
     (project / 'unit/result.json').touch()
     (project / 'unit/commit').write_text('abc123+')
@@ -120,7 +123,7 @@ def test_an_earlier_design_goes_when_its_row_is_run_again(project):
     found = {(r.row, r.seed, r.metric): r.value for r in read_results('honeybee', '5d', 'tiny')}
     assert found == {
         ('single_turn', 10, 'open'): 0.1,
-        ('multi_turn', 11, 'open'): 0.2,
+        ('multi_turn', 21, 'open'): 0.2,
         ('multi_turn', 20, 'open'): 0.4,
         ('multi_turn', 20, 'dots'): 0.8,
         ('multi_turn', 20, 'single_turn'): pytest.approx(0.6),
@@ -206,7 +209,7 @@ def test_published_beside_replicated(project):
 
 
 def test_verdicts_read_the_files(project):
-    assert {v.word for v in verdicts('honeybee', '3', 'tiny')} == {'not run'}
+    assert {v.word for v in verdicts('honeybee', '3', 'tiny')} == {'not run', 'counted'}  # at the published sizes
     write_results('honeybee', '3', 'tiny', run())
     words = {v.claim.id: v.word for v in verdicts('honeybee', '3', 'tiny')}
     assert (words['resampler-weak-144'], words['step-time-follows-M']) == ('supported', 'counted')

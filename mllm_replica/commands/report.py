@@ -18,6 +18,7 @@ from ..core.settings import SCALES
 
 # %% ../../nbs/foundations/commands/86_report.ipynb #29e45f6a
 def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
+    from mllm_replica.tables.locks import lock_text
     from mllm_replica.tables.published import load_table
     from mllm_replica.tables.report import table_frame, verdict_frame
     from mllm_replica.tables.reporting import own_frame, own_verdicts
@@ -46,9 +47,12 @@ def _report_table(paper: str, table: str, scale: str, console: Console) -> None:
         sorted(r.date[:10] for r in records),
         ' or '.join(map(str, sorted({r.n_eval for r in records if r.n_eval}))),
     )
+    locked = lock_text(paper, table, scale, seeds)
     console.print(
         f'scale {scale}{", your run" * own}; {len(units)} units, seeds {", ".join(map(str, seeds))}, {n or "no"} questions per value, '
-        f'{dates[0]} to {dates[-1]}, commit {", ".join(filter(None, commits)) or "none"}\n'
+        f'{dates[0]} to {dates[-1]}, commit {", ".join(filter(None, commits)) or "none"}'
+        + f'; {locked}' * bool(locked)
+        + '\n'
     )
 
 # %% ../../nbs/foundations/commands/86_report.ipynb #c1129aa2

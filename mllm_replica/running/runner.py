@@ -180,6 +180,10 @@ def run_tables(
         clone("publishing into the project's own results")
     plan = make_plan(paper, tables, scale, rows, seeds)
     plan.study = study
+    if report:
+        from mllm_replica.tables.locks import check_locked
+
+        check_locked(recipe for recipes in plan.places.values() for recipe in recipes)
     notebook = Path(pipeline or project_root() / 'nbs' / 'pipelines' / 'replicate_row.ipynb').resolve()
     limit = timeout if timeout is not None else TIMEOUTS[plan.scale]
     orders = [

@@ -87,18 +87,22 @@ def write_report(
     out_dir: Path,
 ) -> TableReport:
     "Write figure.png, table.md, table.json and report.json of this clone's own results."
+    from mllm_replica.tables.locks import lock_text
     from mllm_replica.tables.report import figure, markdown, readings, table_frame, verdict_frame, verdicts
     from mllm_replica.tables.results import read_results, summary
 
-    out_dir, rows = Path(out_dir), {}
+    out_dir, rows, records = Path(out_dir), {}, read_results(paper, table, scale, own=True)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for (row, metric), found in summary(read_results(paper, table, scale, own=True)).items():
+    for (row, metric), found in summary(records).items():
         rows.setdefault(row, {})[metric] = found.mean
     numbers = {}
     for row, values in rows.items():
         numbers |= comparison(paper, table, row, scale, values, f'{row}/')
     frame = table_frame(paper, table, scale, own=True)
-    title = f'# {paper} table {table} at {scale}\n\n{load_table(paper, table).title}\n\n'
+    locked = lock_text(paper, table, scale, {r.seed for r in records})
+    title = f'# {paper} table {table} at {scale}\n\n{load_table(paper, table).title}\n\n' + f'{locked}\n\n' * bool(
+        locked
+    )
     write_atomic(
         out_dir / 'table.md',
         f'{title}{markdown(frame)}\n\n{markdown(verdict_frame(paper, table, scale, own=True), index=False)}\n',
