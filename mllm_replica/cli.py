@@ -22,7 +22,7 @@ from .commands.machine import doctor, ui
 from .commands.plan import plan
 from .commands.report import report
 from .commands.run import run
-from .commands.study import ablate, effects, search
+from .commands.study import ablate, agreement, effects, informative, search
 from .commands.verify import verify
 from .core.settings import Trouble
 
@@ -61,7 +61,7 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify)
+replicating = (papers, tables, show, plan, run, report, agreement, informative, effects, ablate, search, verify)
 for command in (*replicating, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')

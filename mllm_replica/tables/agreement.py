@@ -94,7 +94,20 @@ def row_pairs(
     return frame[frame['mean'] != 0]
 
 
-_COLUMNS = ['paper', 'table', 'group', 'first', 'second', 'column', 'before', 'after', 'published', 'mean', 'low', 'high']
+_COLUMNS = [
+    'paper',
+    'table',
+    'group',
+    'first',
+    'second',
+    'column',
+    'before',
+    'after',
+    'published',
+    'mean',
+    'low',
+    'high',
+]
 _COLUMNS += ['seeds', 'built_in']
 
 
@@ -198,17 +211,24 @@ def share_text(
 
 
 def agreement_sentence(frame: pd.DataFrame, scale: Scale) -> str:
-    """The number to cite, with what it says of.
+    """The number to cite.
 
     frame: of `agreement`
     """
     of = {(line.with_built_in, line.resolved): line for line in frame[frame['paper'] == 'all'].itertuples()}
-    return (
-        f'At scale `{scale}`, of two rows that the paper orders our mean difference has the published sign in '
-        f'{share_text(of[True, True])}, of the pairs where our own 95 % interval excludes zero, and in {share_text(of[True, False])}, of the others; '
-        f'without tables whose answer is built in, {share_text(of[False, True])}, and {share_text(of[False, False])}. '
-        f'In brackets: 95 % intervals over {of[True, False].groups} groups of tables that share no run.'
+    first, rest, own, own_rest = (
+        _cited(of[key]) for key in ((True, True), (True, False), (False, True), (False, False))
     )
+    return (
+        f'Two rows that a paper orders stand in that order here, at scale `{scale}`, in {first} where our own interval over seeds '
+        f'excludes zero, and in {rest} elsewhere. Without tables whose answer is built in it is {own} and {own_rest}; in brackets '
+        f'95 % intervals over {of[True, False].groups} groups of tables that share no run.'
+    )
+
+
+def _cited(found: Share) -> str:
+    spans = f' [{100 * found.low:.0f} to {100 * found.high:.0f}]' if pd.notna(found.low) else ''
+    return f'{found.agree} of {found.pairs} pairs ({100 * found.share:.0f} %{spans})'
 
 # %% ../../nbs/foundations/tables/61b_agreement.ipynb #671ff17a
 _NO_BUILT_IN = 'all papers,\nnothing built in'
@@ -222,7 +242,9 @@ def agreement_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
     import matplotlib.pyplot as plt, seaborn as sns
 
     chosen = frame[frame['with_built_in'] | (frame['paper'] == 'all')]
-    names = [PAPERS.get(p, 'all papers') if b else _NO_BUILT_IN for p, b in zip(chosen['paper'], chosen['with_built_in'])]
+    names = [
+        PAPERS.get(p, 'all papers') if b else _NO_BUILT_IN for p, b in zip(chosen['paper'], chosen['with_built_in'])
+    ]
     places = {name: y for y, name in enumerate(dict.fromkeys(names))}
     with sns.axes_style('whitegrid', {'axes.edgecolor': '0.8', 'grid.color': '0.92'}):
         fig, ax = plt.subplots(figsize=(8, 0.9 + 0.48 * len(places)), layout='constrained', dpi=75)
@@ -232,8 +254,12 @@ def agreement_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
                 y = places[name] + step
                 ax.plot([line.low or line.share, line.high or line.share], [y, y], color=colour, lw=2.2, zorder=3)
                 ax.text(1.02, y, f'{line.agree} of {line.pairs}', fontsize=8, color=colour, va='center')
-        points = [(x, places[name] + step) for x, name, r in zip(chosen['share'], names, chosen['resolved']) if r == resolved]
-        ax.scatter(*zip(*points), color=colour, marker=marker, s=42, zorder=4, edgecolors='white', linewidths=0.8, label=kind)
+        points = [
+            (x, places[name] + step) for x, name, r in zip(chosen['share'], names, chosen['resolved']) if r == resolved
+        ]
+        ax.scatter(
+            *zip(*points), color=colour, marker=marker, s=42, zorder=4, edgecolors='white', linewidths=0.8, label=kind
+        )
     ax.axvline(0.5, color='0.4', lw=1, zorder=2)
     ax.axhline(len(PAPERS) - 0.5, color='0.8', lw=1)
     ax.grid(visible=False, axis='y')
@@ -261,7 +287,10 @@ def _references(t: Table, scale: Scale, beside: str) -> list[tuple[str, dict[str
         cells = [(ours, {r.key: r.values[c] for r in t.rows}) for ours, cs in compared(t, scale).items() for c in cs]
         return [(ours, {row: x for row, x in values.items() if isinstance(x, (int, float))}) for ours, values in cells]
     other = samples(read_results(t.paper, t.key, beside))
-    known = [(ours, {row: fmean(by[ours].values()) for row, by in other.items() if ours in by}) for ours in compared(t, scale)]
+    known = [
+        (ours, {row: fmean(by[ours].values()) for row, by in other.items() if ours in by})
+        for ours in compared(t, scale)
+    ]
     return [(ours, values) for ours, values in known if values]
 
 
@@ -285,7 +314,9 @@ def row_orders(paper: str, scale: Scale, beside: str = 'published') -> pd.DataFr
         if means:
             single = interval([fmean(taus) for taus in seeds.values()]) if seeds else (None, None, None, 0)
             lines.append((paper, key, group[key], most, len(means), fmean(means), *single))
-    return pd.DataFrame(lines, columns=['paper', 'table', 'group', 'rows', 'columns', 'tau', 'seed_tau', 'low', 'high', 'seeds'])
+    return pd.DataFrame(
+        lines, columns=['paper', 'table', 'group', 'rows', 'columns', 'tau', 'seed_tau', 'low', 'high', 'seeds']
+    )
 
 # %% ../../nbs/foundations/tables/61b_agreement.ipynb #93224e54
 def orders_table() -> pd.DataFrame:
@@ -297,8 +328,18 @@ def orders_table() -> pd.DataFrame:
             part = frame if paper == 'all' else frame[frame['paper'] == paper]
             means = part.groupby(['paper', 'group'])['tau'].mean().tolist()
             if means:
-                lines.append((PAPERS.get(paper, 'all papers'), f'{scale} → {beside}', len(part), _tau_text(interval(means)), len(means)))
-    return pd.DataFrame(lines, columns=['paper', 'orders', 'tables', 'τ_b [95 % interval]', 'groups']).set_index('paper')
+                lines.append(
+                    (
+                        PAPERS.get(paper, 'all papers'),
+                        f'{scale} → {beside}',
+                        len(part),
+                        _tau_text(interval(means)),
+                        len(means),
+                    )
+                )
+    return pd.DataFrame(lines, columns=['paper', 'orders', 'tables', 'τ_b [95 % interval]', 'groups']).set_index(
+        'paper'
+    )
 
 
 def _tau_text(found: Interval) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['margin_of', 'compared_parts', 'Line', 'claim_lines', 'forest', 'forest_figure']
 
-# %% ../../nbs/foundations/tables/61c_forest.ipynb #d6a21a3b
+# %% ../../nbs/foundations/tables/61c_forest.ipynb #955badf3
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
@@ -23,7 +23,7 @@ from .verdicts import Evidence, Interval, Verdict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/foundations/tables/61c_forest.ipynb #b95c94ea
+# %% ../../nbs/foundations/tables/61c_forest.ipynb #f278e6c3
 def margin_of(
     comparison: Comparison,
 ) -> float | None:
@@ -47,7 +47,7 @@ def compared_parts(
     parts = [(known[e.text], e) for e in found.evidence]
     return [(c, e) for c, e in parts if not {cell[-1] for cell in c.cells} <= counts]
 
-# %% ../../nbs/foundations/tables/61c_forest.ipynb #f53264a1
+# %% ../../nbs/foundations/tables/61c_forest.ipynb #a4b8cd2e
 class Line(NamedTuple):
     """A claim as the picture shows it.
 
@@ -77,7 +77,9 @@ def _weakest(found: Verdict, parts: list[tuple[Comparison, Evidence]]) -> tuple[
     return min(deciding, key=lambda part: part[1].mean / (part[1].mean - part[1].low or 1e-9), default=None)
 
 
-def _blind(comparison: Comparison, means: dict[tuple[str, str], float], paper: str, table: str, scale: Scale) -> float | None:
+def _blind(
+    comparison: Comparison, means: dict[tuple[str, str], float], paper: str, table: str, scale: Scale
+) -> float | None:
     "The comparison's statistic if the cells that count against it were at their blind baseline."
     if any(len(cell) != 2 or cell not in means for cell in comparison.cells):
         return None
@@ -110,7 +112,9 @@ def claim_lines(
         unit = '' if set(columns) <= shares else next(c.name for c in measured.columns if c.key in columns)
         numbers = [x + shift for x in (found.low, found.mean, found.high)]
         words = v.claim.id, v.word, v.claim.scope(scale).built_in
-        lines.append(Line(paper, table, *words, *numbers, shift, None if blind is None else blind + shift, unit, len(v.evidence)))
+        lines.append(
+            Line(paper, table, *words, *numbers, shift, None if blind is None else blind + shift, unit, len(v.evidence))
+        )
     return lines
 
 
@@ -123,7 +127,7 @@ def forest(
         columns=Line._fields,
     )
 
-# %% ../../nbs/foundations/tables/61c_forest.ipynb #bf6b149a
+# %% ../../nbs/foundations/tables/61c_forest.ipynb #4c003951
 _COLOURS = {'supported': '#2a7f62', 'contradicted': '#c0392b', 'inconclusive': '#34495e', 'not learnt': '#b8860b'}
 _GREY, _EDGE = '0.62', 1.05
 
@@ -176,9 +180,15 @@ def forest_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
             axes = part.subplots(len(papers), squeeze=False, sharex=True, height_ratios=[n + 0.6 for n in some])[:, 0]
             for ax, paper in zip(axes, papers):
                 _draw(ax, [line for line in lines if line.paper == paper])
-    marks = [(w, dict(marker='o', color=c, markerfacecolor='white' if w == 'inconclusive' else c)) for w, c in _COLOURS.items()]
+    marks = [
+        (w, dict(marker='o', color=c, markerfacecolor='white' if w == 'inconclusive' else c))
+        for w, c in _COLOURS.items()
+    ]
     marks = [(word, look) for word, look in marks if word in set(frame['word'])]
-    marks += [('built in', dict(marker='o', color=_GREY)), ('margin', dict(marker='|', color='0.1', lw=0, markeredgewidth=1.3))]
+    marks += [
+        ('built in', dict(marker='o', color=_GREY)),
+        ('margin', dict(marker='|', color='0.1', lw=0, markeredgewidth=1.3)),
+    ]
     marks += [('if the worse rows were blind', dict(marker='|', color='#8e44ad', lw=0, markeredgewidth=1.3))]
     handles = [Line2D([], [], label=word, markersize=5, lw=look.pop('lw', 1.6), **look) for word, look in marks]
     fig.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=7.5, frameon=False)
