@@ -4440,8 +4440,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'mllm_replica/tables/informative.py'),
                                                  'mllm_replica.tables.informative._real': ( 'foundations/tables/informative.html#_real',
                                                                                             'mllm_replica/tables/informative.py'),
-                                                 'mllm_replica.tables.informative._seeds': ( 'foundations/tables/informative.html#_seeds',
-                                                                                             'mllm_replica/tables/informative.py'),
                                                  'mllm_replica.tables.informative.claims_told': ( 'foundations/tables/informative.html#claims_told',
                                                                                                   'mllm_replica/tables/informative.py'),
                                                  'mllm_replica.tables.informative.findings': ( 'foundations/tables/informative.html#findings',

@@ -88,7 +88,7 @@ def row_pairs(
         for recipes, p in found.items()
         if len(p.signs) == 1
     ]
-    frame = pd.DataFrame(lines, columns=_COLUMNS)
+    frame = pd.DataFrame(lines, columns=_COLUMNS).astype(dict.fromkeys(['mean', 'low', 'high'], float))
     frame['resolved'] = (frame['low'] > 0) | (frame['high'] < 0)
     frame['agrees'] = frame['mean'] * frame['published'] > 0
     return frame[frame['mean'] != 0]
@@ -222,7 +222,7 @@ def agreement_sentence(frame: pd.DataFrame, scale: Scale) -> str:
     return (
         f'Two rows that a paper orders stand in that order here, at scale `{scale}`, in {first} where our own interval over seeds '
         f'excludes zero, and in {rest} elsewhere. Without tables whose answer is built in it is {own} and {own_rest}; in brackets '
-        f'95 % intervals over {of[True, False].groups} groups of tables that share no run.'
+        f'95 % intervals over groups of tables that share no run, {max(line.groups for line in of.values())} in all.'
     )
 
 

@@ -102,7 +102,7 @@ def claim_lines(
     means = {(r, m): sum(x.values()) / len(x) for r, metrics in ours.items() for m, x in metrics.items()}
     shares = {c.key for c in measured.columns if c.max and c.max <= 1} if measured else set()
     for v in verdicts(paper, table, scale) if ours else ():
-        shown = _weakest(v, compared_parts(v, t)) if v.evidence else None
+        shown = _weakest(v, compared_parts(v, t)) if v.evidence and v.word != 'not run' else None
         if shown is None:
             continue
         comparison, found = shown
@@ -180,6 +180,7 @@ def forest_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
             axes = part.subplots(len(papers), squeeze=False, sharex=True, height_ratios=[n + 0.6 for n in some])[:, 0]
             for ax, paper in zip(axes, papers):
                 _draw(ax, [line for line in lines if line.paper == paper])
+            axes[-1].set_xlabel('difference in the claimed direction', fontsize=8)
     marks = [
         (w, dict(marker='o', color=c, markerfacecolor='white' if w == 'inconclusive' else c))
         for w, c in _COLOURS.items()

@@ -75,7 +75,7 @@ class Finding(NamedTuple):
     word: verdict, or that equivalence is reached
     reason: why it is not informative; empty if it is
     real: informative, and every row starts from a published encoder
-    seeds: needed to decide it, None above 200 or where it is decided
+    seeds: that an inconclusive claim would need; empty where seeds are not what it lacks
     """
 
     paper: str
@@ -84,11 +84,13 @@ class Finding(NamedTuple):
     word: str
     reason: str
     real: bool
-    seeds: int | None
+    seeds: str
 
 
 def _equal(found: Verdict, table: Table) -> bool:
-    "Whether all that is undecided lies within `EQUAL` of no difference."
+    "Whether a claim is inconclusive, and all that is undecided lies within `EQUAL` of no difference."
+    if found.word != 'inconclusive' or found.chance is None:  # the latter: a control was not solved
+        return False
     shares = {c.key for c in table.measured(found.scale).columns if c.max == 1}
     for comparison, evidence in compared_parts(found, table):
         by, margin = evidence.difference, margin_of(comparison)
@@ -132,14 +134,13 @@ def findings(
     for v in verdicts(paper, table, scale) if ours else ():
         if not any(e.difference for e in v.evidence):
             continue
-        undecided = v.word == 'inconclusive'
-        word = f'equal within {EQUAL}' if undecided and _equal(v, t) else v.word
+        word = f'equal within {EQUAL}' if _equal(v, t) else v.word
         lacking = _not_learnt(v, t, ours)
         reasons = [f'not learnt: {", ".join(lacking)}'] * bool(lacking) + ['built in'] * v.claim.scope(scale).built_in
-        reasons += ['inconclusive'] * (word == 'inconclusive')
+        reasons += [word] * (word in ('inconclusive', 'not run') or word == 'not learnt' and not lacking)
         rows = {cell[0] for comparison, _ in compared_parts(v, t) for cell in comparison.cells if len(cell) == 2}
         known = bool(rows) and not reasons and all(_real(paper, table, row, scale) for row in rows)
-        needed = seeds_needed(v) if word == 'inconclusive' else None
+        needed = str(seeds_needed(v) or f'> {MOST}') if word == 'inconclusive' and v.chance is not None else ''
         found.append(Finding(paper, table, v.claim.id, word, '; '.join(reasons), known, needed))
     return found
 
@@ -150,15 +151,11 @@ def claims_told(
 ) -> pd.DataFrame:
     "Every claim of a paper that has results: its verdict, whether it is informative or why not, seeds that it would need."
     lines = [
-        (f.table, f.claim, f.word, f.reason or 'informative', _seeds(f))
+        (f.table, f.claim, f.word, f.reason or 'informative', f.seeds)
         for table in tables_of(paper)
         for f in findings(paper, table, scale)
     ]
     return pd.DataFrame(lines, columns=['table', 'claim', 'verdict', 'informative', 'seeds needed']).set_index('table')
-
-
-def _seeds(found: Finding) -> str:
-    return (str(found.seeds) if found.seeds else f'> {MOST}') if found.word == 'inconclusive' else ''
 
 
 def informative(
