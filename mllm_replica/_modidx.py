@@ -4278,8 +4278,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'mllm_replica/tables/agreement.py'),
                                                'mllm_replica.tables.agreement._Pair': ( 'foundations/tables/agreement.html#_pair',
                                                                                         'mllm_replica/tables/agreement.py'),
-                                               'mllm_replica.tables.agreement._Pair.__init__': ( 'foundations/tables/agreement.html#_pair.__init__',
-                                                                                                 'mllm_replica/tables/agreement.py'),
                                                'mllm_replica.tables.agreement._bounds': ( 'foundations/tables/agreement.html#_bounds',
                                                                                           'mllm_replica/tables/agreement.py'),
                                                'mllm_replica.tables.agreement._cited': ( 'foundations/tables/agreement.html#_cited',

@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'compared', 'table_groups', 'row_pairs', 'Share', 'share', '
 
 # %% ../../nbs/foundations/tables/61b_agreement.ipynb #04ab3044
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np, pandas as pd
 from ..core.registry import PAPERS
 from ..core.settings import SCALES, Scale
 from .blind import blind_line, learnt
+from .columns import Value
 from .published import Table, load_table, tables_of
 from .results import Record, read_results, samples
 from .verdicts import LEVEL, Interval, interval
@@ -94,30 +96,26 @@ def row_pairs(
     return frame[frame['mean'] != 0]
 
 
-_COLUMNS = [
-    'paper',
-    'table',
-    'group',
-    'first',
-    'second',
-    'column',
-    'before',
-    'after',
-    'published',
-    'mean',
-    'low',
-    'high',
-]
-_COLUMNS += ['seeds', 'built_in']
+_COLUMNS = 'paper table group first second column before after published mean low high seeds built_in'.split()
 
 
+@dataclass
 class _Pair:
-    def __init__(self, table: str, before: str, after: str):
-        self.table, self.before, self.after = table, before, after
-        self.signs, self.by_seed, self.built_in = set(), {}, False
+    """What is known of two recipes in one of our columns.
+
+    signs: published
+    by_seed: our difference
+    """
+
+    table: str
+    before: str
+    after: str
+    built_in: bool = False
+    signs: set[int] = field(default_factory=set)
+    by_seed: dict[int, float] = field(default_factory=dict)
 
 
-def _sign(a, b) -> int:
+def _sign(a: Value, b: Value) -> int:
     "Of b − a; 0 where one of them is no number."
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
     return (b > a) - (b < a) if numbers else 0
@@ -217,7 +215,7 @@ def agreement_sentence(frame: pd.DataFrame, scale: Scale) -> str:
     """
     of = {(line.with_built_in, line.resolved): line for line in frame[frame['paper'] == 'all'].itertuples()}
     first, rest, own, own_rest = (
-        _cited(of[key]) for key in ((True, True), (True, False), (False, True), (False, False))
+        _cited(of.get(key)) for key in ((True, True), (True, False), (False, True), (False, False))
     )
     return (
         f'Two rows that a paper orders stand in that order here, at scale `{scale}`, in {first} where our own interval over seeds '
@@ -226,7 +224,9 @@ def agreement_sentence(frame: pd.DataFrame, scale: Scale) -> str:
     )
 
 
-def _cited(found: Share) -> str:
+def _cited(found: Share | None) -> str:
+    if found is None:
+        return 'no pair'
     spans = f' [{100 * found.low:.0f} to {100 * found.high:.0f}]' if pd.notna(found.low) else ''
     return f'{found.agree} of {found.pairs} pairs ({100 * found.share:.0f} %{spans})'
 
@@ -249,17 +249,14 @@ def agreement_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
     with sns.axes_style('whitegrid', {'axes.edgecolor': '0.8', 'grid.color': '0.92'}):
         fig, ax = plt.subplots(figsize=(8, 0.9 + 0.48 * len(places)), layout='constrained', dpi=75)
     for (resolved, kind), marker, colour, step in zip(KINDS.items(), 'oD', sns.color_palette('deep'), (-0.16, 0.16)):
-        for line, name in zip(chosen.itertuples(), names):
-            if line.resolved == resolved:
-                y = places[name] + step
-                ax.plot([line.low or line.share, line.high or line.share], [y, y], color=colour, lw=2.2, zorder=3)
-                ax.text(1.02, y, f'{line.agree} of {line.pairs}', fontsize=8, color=colour, va='center')
-        points = [
-            (x, places[name] + step) for x, name, r in zip(chosen['share'], names, chosen['resolved']) if r == resolved
+        lines = [
+            (line, places[name] + step) for line, name in zip(chosen.itertuples(), names) if line.resolved == resolved
         ]
-        ax.scatter(
-            *zip(*points), color=colour, marker=marker, s=42, zorder=4, edgecolors='white', linewidths=0.8, label=kind
-        )
+        for line, y in lines:
+            ax.plot([line.low, line.high], [y, y], color=colour, lw=2.2, zorder=3)
+            ax.text(1.02, y, f'{line.agree} of {line.pairs}', fontsize=8, color=colour, va='center')
+        look = dict(color=colour, marker=marker, s=42, edgecolors='white', linewidths=0.8)
+        ax.scatter([line.share for line, _ in lines], [y for _, y in lines], zorder=4, label=kind, **look)
     ax.axvline(0.5, color='0.4', lw=1, zorder=2)
     ax.axhline(len(PAPERS) - 0.5, color='0.8', lw=1)
     ax.grid(visible=False, axis='y')
