@@ -158,19 +158,20 @@ def claims_told(
     return pd.DataFrame(lines, columns=['table', 'claim', 'verdict', 'informative', 'seeds needed']).set_index('table')
 
 
-def informative(
-    scale: Scale,
-) -> pd.DataFrame:
-    "Every table with results: whether it is informative, by how many claims, strictly or not, and what is in the way of the others."
+def informative(scale: Scale, paper: str | None = None) -> pd.DataFrame:
+    """Every table with results: whether it is informative, by how many claims, strictly or not, and what is in the way of the others.
+
+    paper: one; None: all
+    """
     lines = []
-    for paper in PAPERS:
-        for table in (t for t in tables_of(paper) if read_results(paper, t, scale)):
-            found = findings(paper, table, scale)
+    for name in [paper] if paper else PAPERS:
+        for table in (t for t in tables_of(name) if read_results(name, t, scale)):
+            found = findings(name, table, scale)
             good = [f for f in found if not f.reason]
             why = Counter(part.split(':')[0] for f in found for part in f.reason.split('; ') if part)
             said = ', '.join(f'{n} {word}' for word, n in why.most_common()) or 'no claim with results' * (not found)
             yes = ['yes' if some else 'no' for some in (good, any(f.real for f in found))]
-            lines.append((PAPERS[paper], table, *yes, f'{len(good)} of {len(found)}', said))
+            lines.append((PAPERS[name], table, *yes, f'{len(good)} of {len(found)}', said))
     heads = ['paper', 'table', 'informative', 'real encoder', 'claims', 'of the others']
     return pd.DataFrame(lines, columns=heads).set_index('paper')
 
