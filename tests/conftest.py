@@ -48,6 +48,26 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def unrun(tmp_path, monkeypatch):
+    "A copy of the published tables without results, and without recipes to be compared with."
+    from mllm_replica.core.settings import project_root, settings
+
+    unwanted = shutil.ignore_patterns('results', 'verified.csv')
+    shutil.copytree(project_root() / 'papers', tmp_path / 'papers', ignore=unwanted)
+    shutil.copy(project_root() / 'settings.ini', tmp_path)
+    monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
+    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
+    for module in ('report', 'plain'):
+        monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', lambda paper, records: {})
+    for cached in project_root, settings:
+        cached.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in project_root, settings:
+        cached.cache_clear()
+
+
+@pytest.fixture
 def inline(monkeypatch):
     "Notebooks are executed in this process: for what is run and kept, not for how processes end."
     from mllm_replica.running import publish, worker

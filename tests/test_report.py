@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import pandas as pd
@@ -13,7 +12,6 @@ from matplotlib.text import Text
 from toys import RECORD
 
 from mllm_replica.core.registry import PAPERS, recipes_of
-from mllm_replica.core.settings import project_root, settings
 from mllm_replica.running.show import curve_figure, predictions_figure, samples_figure
 from mllm_replica.running.study import search_figure
 from mllm_replica.tables import results, validity
@@ -38,22 +36,9 @@ SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    "A copy of the published tables without results, and without recipes to be compared with."
-    shutil.copytree(
-        project_root() / 'papers', tmp_path / 'papers', ignore=shutil.ignore_patterns('results', 'verified.csv')
-    )
-    shutil.copy(project_root() / 'settings.ini', tmp_path)
-    monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
-    monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
-    for module in ('report', 'plain'):
-        monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', lambda paper, records: {})
-    for cached in project_root, settings:
-        cached.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for cached in project_root, settings:
-        cached.cache_clear()
+def project(unrun):
+    "Nothing has been run."
+    return unrun
 
 
 def record(row='cabs_144', seed=10, metric='spatial', value=0.5, **more):

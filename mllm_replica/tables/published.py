@@ -42,6 +42,7 @@ class Scope(Strict):
     """Whether, and as what, a claim is testable at one scale.
 
     note: the reason why not, or what to keep in mind beside the verdict
+    built_in: how the task is made decides it, or nearly so
     test: replaces the claim's test at this scale
     stands_for: published column -> measured metric, over the table's own map
     counted: row -> name that `stands_for` knows -> count at the published sizes, in place of what is measured
@@ -49,6 +50,7 @@ class Scope(Strict):
 
     testable: bool
     note: str = ''
+    built_in: bool = False
     test: str | None = None
     stands_for: dict[str, str] = {}
     counted: dict[
@@ -108,12 +110,14 @@ class Replication(Strict):
     """The columns that we measure at one scale.
 
     control: key of the column that every row must solve, else the others say nothing
+    built_in: how the tasks are made decides the order of most rows
     stands_for: published column -> key of one of `columns`
     also: name of a further reading, as it is shown
     """
 
     columns: list[Column]
     control: str | None = None
+    built_in: bool = False
     stands_for: dict[str, str] = {}
     also: dict[str, Reading] = {}
     note: str = ''

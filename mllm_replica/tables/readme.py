@@ -43,7 +43,7 @@ def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     config = Config(
         {
             'TemplateExporter': {'exclude_input': True},
-            'ExtractOutputPreprocessor': {'output_filename_template': path.stem + '_{index}{extension}'},
+            'ExtractOutputPreprocessor': {'output_filename_template': path.stem + '_{cell_index}_{index}{extension}'},
         }
     )
     page, resources = MarkdownExporter(config=config).from_filename(str(path))
@@ -70,6 +70,8 @@ def write_readme(root: Path | None = None) -> Path:
         encoding='utf-8',
     )
     page, pictures = as_markdown(index)
+    for old in (root / 'nbs' / 'images').glob(f'{index.stem}_*'):
+        old.unlink()
     for name, data in pictures.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)

@@ -383,7 +383,8 @@ def png(
 
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format='png', dpi=dpi)
-    Image.open(full).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+    few = Image.open(full).convert('RGB').quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(small, 'png', optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #a47d00df
