@@ -18,7 +18,7 @@ from .claims import NOT_COMPUTABLE, Comparison, comparisons, parse
 from .published import Table, load_table, tables_of
 from .report import verdicts
 from .results import read_results, samples
-from .verdicts import Evidence, Interval, Verdict
+from .verdicts import Evidence, Interval, Verdict, measured_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,8 @@ def compared_parts(
 ) -> list[tuple[Comparison, Evidence]]:
     "The comparisons of a claim as it was judged on the main reading, each with its evidence; those that only count are left out."
     scope, measured = found.claim.scope(found.scale), table.measured(found.scale)
-    names = {c.key: c.key for c in measured.columns} | measured.stands_for | scope.stands_for
-    counts = {c.key for c in measured.columns if c.counted}
+    names = measured_names(found.claim, table, found.scale)
+    counts = {c.key for c in measured.columns if c.counted} | {name for row in scope.counted.values() for name in row}
     known = {c.text: c for c in comparisons(parse(scope.test or found.claim.test), table, names)}
     parts = [(known[e.text], e) for e in found.evidence]
     return [(c, e) for c, e in parts if not {cell[-1] for cell in c.cells} <= counts]
