@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .commands.blind import blind
 from .commands.chat import chat
 from .commands.convert import convert
 from .commands.data import data
@@ -61,7 +62,7 @@ app = typer.Typer(
     help='Five multimodal papers: their published tables, replicated, with a verdict per claim. '
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
-replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify)
+replicating = (papers, tables, show, plan, run, report, effects, ablate, search, verify, blind)
 for command in (*replicating, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')
