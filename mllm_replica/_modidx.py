@@ -4286,6 +4286,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'mllm_replica/scoring/unseen.py'),
                                              'mllm_replica.scoring.unseen.Guesser.guess': ( 'foundations/scoring/unseen.html#guesser.guess',
                                                                                             'mllm_replica/scoring/unseen.py'),
+                                             'mllm_replica.scoring.unseen.Guesser.lots': ( 'foundations/scoring/unseen.html#guesser.lots',
+                                                                                           'mllm_replica/scoring/unseen.py'),
                                              'mllm_replica.scoring.unseen.Guesser.points': ( 'foundations/scoring/unseen.html#guesser.points',
                                                                                              'mllm_replica/scoring/unseen.py'),
                                              'mllm_replica.scoring.unseen.Turn': ( 'foundations/scoring/unseen.html#turn',

@@ -189,6 +189,14 @@ class Guesser:
         scores = [self.score(self.guess(turn, way), turn.answer) for turn in asked]
         return sum(scores) / len(scores)
 
+    def lots(
+        self,
+        asked: Iterable[Turn],
+    ) -> float:
+        "The mean score of answers drawn by lot among the possible ones; 0 for questions of which those are not known."
+        drawn = [[self.score(option, turn.answer) for option in turn.options] or [0.0] for turn in asked]
+        return sum(sum(scores) / len(scores) for scores in drawn) / len(drawn)
+
 # %% ../../nbs/foundations/scoring/50b_unseen.ipynb #b435a36c
 def apart(turns: list[Turn], asked: list[Turn], most: int = 2000) -> tuple[list[Turn], list[Turn]]:
     """Training turns to learn from, and a fifth of those that are like the test's, by task or else by wording, to choose a way by.
