@@ -41,7 +41,9 @@ SPATIAL = dict(resampler_144=0.35, cabs_144=0.62, linear_256=0.60, resampler_256
 def project(tmp_path, monkeypatch):
     "A copy of the published tables without results, and without recipes to be compared with."
     shutil.copytree(
-        project_root() / 'papers', tmp_path / 'papers', ignore=shutil.ignore_patterns('results', 'verified.csv', 'blind.csv')
+        project_root() / 'papers',
+        tmp_path / 'papers',
+        ignore=shutil.ignore_patterns('results', 'verified.csv', 'blind.csv'),
     )
     shutil.copy(project_root() / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
