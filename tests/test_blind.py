@@ -14,10 +14,10 @@ from mllm_replica.tables.blinding import SCALES, blind_lines, write_blind
 from mllm_replica.tables.plain import as_json
 from mllm_replica.tables.published import Claim, Column, Replication, Scope, Table, load_table, tables_of
 from mllm_replica.tables.report import table_frame
-from mllm_replica.tables.results import read_results
+from mllm_replica.tables.results import read_results, results_path
 from mllm_replica.tables.verdicts import verdict
 
-REPLICATED = [(paper, table) for paper in PAPERS for table in tables_of(paper) if read_results(paper, table, 'tiny')]
+REPLICATED = [(p, t) for p in PAPERS for t in tables_of(p) if results_path(p, t, 'tiny').is_file()]
 
 
 def cells(paper, table, scale):
@@ -142,7 +142,7 @@ TABLE = Table(
     title='t',
     source='s',
     status='complete',
-    columns=[Column(key='score', name='Score', better='higher'), Column(key='s', name='cost')],
+    columns=[Column(key='score', name='Score', better='higher'), Column(key='s', name='s per step')],
     rows=[dict(key=k, label=k, params={}, values=dict(score=None, s=None)) for k in 'abcd'],
     replication={
         'tiny': Replication(
