@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .commands.blind import blind
 from .commands.chat import chat
 from .commands.convert import convert
 from .commands.data import data
@@ -64,7 +65,7 @@ app = typer.Typer(
     'Runs lie in runs/ of the clone, of an installed package in runs/ of the present folder, or where MLLM_REPLICA_RUNS says.',
 )
 replicating = (papers, tables, show, plan, lock, run, report, verify)
-studying = (agreement, informative, effects, ablate, search)
+studying = (blind, agreement, informative, effects, ablate, search)
 for command in (*replicating, *studying, fetch, convert, evaluate, chat, slurm, doctor, ui):
     app.command()(command)
 app.add_typer(data, name='data')

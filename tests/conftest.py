@@ -52,7 +52,7 @@ def unrun(tmp_path, monkeypatch):
     "A copy of the published tables without results, and without recipes to be compared with."
     from mllm_replica.core.settings import project_root, settings
 
-    unwanted = shutil.ignore_patterns('results', 'verified.csv')
+    unwanted = shutil.ignore_patterns('results', 'verified.csv', 'blind.csv')
     shutil.copytree(project_root() / 'papers', tmp_path / 'papers', ignore=unwanted)
     shutil.copy(project_root() / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))

@@ -81,13 +81,13 @@ def _world(
 
 
 def _easy_vqa(scale: str, split: str = 'train', **options: Any) -> Source:
-    "The real pictures and their questions; the smoke scale takes a few."
+    "The generated picture files and their questions; the smoke scale takes a few."
     full, few = (4000, 16) if split == 'train' else (1000, 8)
     return Source(kind='easy_vqa', name='easy_vqa', split=split, size=full if scale == 'tiny' else few, options=options)
 
 
 def _questions(scale: str, **board: Any) -> tuple[dict[str, Source], tuple[Benchmark, ...]]:
-    "Test questions of the headline tables: one board task each, and the real pictures."
+    "Test questions of the headline tables: one board task each, and the picture files."
     size = 500
     sources = {f'test_{task}': _world([task], scale, 'test', size, **board) for task in (*_SPATIAL, 'tint')}
     sources['test_easy_vqa'] = _easy_vqa(scale, 'test')

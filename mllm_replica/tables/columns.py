@@ -29,6 +29,7 @@ class Column(Strict):
     task: what it asks of a benchmark; `{param}` in the metric is the row's
     unasked: why nobody can ask it here
     counted: of the model itself, by whatever seed: FLOPs, tokens, weights
+    blind: columns whose mean is measured here, or why nobody can answer without the picture
     """
 
     key: str
@@ -42,6 +43,7 @@ class Column(Strict):
     task: Asked | None = None
     unasked: str = ''
     counted: bool = False
+    blind: list[str] | str = []
 
     @model_validator(mode='after')
     def _one_origin(self) -> 'Column':
@@ -54,6 +56,11 @@ class Column(Strict):
     def parts(self) -> dict[str, float]:
         "Of a mean: column -> factor."
         return self.mean_of if isinstance(self.mean_of, dict) else dict.fromkeys(self.mean_of, 1.0)
+
+    @property
+    def blind_parts(self) -> dict[str, float]:
+        "Columns whose mean its blind line is, with their factors; empty where it is asked itself."
+        return self.parts if isinstance(self.blind, str) or not self.blind else dict.fromkeys(self.blind, 1.0)
 
 
 class Row(Strict):
@@ -122,7 +129,7 @@ def check_means(columns: list[Column], where: str = '') -> None:
     """
     plain = {c.key for c in columns if not c.mean_of}
     for column in columns:
-        if wrong := set(column.parts) - plain:
+        if wrong := (set(column.parts) | set(column.blind_parts)) - plain:
             raise ValueError(
                 f'{where}column {column.key} is the mean of {sorted(wrong)}: expected some of {sorted(plain)}'
             )

@@ -8,6 +8,7 @@ __all__ = ['as_json']
 # %% ../../nbs/foundations/tables/63_plain.ipynb #b790949d
 from ..core.registry import PAPERS
 from ..core.settings import Scale
+from .blind import blind_line, learnt
 from .published import Replication, Table, load_paper, load_table, tables_of
 from .report import readings, scales_run, verdicts
 from .results import read_results, summary
@@ -55,8 +56,11 @@ def _scale_json(paper: str, t: Table, scale: Scale) -> dict:
     old, units = stale(paper, records), {}
     cells = {}
     for (row, metric), found in summary(records).items():
+        blind = blind_line(paper, t.key, scale, row, metric)
         cells.setdefault(row, {})[metric] = {
             **found._asdict(),
+            'blind': blind,
+            'learnt': learnt([found.mean], blind),
             'n_eval': next(r.n_eval for r in records if (r.row, r.metric) == (row, metric)),
         }
         if scale == 'paper' and metric in t.row(row).values:

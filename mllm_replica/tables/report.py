@@ -17,6 +17,7 @@ import pandas as pd
 from ..core.registry import PAPERS
 from ..core.settings import SCALES, Scale
 from ..core.writing import verbatim
+from .blind import NAME, blind_line, learnt
 from .published import Column, Row, Table, Value, load_table, tables_of
 from .results import Record, read_results, results_path, samples, summary
 from .validity import stale
@@ -56,8 +57,21 @@ def interval_text(
     return _short(found.mean) + (f' [{_short(found.low)}, {_short(found.high)}]' if found.low < found.high else '')
 
 
+def _blind_cells(
+    t: Table,
+    scale: Scale,
+) -> dict[str, str]:
+    "Of the columns that have a blind line: name -> what is reached without pictures, from the lowest row's to the highest's."
+    found = {}
+    for c in measured.columns if (measured := t.measured(scale)) else []:
+        lines = [line for r in t.rows if (line := blind_line(t.paper, t.key, scale, r.key, c.key)) is not None]
+        if lines:
+            found[c.name] = ' to '.join(dict.fromkeys(map(_short, (min(lines), max(lines)))))
+    return found
+
+
 def table_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd.DataFrame:
-    """Published beside replicated: one line per row, stale rows marked with a dagger.
+    """Published beside replicated: one line per row, stale rows marked with a dagger, and below what is reached without pictures.
 
     own: this clone's own results
     """
@@ -70,10 +84,14 @@ def table_frame(paper: str, table: str, scale: Scale, own: bool = False) -> pd.D
             ours = found.get((row.key, c.key))
             tolerance = t.tolerance(c.key) if scale == 'paper' and ours else None
             judged = f' {cell_verdict(tolerance, row.values[c.key], ours)}' if tolerance else ''
-            line[heading, c.name] = interval_text(ours) + judged
+            dull = ours and not learnt([ours.mean], blind_line(paper, table, scale, row.key, c.key))
+            line[heading, c.name] = interval_text(ours) + judged + ' not learnt' * bool(dull)
         line[heading, 'seeds'] = str(max((f.n for (r, _), f in found.items() if r == row.key), default=0))
         lines.append(line)
     labels = [name + STALE * (r.key in old) for r, name in zip(t.rows, row_names(t.rows))]
+    if below := _blind_cells(t, scale):
+        lines.append({head: MISSING for head in lines[0]} | {(heading, name): cell for name, cell in below.items()})
+        labels.append(NAME)
     return pd.DataFrame(lines, index=pd.Index(labels, name='row'), columns=pd.MultiIndex.from_tuples(lines[0]))
 
 # %% ../../nbs/foundations/tables/60_report.ipynb #21164aaf

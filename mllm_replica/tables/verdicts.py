@@ -15,6 +15,7 @@ from typing import NamedTuple
 from scipy.special import stdtr, stdtrit
 
 from ..core.settings import Scale
+from .blind import blind_line, learnt
 from .claims import NOT_COMPUTABLE, ClaimError, Comparison, Unmeasured, comparisons, parse
 from .published import Claim, Table, Value
 
@@ -105,11 +106,13 @@ def verdict(
     samples: Samples,
     elsewhere: dict[str, Samples] = {},
     reading: str | None = None,
+    blind: Callable[..., float | None] = blind_line,
 ) -> Verdict:
     """Judge a claim on replicated values, row -> metric -> seed -> value.
 
     elsewhere: samples of other tables that the claim reads
     reading: one of the table's further readings; None: the main one
+    blind: paper, table, scale, row, column -> what is reached without pictures
     """
     scope, measured = claim.scope(scale), table.measured(scale)
     text = scope.test or claim.test
@@ -130,7 +133,15 @@ def verdict(
         where = elsewhere.get(other[0].removeprefix('table_'), {}) if other else samples
         return where.get(row, {}).get(metric, {})
 
-    judged = [(c, _judge(c, seeds)) for c in {c.text: c for c in found}.values()]  # two columns may share a stand-in
+    def line(*cell: str) -> float | None:
+        "What is reached without pictures."
+        *other, row, metric = cell
+        return blind(table.paper, other[0].removeprefix('table_') if other else table.key, scale, row, metric)
+
+    found = list({c.text: c for c in found}.values())  # two columns may share a stand-in
+    dull = {c.text: rows for c in found if (rows := _not_learnt(c, seeds, line))}
+    judged = [(c, _judge(c, seeds, c.text in dull)) for c in found]
+    note = f'not learnt: {", ".join(sorted(set().union(*dull.values())))}. ' * bool(dull) + scope.note
     counts = {column.key for column in measured.columns if column.counted} | _names(scope.counted)
     exact = {c.text for c in found if c.cells and {cell[-1] for cell in c.cells} <= counts}
     family = [(c, e) for c, e in judged if c.text not in exact]
@@ -143,9 +154,9 @@ def verdict(
         samples,
     )
     if not failing or word not in ('supported', 'contradicted'):
-        chance = None if failing else _clearness(family)
-        return Verdict(claim, scale, word, scope.note, evidence, chance)
-    return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {scope.note}'.strip(), evidence)
+        compared = [(c, replace(e, difference=None) if c.text in dull else e) for c, e in family]
+        return Verdict(claim, scale, word, note.strip(), evidence, None if failing else _clearness(compared))
+    return Verdict(claim, scale, 'inconclusive', f'{failing}, else it were {word}. {note}'.strip(), evidence)
 
 
 _ORDER = ('contradicted', 'not run', 'inconclusive', 'supported')  # a claim is what the first of its comparisons is
@@ -167,7 +178,18 @@ def _failing(rows: set[str], control: str | None, samples: Samples) -> str:
     )
 
 
-def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Evidence:
+def _not_learnt(
+    comparison: Comparison,
+    seeds: Callable[..., dict[int, float]],
+    line: Callable[..., float | None],
+) -> set[str]:
+    "Rows of a comparison that ran and have not learnt what it asks."
+    runs = {cell: list(seeds(*cell).values()) for cell in comparison.cells}
+    return {cell[-2] for cell, values in runs.items() if values and not learnt(values, line(*cell))}
+
+
+def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]], dull: bool) -> Evidence:
+    "A comparison over seeds; one of rows that have not learnt what it asks decides nothing."
     runs = [seeds(*cell) for cell in comparison.cells]
     if not runs or not all(runs):
         return Evidence(comparison.text, 'not run')
@@ -180,7 +202,7 @@ def _judge(comparison: Comparison, seeds: Callable[..., dict[int, float]]) -> Ev
         raise
     except NOT_COMPUTABLE:
         return Evidence(comparison.text, 'inconclusive')
-    return Evidence(comparison.text, _decide(comparison.op, found), found)
+    return Evidence(comparison.text, 'inconclusive' if dull else _decide(comparison.op, found), found)
 
 
 def _counted(op: str, evidence: Evidence) -> Evidence:
