@@ -60,6 +60,7 @@ TOWERS = dict(  # Eagle's: settings and image size
         ),
         image_size=32,
     ),
+    efficientnet_lite=dict(config=dict(stages=3), image_size=36),
     pix2struct=dict(
         config=dict(
             hidden_size=16,
