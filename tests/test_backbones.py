@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 from mllm_replica.cli import app
 
+from mllm_replica.core.machine import Machine
 from mllm_replica.core.recipe import Benchmark, Lora, Recipe, Source, Stage
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
@@ -41,6 +42,8 @@ from mllm_replica.models.vision import resize_positions
 from mllm_replica.owl2.released import encoder_from_clip
 from mllm_replica.planning.doctor import published_models, stored_data
 from mllm_replica.running import journal, unit
+from mllm_replica.training.adapters import adapters
+from mllm_replica.training.identity import check_stages
 
 transformers.logging.set_verbosity_error()
 ROWS = {  # paper -> rows that start from different models or in different ways: (table, row)
@@ -388,6 +391,28 @@ def test_an_expert_has_the_weights_of_its_folder_but_for_head_and_stages_not_bui
     assert len(tower.vision_tower['_blocks']) == 5 and tower.grid == 7 and tower.channels == 40
     for key, ours in tower.vision_tower.state_dict().items():
         assert torch.equal(ours.float(), stored[key].to(ours.dtype).float()), key
+
+
+def test_adapters_without_peft_say_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(ImportError, match='pip install'), adapters(torch.nn.Module(), [tuned_stage()], 0):
+        pass
+
+
+def test_adapters_of_nothing_and_in_shares_are_refused(small_standins, place):
+    place(small_standins)
+    model, _ = build(small_recipe('mm1'))
+    stage = tuned_stage()
+    with pytest.raises(NotImplementedError, match="'tune' trains adapters, which are not shared out"):
+        check_stages(model, [stage], {'a': [1, 2]}, Machine(devices=2, shard='fsdp'), 2)
+    pytest.importorskip('peft')
+    nothing = stage.model_copy(update={'lora': Lora(targets='nothing')})
+    with pytest.raises(ValueError, match="'nothing' matches no linear map"), adapters(model, [nothing], 0):
+        pass
+
+
+def tuned_stage():
+    return small_recipe('mm1', lora=Lora()).stages[1]
 
 
 def test_stages_without_adapters_are_dumped_as_before():
