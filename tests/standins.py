@@ -29,6 +29,7 @@ from mllm_replica.models.backbones import BACKBONES, published
 
 WORDS = {  # of templates, beside bytes
     'qwen': ('<|endoftext|>', '<|im_start|>', '<|im_end|>'),
+    'SmolLM2': ('<|im_start|>', '<|im_end|>', '<|endoftext|>'),
     'Llama-3': ('<|begin_of_text|>', '<|eot_id|>', '<|start_header_id|>', '<|end_header_id|>'),
     'Yi': ('<|startoftext|>', '<|im_end|>', '<|im_start|>'),
 }
@@ -47,6 +48,8 @@ def tokenizer_of(name):
         tokenizer.eos_token, tokenizer.pad_token = '<|im_end|>', '<|endoftext|>'
     elif marks:
         tokenizer.bos_token, tokenizer.eos_token = marks[:2]
+    if 'SmolLM2' in name:
+        tokenizer.pad_token, tokenizer.unk_token = '<|im_end|>', '<|endoftext|>'
     return tokenizer
 
 
@@ -128,6 +131,24 @@ def save_dinov2(name, folder):
     "DINOv2."
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14)
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+
+
+def save_efficientnet(name, folder):
+    "The converted package: its own names, the classifier among them, batch statistics with their counters."
+    from mllm_replica.eagle.experts.towers import build_expert
+
+    tower = build_expert('efficientnet_lite', published(name)).vision_tower
+    state = random_state(tower)
+    for key in (key for key in state if key.endswith('running_var')):
+        state[key] = state[key].abs() + 0.5
+    norms = [key.removesuffix('running_var') for key in state if key.endswith('running_var')]
+    state |= {f'{norm}num_batches_tracked': torch.tensor(3) for norm in norms}
+    state |= {'_conv_head.weight': torch.randn(12, 320, 1, 1), '_bn1.weight': torch.randn(12)}
+    state |= {'_fc.weight': torch.randn(10, 12), '_fc.bias': torch.randn(10)}
+    folder.mkdir(parents=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / 'model.safetensors')
+    config = published(name) | dict(model_type='efficientnet_lite', license='Apache-2.0')
+    (folder / 'config.json').write_text(json.dumps(config))
 
 
 def save_sam(name, folder):
@@ -215,6 +236,7 @@ SAVERS = {
     'sam': save_sam,
     'pix2struct': save_pix2struct,
     'dinov2': save_dinov2,
+    'efficientnet_lite': save_efficientnet,
 }
 
 

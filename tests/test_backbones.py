@@ -29,6 +29,8 @@ from typer.testing import CliRunner
 
 from mllm_replica.cli import app
 
+from mllm_replica.core.machine import Machine
+from mllm_replica.core.recipe import Benchmark, Lora, Recipe, Source, Stage
 from mllm_replica.core.registry import PAPERS, backbones_of, recipes_of
 from mllm_replica.core.settings import project_root, settings
 from mllm_replica.evaluating.rows import evaluate_row
@@ -40,6 +42,8 @@ from mllm_replica.models.vision import resize_positions
 from mllm_replica.owl2.released import encoder_from_clip
 from mllm_replica.planning.doctor import published_models, stored_data
 from mllm_replica.running import journal, unit
+from mllm_replica.training.adapters import adapters
+from mllm_replica.training.identity import check_stages
 
 transformers.logging.set_verbosity_error()
 ROWS = {  # paper -> rows that start from different models or in different ways: (table, row)
@@ -248,6 +252,173 @@ def test_a_picture_of_another_size_interpolates_the_table(standins, place):
     folder = standins['openai/clip-vit-large-patch14-336']
     table = CLIPModel.from_pretrained(folder).vision_model.embeddings.position_embedding.weight
     assert torch.equal(model.vision_model.embeddings.position_embedding.weight, resize_positions(table, 256, leading=1))
+
+
+# --- scale small: encoders that are not CLIP ------------------------------------------------------------------------------
+DINO, WORDS, LITE = 'facebook/dinov2-small', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'efficientnet-lite0'
+SMALL = {  # case -> paper, its own settings, what its first stage trains
+    'honeybee': (
+        'honeybee',
+        dict(connector=dict(projector_type='c-abs', num_query_tokens=4, hidden_size=16, depth=1), feature_layer=-2),
+        r'^abstractor\.',
+    ),
+    'owl2': (
+        'owl2',
+        dict(
+            abstractor=dict(
+                num_learnable_queries=4,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=24,
+            )
+        ),
+        r'^visual_abstractor\.',
+    ),
+    'mm1': ('mm1', dict(connector=dict(connector_type='avg', num_query_tokens=4)), r'^connector\.'),
+    'owl3': ('owl3', dict(fusion='hyper', hyper_layers=[1]), r'^vision2text_model\.|v_kv_proj|gate'),
+    'owl3_concat': ('owl3', dict(fusion='concat'), r'^connector\.'),
+    'eagle': (
+        'eagle',
+        dict(
+            experts=['dinov2', 'lite'],
+            settings={'lite': {'stages': 3}},
+            sizes={'lite': 50},
+            connector=dict(fusion='channel', grid=2),
+        ),
+        r'^mm_projector\.',
+    ),
+}
+
+
+def small_recipe(case, **stage):
+    "Two steps on random numbers of the true classes, at 56 pixels."
+    paper, model, trainable = SMALL[case]
+    eyes = {'dinov2': DINO, 'lite': LITE} if paper == 'eagle' else {'vision': DINO}
+    first = dict(name='project', trainable=(trainable,), mixture={'a': 1.0}, steps=1, batch_size=2, lr=1e-2)
+    how = dict(precision='bf16', max_length=300)
+    return Recipe(
+        paper=paper,
+        table='none',
+        row=case,
+        scale='small',
+        seed=1,
+        model=model | dict(backbones=eyes | {'text': WORDS}, image_size=56),
+        sources={'a': Source(kind='world', name='mosaics', size=4), 'b': Source(kind='world', name='mosaics', size=2)},
+        stages=(Stage(**first, **how), Stage(**first | {'name': 'tune'}, **how, **stage)),
+        benchmarks=(Benchmark(name='asked', source='b', max_new_tokens=2, batch_size=2),),
+    )
+
+
+@pytest.fixture(scope='module')
+def small_standins(tmp_path_factory):
+    root = tmp_path_factory.mktemp('small')
+    for name in (DINO, WORDS, LITE):
+        write_backbone(name, root / name.replace('/', '--'))
+    return {name: str(root / name.replace('/', '--')) for name in (DINO, WORDS, LITE)}
+
+
+CASES_OF_SMALL = [
+    case if case in ('owl2', 'eagle') else pytest.param(case, marks=pytest.mark.nightly) for case in SMALL
+]
+
+
+def run_small(recipe, place, small_standins, folder, monkeypatch):
+    "The unit, run."
+    place(small_standins)
+    monkeypatch.setattr(f'mllm_replica.{recipe.paper}.recipes.recipe', lambda *_: recipe)
+    monkeypatch.setattr(f'mllm_replica.{recipe.paper}.recipes.measure', lambda *_: {})
+    assert backbones_of(recipe) == recipe.model['backbones']
+    made = unit.open_unit(recipe.paper, recipe.table, recipe.row, recipe.scale, recipe.seed, str(folder))
+    for step in (unit.load, unit.encode, unit.cache_features, unit.fit, unit.score):
+        step(made)
+    return made
+
+
+@pytest.mark.parametrize('case', CASES_OF_SMALL)
+def test_every_paper_learns_with_dinov2_and_smollm2(small_standins, place, tmp_path, monkeypatch, case):
+    "Features computed once, a step of each stage, an answer in mixed types, a folder that is the model."
+    recipe = small_recipe(case)
+    made = run_small(recipe, place, small_standins, tmp_path / 'unit', monkeypatch)
+    model, pictures = made.model, made.processor.image_processor
+    assert made.history.steps == 2 and made.metrics['asked'].n == 2
+    assert made.features is not None and len(made.features) > 0
+    assert pictures.side == 56 and (recipe.paper == 'eagle' or pictures.image_mean == [0.485, 0.456, 0.406])
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        sample = made.sources['a'][0]
+        seen = model.visual_features(made.processor.image_tensor(sample['images']))
+        stored = made.features[made.encoded['a'][0].image_ids]
+    torch.testing.assert_close(seen.float(), stored, rtol=2e-2, atol=2e-2)
+    again = type(model).from_pretrained(tmp_path / 'unit' / 'model' / 'tune', dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in model.state_dict().items())
+    with torch.device('meta'):
+        assert type(build(recipe)[0]) is type(model)
+
+
+@pytest.mark.parametrize('case', CASES_OF_SMALL)
+def test_adapters_learn_and_are_gone_into_the_weights(small_standins, place, tmp_path, monkeypatch, case):
+    pytest.importorskip('peft', reason="peft is not installed: `pip install '.[train]'`")
+    place(small_standins)
+    before = build(small_recipe(case))[0].language_model.state_dict()
+    recipe = small_recipe(case, lora=Lora(rank=2))
+    made = run_small(recipe, place, small_standins, tmp_path / 'unit', monkeypatch)
+    after = made.model.language_model.state_dict()
+    assert list(after) == list(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    maps = {name for name in changed if re.search(r'(q|k|v|o|gate|up|down)_proj\.', name)}
+    assert maps and all(re.search(SMALL[case][2], f'language_model.{name}') for name in changed - maps)
+    again = type(made.model).from_pretrained(tmp_path / 'unit' / 'model' / 'tune', dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in made.model.state_dict().items())
+
+
+def test_dinov2_at_another_size_has_the_table_that_its_class_would_make(small_standins, place):
+    place(small_standins)
+    model, _ = build(small_recipe('honeybee'))
+    theirs = Dinov2Model.from_pretrained(small_standins[DINO]).eval()
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        seen = model.vision_model.float().eval()
+        torch.testing.assert_close(model.visual_features(pixels), expected, rtol=2e-2, atol=2e-2)
+        table = theirs.embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 16), 56, 56)
+    torch.testing.assert_close(seen.embeddings.position_embeddings, table.bfloat16().float())
+
+
+def test_an_expert_has_the_weights_of_its_folder_but_for_head_and_stages_not_built(small_standins, place):
+    place(small_standins)
+    tower = build(small_recipe('eagle'))[0].vision_model.vision_towers[1]
+    stored = load_file(f'{small_standins[LITE]}/model.safetensors')
+    assert len(tower.vision_tower['_blocks']) == 5 and tower.grid == 7 and tower.channels == 40
+    for key, ours in tower.vision_tower.state_dict().items():
+        assert torch.equal(ours.float(), stored[key].to(ours.dtype).float()), key
+
+
+def test_adapters_without_peft_say_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(ImportError, match='pip install'), adapters(torch.nn.Module(), [tuned_stage()], 0):
+        pass
+
+
+def test_adapters_of_nothing_and_in_shares_are_refused(small_standins, place):
+    place(small_standins)
+    model, _ = build(small_recipe('mm1'))
+    stage = tuned_stage()
+    with pytest.raises(NotImplementedError, match="'tune' trains adapters, which are not shared out"):
+        check_stages(model, [stage], {'a': [1, 2]}, Machine(devices=2, shard='fsdp'), 2)
+    pytest.importorskip('peft')
+    nothing = stage.model_copy(update={'lora': Lora(targets='nothing')})
+    with pytest.raises(ValueError, match="'nothing' matches no linear map"), adapters(model, [nothing], 0):
+        pass
+
+
+def tuned_stage():
+    return small_recipe('mm1', lora=Lora()).stages[1]
+
+
+def test_stages_without_adapters_are_dumped_as_before():
+    bare, tuned = small_recipe('honeybee'), small_recipe('honeybee', lora=Lora())
+    assert 'lora' not in json.dumps(bare.model_dump(mode='json')) and bare.digest() != tuned.digest()
+    assert Recipe.model_validate_json(tuned.model_dump_json()) == tuned and tuned.stages[1].lora.rank == 8
 
 
 def test_connectors_are_drawn_from_the_seed(standins, place):

@@ -46,7 +46,7 @@ KINDS = TOWERS | {
     'pix2struct': TOWERS['pix2struct'] | dict(options=dict(max_patches=27)),
     'dinov2': TOWERS['dinov2'] | dict(options=dict(own_statistics=True)),
 }
-CHANNELS = dict(clip=16, convnext=12, sam=16, eva=16, pix2struct=16, dinov2=16)
+CHANNELS = dict(clip=16, convnext=12, sam=16, eva=16, pix2struct=16, dinov2=16, efficientnet_lite=40)
 TWO = ('clip', 'convnext')
 TEXT = dict(
     vocab_size=96,

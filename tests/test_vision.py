@@ -12,15 +12,28 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+    ViTModel,
+)
 
 from mllm_replica.models.vision import (
     FeatureCache,
+    anatomy,
     clip_pixels,
     encoder_key,
-    patch_features,
+    has_class_token,
     hidden_states,
     interpolate_positions,
+    patch_features,
+    statistics_of,
 )
 
 torch.set_num_threads(1)
@@ -52,18 +65,58 @@ def test_position_interpolation():
         )
 
 
-@pytest.mark.parametrize('kind', ['clip', 'siglip'])
+ENCODERS = {  # kind -> class, tokens before the patches
+    'clip_vision_model': (CLIPVisionModel, 1),
+    'siglip_vision_model': (SiglipVisionModel, 0),
+    'dinov2': (Dinov2Model, 1),
+    'dinov2_with_registers': (Dinov2WithRegistersModel, 5),
+    'vit': (ViTModel, 1),
+    'deit': (DeiTModel, 2),
+}
+
+
+@pytest.mark.parametrize('kind', ENCODERS)
 def test_features_of_every_layer(kind):
     torch.manual_seed(0)
-    encoder = (
-        CLIPVisionModel(CLIPVisionConfig(**SIZES)) if kind == 'clip' else SiglipVisionModel(SiglipVisionConfig(**SIZES))
-    ).eval()
-    pixels, skip = torch.randn(2, 3, 12, 12), kind == 'clip'
+    (form, skip), fields = ENCODERS[kind], AutoConfig.for_model(kind).to_dict()
+    config = AutoConfig.for_model(kind, **{name: size for name, size in SIZES.items() if name in fields})
+    encoder = form(config).eval()
+    for parameter in encoder.parameters():  # also those that begin at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    pixels = torch.randn(2, 3, 12, 12)
+    assert anatomy(encoder).leading == skip and has_class_token(encoder) == (skip > 0)
     with torch.no_grad():
         reference = encoder(pixels, output_hidden_states=True).hidden_states
         assert len(hidden_states(encoder, pixels)) == 4
         for layer in range(-4, 4):
             torch.testing.assert_close(patch_features(encoder, pixels, layer), reference[layer][:, skip:])
+        if kind != 'clip_vision_model':  # whose norm is of the pooled token alone
+            normed = anatomy(encoder).last_norm(hidden_states(encoder, pixels)[-1])
+            torch.testing.assert_close(normed, encoder(pixels).last_hidden_state, check_stride=False)
+
+
+def test_dinov2_reads_smaller_pictures_as_its_class_does():
+    "Positions are the class's own, whatever the table was made for."
+    torch.manual_seed(0)
+    fields = {name: size for name, size in SIZES.items() if name != 'intermediate_size'}
+    encoder = Dinov2Model(Dinov2Config(**fields | dict(image_size=28))).eval()
+    pixels = torch.randn(2, 3, 12, 20)
+    with torch.no_grad():
+        states = encoder(pixels, output_hidden_states=True).hidden_states
+        assert torch.equal(patch_features(encoder, pixels, -2), states[-2][:, 1:])
+
+
+def test_a_module_without_layers_is_named():
+    with pytest.raises(ValueError, match=r"Sequential has the parts \['0'\]; expected `embeddings`"):
+        patch_features(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.zeros(1, 3, 2, 2))
+
+
+def test_statistics_are_of_the_configuration_or_of_the_kind():
+    assert statistics_of(CLIPVisionConfig()) == {}
+    assert statistics_of(Dinov2Config())['image_mean'] == [0.485, 0.456, 0.406]
+    assert statistics_of(Dinov2Config(image_mean=[0.5] * 3)) == dict(
+        image_mean=[0.5] * 3, image_std=[0.229, 0.224, 0.225]
+    )
 
 
 def load(names):

@@ -76,6 +76,7 @@ TOWERS = dict(  # Eagle's: settings and image size
         config=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
         image_size=24,
     ),
+    efficientnet_lite=dict(config=dict(stages=3), image_size=36),
 )
 RECORD = dict(  # what every result of Honeybee's Table 3 says beside its value
     table='3',

@@ -55,6 +55,9 @@ def _filled(kind: Any, config: Any, towers: dict[str, Any], recipe: Recipe, proc
     from mllm_replica.models.processing import VisionLanguageProcessor
     from mllm_replica.owl3.components import insert_layers
 
+    blocks = '|'.join(map(str, getattr(config, 'hyper_layers', ())))
+    language = towers['language_model']._replace(grown=rf'^model\.layers\.({blocks})\.')
+    towers = towers | {'language_model': language}
     if recipe.model.get('fusion') == 'concat':
         tokenizer = processor.tokenizer
         tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token  # as Qwen's configuration says
@@ -111,7 +114,6 @@ def from_published(
     processor = Owl3Processor(pictures, tokenizer)
     parts = dict(vision_config=vision, text_config=text)
     kind, config = kind_of(made, parts, placeholder_ids=processor.placeholder_ids)
-    blocks = '|'.join(map(str, getattr(config, 'hyper_layers', ())))
-    language = Tower(names['text'], first_words(text.vocab_size), rf'^model\.layers\.({blocks})\.')
+    language = Tower(names['text'], first_words(text.vocab_size))
     towers = {'vision_model': Tower(names['vision']), 'language_model': language}
     return _filled(kind, config, towers, recipe, processor)

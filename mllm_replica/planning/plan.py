@@ -126,7 +126,7 @@ def as_built(recipe: Recipe, build: Callable[[Recipe], tuple[nn.Module, object]]
     """
     with torch.device('meta'):
         model = build(recipe)[0]
-    if recipe.scale == 'paper':
+    if recipe.scale in ('small', 'paper'):
         for name, dtype in types_of(model, recipe.stages).items():
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)

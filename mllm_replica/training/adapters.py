@@ -84,7 +84,7 @@ def plain_state(
 def adapters(model: nn.Module, stages: Sequence[Stage], seed: int) -> Iterator[None]:
     """Meanwhile the model has the adapters of its stages; afterwards they have gone into its weights.
 
-    model: with `language_model`
+    model: a language model, or a model with `language_model`
     seed: draws them
     """
     lora = lora_of(stages)
@@ -93,7 +93,7 @@ def adapters(model: nn.Module, stages: Sequence[Stage], seed: int) -> Iterator[N
         return
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hold = _inserted(model.language_model, lora)
+        hold = _inserted(getattr(model, 'language_model', model), lora)
     try:
         yield
     finally:
