@@ -154,7 +154,7 @@ def test_a_card_has_its_color_around_its_thing_and_only_there():
         image, (picture,) = np.asarray(open_image(sample['images'][0]), int), scene_of(sample)['pictures']
         assert any(thing['card'] for thing in picture['things'])
         for thing in picture['things']:
-            around = [(np.array(thing['middle']) + 0.53 * thing['extent'] * np.array(turn)) * 0.112 for turn in ROUND]
+            around = [(np.array(thing['middle']) + 0.57 * thing['extent'] * np.array(turn)) * 0.112 for turn in ROUND]
             seen = Counter(color_of(image[min(int(y), 111), min(int(x), 111)]) for x, y in around)
             if (ink := thing['name'][2:-4]) != thing['card']:
                 del seen[ink]  # of the letter itself

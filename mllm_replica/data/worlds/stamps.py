@@ -20,7 +20,7 @@ from .world import COLORS, SPLITS, Scene, World, pick, split_of
 # %% ../../../nbs/foundations/data/worlds/27b_stamps.ipynb #af609417
 PLACES = {'left': 180, 'right': 0, 'top': 270, 'bottom': 90}  # direction from the middle, clockwise
 AT = {'left': 'on the left', 'right': 'on the right', 'top': 'at the top', 'bottom': 'at the bottom'}
-CARDS = [color for color in COLORS if color != 'orange']  # which is a fruit here
+CARDS = ['red', 'blue', 'green', 'yellow', 'purple', 'white', 'black']  # orange is a fruit here
 SPOKEN = (
     'sun map tea cup hat box key bed pen ice sea sky rain snow wind milk ship road door book king moon nest rope '
     'salt gold desk lamp ring tent wall wood bread cloud clock grass green house river stone table water'
@@ -37,7 +37,7 @@ def _stock(names: list[str], split: str, held_out: bool) -> list[str]:
 
 def _spot(rng: np.random.Generator, place: str) -> dict[str, Any]:
     "A middle near a place."
-    angle, far = np.deg2rad(PLACES[place] + rng.integers(-8, 9)), rng.integers(280, 301)
+    angle, far = np.deg2rad(PLACES[place] + rng.integers(-8, 9)), rng.integers(295, 316)
     return dict(place=place, middle=[round(500 + far * float(turn)) for turn in (np.cos(angle), np.sin(angle))])
 
 
@@ -173,7 +173,7 @@ def render_stamps(scene: Scene, options: dict[str, Any], rng: np.random.Generato
         image = _paint_ground(picture['ground'], side)
         draw = ImageDraw.Draw(image)
         for thing in picture['things']:
-            x, y, half = *(middle * side / 1000 for middle in thing['middle']), 0.55 * thing['extent'] * side / 1000
+            x, y, half = *(middle * side / 1000 for middle in thing['middle']), 0.6 * thing['extent'] * side / 1000
             if thing['card']:
                 draw.ellipse((x - half, y - half, x + half, y + half), fill=COLORS[thing['card']])
         for thing in picture['things']:
@@ -330,7 +330,7 @@ STAMPS = World(
         same=ask_same,
         caption=ask_caption,
     ),
-    dict(pixels=224, images=1, things=[1, 3], kinds=24, colors=6, labels=12, extent=290, turn=15, held_out=False),
+    dict(pixels=224, images=1, things=[1, 3], kinds=24, colors=5, labels=12, extent=310, turn=15, held_out=False),
     prefix='picture {} <image>',
     parts=lambda scene: scene['pictures'],
     words=stamp_words,
