@@ -102,8 +102,8 @@ def _shown(rng: np.random.Generator, names: list[str], options: dict[str, Any], 
     "The kinds of a picture's things."
     low, high = options['things']
     count, shown = int(rng.integers(low, high + 1)), rng.permutation(names).tolist()
-    single = 1 + ('beside' in asked)
-    copies = int(rng.integers(1, max(1, count - single) + 1)) if 'many' in asked else 1
+    single = 2 if 'beside' in asked else int('where' in asked)
+    copies = int(rng.integers(1, max(1, count - single) + 1, size=2).max()) if 'many' in asked else 1
     return rng.permutation([shown[0]] * copies + shown[1 : 1 + count - copies]).tolist()
 
 
@@ -239,21 +239,24 @@ def ask_beside(scene: Scene, rng: np.random.Generator) -> Asked:
 def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
     "How many things there are."
     where, picture = _picture(scene, rng)
-    return f'how many things are there{where}?', str(len(picture['things'])), [str(n + 1) for n in range(len(PLACES))]
+    return (
+        f'how many things are there{where}?',
+        str(len(picture['things'])),
+        [str(n + 1) for n in range(len(PLACES) + 1)],
+    )
 
 
 def ask_many(scene: Scene, rng: np.random.Generator) -> Asked:
-    "How many things of a kind there are; a quarter of the answers are 0."
+    "How many things of a kind there are; a fifth of the answers are 0."
     where, picture = _picture(scene, rng)
     counts = _counts(picture)
     absent = [kind for kind in scene['kinds'] if kind not in counts]
-    kind = (
-        pick(rng, absent) if rng.random() < 0.25 else pick(rng, [max(counts, key=counts.get), pick(rng, list(counts))])
-    )
+    most, any_kind = max(counts, key=counts.get), pick(rng, list(counts))
+    kind = pick(rng, absent) if rng.random() < 0.2 else pick(rng, [most, most, most, any_kind])
     return (
         f'how many of the kind {kind} are there{where}?',
         str(counts.get(kind, 0)),
-        [str(n) for n in range(len(PLACES))],
+        [str(n) for n in range(len(PLACES) + 1)],
     )
 
 
