@@ -242,7 +242,7 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
     return (
         f'how many things are there{where}?',
         str(len(picture['things'])),
-        [str(n + 1) for n in range(len(PLACES) + 1)],
+        [str(n + 1) for n in range(len(PLACES))],
     )
 
 
