@@ -87,7 +87,7 @@ def expected(question, scene):
     if found := re.fullmatch(r'where is the (\w+)\?', question):
         assert kinds[found.group(1)] == 1
         return side_of(*named[found.group(1)]['middle'])
-    if found := re.fullmatch(r'is the (\w+) (left|above) or (right|below) of the (\w+)\?', question):
+    if found := re.fullmatch(r'is the (\w+) (left|above) or (right|below)(?: of)? the (\w+)\?', question):
         one, other = named[found.group(1)]['middle'], named[found.group(4)]['middle']
         axis = int(found.group(2) == 'above')
         assert abs(one[axis] - other[axis]) > 100 and kinds[found.group(1)] == kinds[found.group(4)] == 1
@@ -256,6 +256,7 @@ def test_sayings():
         (dict(labels=1), 'labels is 1'),
         (dict(extent=500), 'extent is 500'),
         (dict(turn=-1), 'turn is -1'),
+        (dict(fade=100), 'fade is 100'),
         (dict(pixels=8), 'pixels is 8'),
     ],
     ids=str,

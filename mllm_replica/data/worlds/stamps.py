@@ -92,6 +92,7 @@ def _check(options: dict[str, Any], asked: str, known: int) -> None:
         labels=(2, len(SPOKEN)),
         extent=(100, 400),
         turn=(0, 180),
+        fade=(0, 90),
         pixels=(32, 1024),
     ).items():
         if not least <= options[name] <= most:
@@ -110,7 +111,7 @@ def _shown(rng: np.random.Generator, names: list[str], options: dict[str, Any], 
 def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
     """Pictures of one split, all kinds and all colours of cards.
 
-    options: pixels, images, things [low, high], kinds, colors, labels, extent, turn, held_out, tasks
+    options: pixels, images, things [low, high], kinds, colors, labels, extent, turn, fade, held_out, tasks
     """
     asked = ' '.join(task.rpartition(':')[2] for task in options['tasks'])
     there, split = kinds(), pick(rng, list(SPLITS))
@@ -137,11 +138,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _paint_ground(ground: Scene, side: int) -> Image.Image:
-    "A square crop of a photograph."
+def _paint_ground(ground: Scene, side: int, fade: int) -> Image.Image:
+    "A square crop of a photograph, paler by some per cent."
     wide = open_ground(ground['name'], side * (2 + ground['zoom']) // 2)
     left, top = ((length - side) * place // 1000 for length, place in zip(wide.size, ground['corner']))
     image = wide.crop((left, top, left + side, top + side))
+    image = Image.blend(image, Image.new('RGB', image.size, (210, 210, 210)), fade / 100)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if ground['flip'] else image
 
 
@@ -166,11 +168,11 @@ def _paint_label(draw: ImageDraw.ImageDraw, label: Scene, extent: int, side: int
 def render_stamps(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
     """One image per picture.
 
-    options: pixels, extent
+    options: pixels, extent, fade
     """
     side, images = options['pixels'], []
     for picture in scene['pictures']:
-        image = _paint_ground(picture['ground'], side)
+        image = _paint_ground(picture['ground'], side, options['fade'])
         draw = ImageDraw.Draw(image)
         for thing in picture['things']:
             x, y, half = *(middle * side / 1000 for middle in thing['middle']), 0.6 * thing['extent'] * side / 1000
@@ -232,7 +234,7 @@ def ask_beside(scene: Scene, rng: np.random.Generator) -> Asked:
     far = [a - b for a, b in zip(one['middle'], other['middle'])]
     axis = pick(rng, [axis for axis in range(2) if abs(far[axis]) > 150])
     sides = (('left', 'right'), ('above', 'below'))[axis]
-    asked = f'is the {one["kind"]} {sides[0]} or {sides[1]} of the {other["kind"]}{where}?'
+    asked = f'is the {one["kind"]} {sides[0]} or {sides[1]}{" of" * (axis == 0)} the {other["kind"]}{where}?'
     return asked, sides[far[axis] > 0], list(sides)
 
 
@@ -333,7 +335,9 @@ STAMPS = World(
         same=ask_same,
         caption=ask_caption,
     ),
-    dict(pixels=224, images=1, things=[1, 3], kinds=24, colors=5, labels=12, extent=310, turn=15, held_out=False),
+    dict(
+        pixels=224, images=1, things=[1, 3], kinds=24, colors=5, labels=12, extent=310, turn=15, fade=35, held_out=False
+    ),
     prefix='picture {} <image>',
     parts=lambda scene: scene['pictures'],
     words=stamp_words,
