@@ -96,7 +96,8 @@ def _check(options: dict[str, Any], asked: str, known: int) -> None:
         pixels=(32, 1024),
     ).items():
         if not least <= options[name] <= most:
-            raise ValueError(f'{name} is {options[name]}; expected {least} to {most}')
+            why = f', for {known} kinds have cut-outs' * (name == 'kinds')
+            raise ValueError(f'{name} is {options[name]}; expected {least} to {most}{why}')
 
 
 def _shown(rng: np.random.Generator, names: list[str], options: dict[str, Any], asked: str) -> list[str]:
@@ -109,7 +110,7 @@ def _shown(rng: np.random.Generator, names: list[str], options: dict[str, Any], 
 
 
 def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
-    """Pictures of one split, all kinds and all colours of cards.
+    """Pictures of one split, and all kinds, colours and words that they could show.
 
     options: pixels, images, things [low, high], kinds, colors, labels, extent, turn, fade, held_out, tasks
     """
@@ -122,13 +123,15 @@ def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
         one, other = rng.permutation(len(shown))[:2].tolist()
         shown[other] = _shown(rng, [name for name in names if name not in shown[one]], options, asked)
         if rng.random() < 0.5:
-            shown[other] = [pick(rng, shown[one]) if kind == shown[other][0] else kind for kind in shown[other]]
+            common = {shown[other][0]: pick(rng, shown[one])}
+            shown[other] = [common.get(kind, kind) for kind in shown[other]]
     options = options | dict(asked=asked, grounds=grounds())
     stock = {kind: _stock(there[kind], split, options['held_out']) for kind in names}
     return {
         'pictures': [draw_stamp(rng, options, [(kind, stock[kind]) for kind in each], split) for each in shown],
         'kinds': names,
         'colors': CARDS[: options['colors']],
+        'labels': SPOKEN[: options['labels']] if 'label' in asked else [],
     }
 
 # %% ../../../nbs/foundations/data/worlds/27b_stamps.ipynb #d82241bb
@@ -282,7 +285,7 @@ def ask_color(scene: Scene, rng: np.random.Generator) -> Asked:
 def ask_label(scene: Scene, rng: np.random.Generator) -> Asked:
     "The printed word."
     where, picture = _picture(scene, rng)
-    return f'what does the label say{where}?', picture['label']['word'], SPOKEN
+    return f'what does the label say{where}?', picture['label']['word'], scene['labels']
 
 
 def ask_same(scene: Scene, rng: np.random.Generator) -> Asked:
