@@ -201,9 +201,8 @@ def test_glyphs_stay_inside_and_differ():
     assert len(pictures) > 10
 
 
-@pytest.mark.parametrize(
-    'name', sorted(WORLDS.keys() - {'pages', 'stamps'})
-)  # texts are documents, not turns; needs pictures: test_stamps
+# the texts of pages are documents, not turns; stamps need pictures and have tests of their own
+@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'pages', 'stamps'}))
 def test_every_task_of_every_world_is_valid_and_speakable(name):
     world = WORLDS[name]
     known = {*vocabulary(), *world.words()}
@@ -245,9 +244,8 @@ def test_the_letter_stands_for_the_right_answer():
     assert set(letters) == set('abcd') and max(letters.values()) < 40
 
 
-@pytest.mark.parametrize(
-    'name', sorted(WORLDS.keys() - {'facts', 'stamps'})
-)  # known by heart, so there is nothing to be split; needs pictures
+# facts are known by heart, so there is nothing to be split; stamps have tests of their own
+@pytest.mark.parametrize('name', sorted(WORLDS.keys() - {'facts', 'stamps'}))
 def test_splits_never_share_a_scene(name):
     small = dict(tiles=dict(grid=2, pixels=16)).get(name, {})
     drawn = {

@@ -55,7 +55,7 @@ def data_hash(recipe: Recipe, data_root: Path | None = None) -> str:
         if source.kind == 'easy_vqa':
             seen[key] = version('easy-vqa')
         elif source.kind == 'world':
-            seen |= {key: files for files in [world_files(source.name)] if files}
+            seen |= {key: files for files in [world_files(source.name)] if files}  # contents of shown pictures
         else:
             place = inside(source.name, data_root or data_folder(), 'source')
             if not place.exists():

@@ -228,7 +228,7 @@ def draw_letters(root: Path) -> None:
     font = ImageFont.load_default(80)
     for letter in 'abcdefghijklmnopqrstuvwxyz':
         (root / 'cutouts' / letter).mkdir(parents=True, exist_ok=True)
-        for color in ('red', 'green', 'blue'):
+        for color in ('black', 'orange', 'white'):
             image = Image.new('RGBA', (100, 100))
             ImageDraw.Draw(image).text((50, 50), letter.upper(), COLORS[color], font, 'mm', stroke_width=4)
             image.save(root / 'cutouts' / letter / f'{color}.png')

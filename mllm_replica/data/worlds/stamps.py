@@ -20,7 +20,7 @@ from .world import COLORS, SPLITS, Scene, World, pick, split_of
 # %% ../../../nbs/foundations/data/worlds/27b_stamps.ipynb #af609417
 PLACES = {'left': 180, 'right': 0, 'top': 270, 'bottom': 90}  # direction from the middle, clockwise
 AT = {'left': 'on the left', 'right': 'on the right', 'top': 'at the top', 'bottom': 'at the bottom'}
-CARDS = [color for color in COLORS if color != 'orange']  # which is a fruit here
+CARDS = ['red', 'blue', 'green', 'yellow', 'purple', 'white', 'black']  # orange is a fruit here
 SPOKEN = (
     'sun map tea cup hat box key bed pen ice sea sky rain snow wind milk ship road door book king moon nest rope '
     'salt gold desk lamp ring tent wall wood bread cloud clock grass green house river stone table water'
@@ -37,7 +37,7 @@ def _stock(names: list[str], split: str, held_out: bool) -> list[str]:
 
 def _spot(rng: np.random.Generator, place: str) -> dict[str, Any]:
     "A middle near a place."
-    angle, far = np.deg2rad(PLACES[place] + rng.integers(-8, 9)), rng.integers(280, 301)
+    angle, far = np.deg2rad(PLACES[place] + rng.integers(-8, 9)), rng.integers(295, 316)
     return dict(place=place, middle=[round(500 + far * float(turn)) for turn in (np.cos(angle), np.sin(angle))])
 
 
@@ -92,25 +92,27 @@ def _check(options: dict[str, Any], asked: str, known: int) -> None:
         labels=(2, len(SPOKEN)),
         extent=(100, 400),
         turn=(0, 180),
+        fade=(0, 90),
         pixels=(32, 1024),
     ).items():
         if not least <= options[name] <= most:
-            raise ValueError(f'{name} is {options[name]}; expected {least} to {most}')
+            why = f', for {known} kinds have cut-outs' * (name == 'kinds')
+            raise ValueError(f'{name} is {options[name]}; expected {least} to {most}{why}')
 
 
 def _shown(rng: np.random.Generator, names: list[str], options: dict[str, Any], asked: str) -> list[str]:
     "The kinds of a picture's things."
     low, high = options['things']
     count, shown = int(rng.integers(low, high + 1)), rng.permutation(names).tolist()
-    single = 1 + ('beside' in asked)
-    copies = int(rng.integers(1, max(1, count - single) + 1)) if 'many' in asked else 1
+    single = 2 if 'beside' in asked else int('where' in asked)
+    copies = int(rng.integers(1, max(1, count - single) + 1, size=2).max()) if 'many' in asked else 1
     return rng.permutation([shown[0]] * copies + shown[1 : 1 + count - copies]).tolist()
 
 
 def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
-    """Pictures of one split, all kinds and all colours of cards.
+    """Pictures of one split, and all kinds, colours and words that they could show.
 
-    options: pixels, images, things [low, high], kinds, colors, labels, extent, turn, held_out, tasks
+    options: pixels, images, things [low, high], kinds, colors, labels, extent, turn, fade, held_out, tasks
     """
     asked = ' '.join(task.rpartition(':')[2] for task in options['tasks'])
     there, split = kinds(), pick(rng, list(SPLITS))
@@ -121,13 +123,15 @@ def draw_stamps(rng: np.random.Generator, options: dict[str, Any]) -> Scene:
         one, other = rng.permutation(len(shown))[:2].tolist()
         shown[other] = _shown(rng, [name for name in names if name not in shown[one]], options, asked)
         if rng.random() < 0.5:
-            shown[other] = [pick(rng, shown[one]) if kind == shown[other][0] else kind for kind in shown[other]]
+            common = {shown[other][0]: pick(rng, shown[one])}
+            shown[other] = [common.get(kind, kind) for kind in shown[other]]
     options = options | dict(asked=asked, grounds=grounds())
     stock = {kind: _stock(there[kind], split, options['held_out']) for kind in names}
     return {
         'pictures': [draw_stamp(rng, options, [(kind, stock[kind]) for kind in each], split) for each in shown],
         'kinds': names,
         'colors': CARDS[: options['colors']],
+        'labels': SPOKEN[: options['labels']] if 'label' in asked else [],
     }
 
 # %% ../../../nbs/foundations/data/worlds/27b_stamps.ipynb #d82241bb
@@ -137,11 +141,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _paint_ground(ground: Scene, side: int) -> Image.Image:
-    "A square crop of a photograph."
+def _paint_ground(ground: Scene, side: int, fade: int) -> Image.Image:
+    "A square crop of a photograph, paler by some per cent."
     wide = open_ground(ground['name'], side * (2 + ground['zoom']) // 2)
     left, top = ((length - side) * place // 1000 for length, place in zip(wide.size, ground['corner']))
     image = wide.crop((left, top, left + side, top + side))
+    image = Image.blend(image, Image.new('RGB', image.size, (210, 210, 210)), fade / 100)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if ground['flip'] else image
 
 
@@ -166,14 +171,14 @@ def _paint_label(draw: ImageDraw.ImageDraw, label: Scene, extent: int, side: int
 def render_stamps(scene: Scene, options: dict[str, Any], rng: np.random.Generator) -> list[Image.Image]:
     """One image per picture.
 
-    options: pixels, extent
+    options: pixels, extent, fade
     """
     side, images = options['pixels'], []
     for picture in scene['pictures']:
-        image = _paint_ground(picture['ground'], side)
+        image = _paint_ground(picture['ground'], side, options['fade'])
         draw = ImageDraw.Draw(image)
         for thing in picture['things']:
-            x, y, half = *(middle * side / 1000 for middle in thing['middle']), 0.55 * thing['extent'] * side / 1000
+            x, y, half = *(middle * side / 1000 for middle in thing['middle']), 0.6 * thing['extent'] * side / 1000
             if thing['card']:
                 draw.ellipse((x - half, y - half, x + half, y + half), fill=COLORS[thing['card']])
         for thing in picture['things']:
@@ -232,28 +237,31 @@ def ask_beside(scene: Scene, rng: np.random.Generator) -> Asked:
     far = [a - b for a, b in zip(one['middle'], other['middle'])]
     axis = pick(rng, [axis for axis in range(2) if abs(far[axis]) > 150])
     sides = (('left', 'right'), ('above', 'below'))[axis]
-    asked = f'is the {one["kind"]} {sides[0]} or {sides[1]} of the {other["kind"]}{where}?'
+    asked = f'is the {one["kind"]} {sides[0]} or {sides[1]}{" of" * (axis == 0)} the {other["kind"]}{where}?'
     return asked, sides[far[axis] > 0], list(sides)
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
     "How many things there are."
     where, picture = _picture(scene, rng)
-    return f'how many things are there{where}?', str(len(picture['things'])), [str(n + 1) for n in range(len(PLACES))]
+    return (
+        f'how many things are there{where}?',
+        str(len(picture['things'])),
+        [str(n + 1) for n in range(len(PLACES))],
+    )
 
 
 def ask_many(scene: Scene, rng: np.random.Generator) -> Asked:
-    "How many things of a kind there are; a quarter of the answers are 0."
+    "How many things of a kind there are; a fifth of the answers are 0."
     where, picture = _picture(scene, rng)
     counts = _counts(picture)
     absent = [kind for kind in scene['kinds'] if kind not in counts]
-    kind = (
-        pick(rng, absent) if rng.random() < 0.25 else pick(rng, [max(counts, key=counts.get), pick(rng, list(counts))])
-    )
+    most, any_kind = max(counts, key=counts.get), pick(rng, list(counts))
+    kind = pick(rng, absent) if rng.random() < 0.2 else pick(rng, [most, most, most, any_kind])
     return (
         f'how many of the kind {kind} are there{where}?',
         str(counts.get(kind, 0)),
-        [str(n) for n in range(len(PLACES))],
+        [str(n) for n in range(len(PLACES) + 1)],
     )
 
 
@@ -277,7 +285,7 @@ def ask_color(scene: Scene, rng: np.random.Generator) -> Asked:
 def ask_label(scene: Scene, rng: np.random.Generator) -> Asked:
     "The printed word."
     where, picture = _picture(scene, rng)
-    return f'what does the label say{where}?', picture['label']['word'], SPOKEN
+    return f'what does the label say{where}?', picture['label']['word'], scene['labels']
 
 
 def ask_same(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -330,7 +338,9 @@ STAMPS = World(
         same=ask_same,
         caption=ask_caption,
     ),
-    dict(pixels=224, images=1, things=[1, 3], kinds=24, colors=6, labels=12, extent=290, turn=15, held_out=False),
+    dict(
+        pixels=224, images=1, things=[1, 3], kinds=24, colors=5, labels=12, extent=310, turn=15, fade=35, held_out=False
+    ),
     prefix='picture {} <image>',
     parts=lambda scene: scene['pictures'],
     words=stamp_words,
