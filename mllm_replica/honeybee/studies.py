@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .full import projector_of
-from ..training.real import PARTS, PIXELS, stamp_questions, stamp_source
+from ..training.real import PIXELS, TOWERS, stamp_questions, stamp_source
 from ..training.tiny import tiny_stage
 
 # %% ../../nbs/papers/02_honeybee.ipynb #5d831e89
@@ -291,7 +291,7 @@ def small_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Rec
         scale='small',
         seed=seed,
         model={
-            'backbones': PARTS,
+            'backbones': TOWERS,
             'image_size': PIXELS,
             'connector': projector_of(params, 'small'),
             'feature_layer': -2,
