@@ -21,6 +21,7 @@ from mllm_replica.core import packaged as parts
 from mllm_replica.core.packaged import PARTS, PackagedError
 from mllm_replica.core.settings import settings
 from mllm_replica.data import packaged as pictures
+from mllm_replica.data.worlds.pictures import KINDS
 from mllm_replica.models import backbones
 from mllm_replica.models import packaged as weights
 
@@ -336,7 +337,7 @@ STAMPS = {
 
 
 def test_photographs_of_the_package_with_their_names(deb):
-    found = list(pictures.stamps_of(deb(STAMPS), pictures.category, pictures.COLOURS))
+    found = list(pictures.stamps_of(deb(STAMPS)))
     assert [(s.folder, s.file, s.name) for s in found] == [
         ('cats', 'lion.png', 'sleeping lion'),
         ('food', 'pie.png', 'pie'),
@@ -344,14 +345,16 @@ def test_photographs_of_the_package_with_their_names(deb):
     assert found[0].content == STAMPS['animals/cats/lion.png'] and found[0].size == (40, 40)
 
 
-def test_the_worlds_stamps_lie_by_kind(deb, runs, tmp_path, monkeypatch):
+def test_cutouts_lie_by_category(deb, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, 'data_folder', lambda: tmp_path)
     made = deb(STAMPS)
-    parts.fetched('cutouts', 'deb', lambda folder: pictures.make_stamps(folder, pictures.kind))
-    assert (runs / 'cutouts' / 'lion' / 'lion.png').read_bytes() == STAMPS['animals/cats/lion.png']
-    assert [entry['category'] for entry in json.loads((runs / 'cutouts' / 'index.json').read_text())] == ['lion']
+    weights.fetch('cutouts')
+    assert (runs / 'cutouts' / 'cats' / 'lion.png').read_bytes() == STAMPS['animals/cats/lion.png']
+    index = json.loads((runs / 'cutouts' / 'index.json').read_text())
+    assert [entry['category'] for entry in index] == ['cats', 'food']
     assert made.exists()  # it is the user's
-    with pytest.raises(PackagedError, match='1 of 100 pictures, so it is another version'):
+    deb({'animals/cats/tiny.png': stamp(5, side=8)})
+    with pytest.raises(PackagedError, match='no photograph, so it is another version'):
         weights.fetch('cutouts', again=True)
     assert parts.packaged('cutouts'), 'what was there stays'
 
@@ -359,7 +362,7 @@ def test_the_worlds_stamps_lie_by_kind(deb, runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize('content', [b'no picture', stamp()[:200], b''])
 def test_a_stamp_that_is_no_picture_is_named(deb, content):
     with pytest.raises(ValueError, match=r'stamps-default_1_all\.deb: animals/cats/lion\.png'):
-        list(pictures.stamps_of(deb({'animals/cats/lion.png': content}), pictures.category))
+        list(pictures.stamps_of(deb({'animals/cats/lion.png': content})))
 
 
 @pytest.mark.parametrize('keep', [0.0, 0.3, 0.9])
@@ -368,7 +371,7 @@ def test_a_damaged_package_is_named(deb, keep):
     content = made.read_bytes()
     made.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(PackagedError, match=r'stamps-default_1_all\.deb is damaged: .*fetch it again'):
-        list(pictures.stamps_of(made, pictures.category))
+        list(pictures.stamps_of(made))
 
 
 def test_without_debian_both_ways_are_said(tmp_path, monkeypatch):
@@ -380,15 +383,15 @@ def test_without_debian_both_ways_are_said(tmp_path, monkeypatch):
         r'apt-get update once.*put the downloaded \.deb into.*pictures of your own into .*data/cutouts: KIND/NAME\.png'
     )
     with pytest.raises(PackagedError, match=f'dpkg-deb is not here; .*{ways}'):
-        pictures.make_stamps(tmp_path, pictures.kind)
+        pictures.make_cutouts(tmp_path)
     for name, text in (('dpkg-deb', 'exit 0'), ('apt-get', 'echo "E: Unable to locate package x" >&2; exit 100')):
         (tools / name).write_text(f'#!/bin/sh\n{text}\n')
         (tools / name).chmod(0o755)
     with pytest.raises(PackagedError, match=f'Unable to locate package x; .*{ways}'):
-        pictures.make_stamps(tmp_path, pictures.kind)
+        pictures.make_cutouts(tmp_path)
     (tools / 'apt-get').unlink()
     with pytest.raises(PackagedError, match=f'apt-get.*{ways}'):
-        pictures.make_stamps(tmp_path, pictures.kind)
+        pictures.make_cutouts(tmp_path)
 
 
 def test_what_apt_downloads_is_unpacked_and_not_kept(deb, runs, tmp_path, monkeypatch):
@@ -398,8 +401,8 @@ def test_what_apt_downloads_is_unpacked_and_not_kept(deb, runs, tmp_path, monkey
     apt.write_text(f'#!/bin/sh\ncp {deb(STAMPS)} .\n')
     apt.chmod(0o755)
     monkeypatch.setenv('PATH', f'{apt.parent}:{os.environ["PATH"]}')
-    assert weights.fetch('stamps')
-    assert sorted(path.name for path in (runs / 'stamps').rglob('*') if path.is_file()) == [
+    assert weights.fetch('cutouts')
+    assert sorted(path.name for path in (runs / 'cutouts').rglob('*') if path.is_file()) == [
         'index.json',
         'lion.png',
         'pie.png',
@@ -478,11 +481,10 @@ def test_the_real_efficientnets(runs, number):
 
 @pytest.mark.nightly
 def test_the_real_pictures(runs):
-    from mllm_replica.data.worlds.cutouts import GROUNDS, KINDS
-
-    assert len(list(real('backgrounds').glob('*.*g'))) == len(GROUNDS[''])
-    assert {path.parent.name for path in real('cutouts').glob('*/*.png')} == KINDS.keys()
-    index = json.loads((real('stamps') / 'index.json').read_text())
+    assert len(list(real('backgrounds').glob('*.*g'))) == len(pictures.BACKGROUNDS)
+    there = {f'{path.parent.name}/{path.stem}' for path in real('cutouts').glob('*/*.png')}
+    assert there >= {name for names in KINDS.values() for name in names}
+    index = json.loads((real('cutouts') / 'index.json').read_text())
     assert len(index) > 250 and {'frog', 'zebra', 'teapot', 'broccoli'} <= {entry['name'] for entry in index}
     for entry in index:
         assert Path(entry['file']).parent.name == entry['category']

