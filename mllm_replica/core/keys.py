@@ -23,6 +23,9 @@ from .meaning import Module, Part, digest
 from .recipe import Recipe
 
 # %% ../../nbs/foundations/core/07_keys.ipynb #b848ba35
+_TELLING = '.keys', '.meaning'  # ends of the names of modules that tell what is reached, and are no part of it
+
+
 class Tree:
     """The modules of some packages, each taken apart on first use.
 
@@ -103,7 +106,7 @@ class Tree:
         while todo:
             while todo:
                 part = todo.pop()
-                if part in found or part.module.endswith(('.keys', '.meaning')):
+                if part in found or part.module.endswith(_TELLING):
                     continue
                 found[part] = None
                 said |= part.strings
@@ -116,7 +119,10 @@ class Tree:
             todo = [
                 part
                 for part in waiting
-                if part not in found and part.owner in owners and (not part.key or part.key in said)
+                if part not in found
+                and part.owner in owners
+                and (not part.key or part.key in said)
+                and not part.module.endswith(_TELLING)
             ]
         return list(found)
 
