@@ -272,9 +272,16 @@ def test_no_pictures_says_both_ways(pictures):
     pictures.rename(pictures.with_name('elsewhere'))
     for use in (lambda: build_world('stamps', 'train', 0, 2), STAMPS.words, lambda: world_files('stamps')):
         with pytest.raises(
-            FileNotFoundError, match=r'run mllm-replica fetch cutouts.*cutouts = FOLDER .* in \[parts\] of settings.ini'
+            FileNotFoundError, match=r'run mllm-replica fetch cutouts.*put your own into .*cutouts \(KIND/NAME'
         ):
             use()
+
+
+def test_own_pictures_win(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pasted, 'data_folder', lambda: tmp_path / 'own')
+    shutil.copytree(pictures / 'cutouts', tmp_path / 'own' / 'cutouts')
+    (tmp_path / 'own' / 'cutouts' / 'a').rename(tmp_path / 'own' / 'cutouts' / 'dog')
+    assert 'dog' in pasted.kinds() and 'a' not in pasted.kinds()
 
 
 def test_the_package_s_pictures_are_called_by_the_table(pictures):
