@@ -122,8 +122,9 @@ def test_seeds_fall_with_the_effect_and_rise_with_the_family():
     assert seeds_for(0.0) is None and seeds_for(-1.0) == seeds_for(1.0)
 
 
-def test_a_row_that_has_learnt_nothing_informs_of_nothing(unrun):
+def test_a_row_that_has_learnt_nothing_informs_of_nothing(unrun, monkeypatch):
     "Below the blind baseline a C-Abstractor is no better than a resampler, whatever the interval says."
+    monkeypatch.setattr('mllm_replica.tables.informative.blind_line', lambda *cell: 0.27)
     put('3', dict(cabs_144=0.31, resampler_144=0.28), metric='spatial', spread=0.001)
     put('3', dict(cabs_144=0.9, resampler_144=0.7), spread=0.001)
     write_control('3', ('cabs_144', 'resampler_144'))

@@ -49,7 +49,7 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     if not row.key.startswith(_OWN_MODELS.get(table, '')):
         return "another paper's model"
     if scale == 'small':
-        return None if table in ('3', '8', '9', 'fig9') else 'has no recipe at scale small'
+        return None if table == '9' else 'has no recipe at scale small'
     return _UNPUBLISHED.get(row.key)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #c27d90fe

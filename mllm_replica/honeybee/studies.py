@@ -269,7 +269,7 @@ _SMALL_TASKS = dict(which=0.25, color=0.25, where=0.2, beside=0.15, count=0.15)
 
 
 def small_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
-    "The headline rows on pretrained parts."
+    "All projectors between pretrained parts."
     tests, benchmarks = stamp_questions(list(_SMALL_TASKS))
     stage = Stage(
         name='joint',
