@@ -5,6 +5,7 @@ import pytest
 from mllm_replica.core.metrics import exact_match, word_accuracy
 from mllm_replica.core.recipe import Source
 from mllm_replica.core.registry import PAPERS, recipes_of
+from mllm_replica.data.worlds import pictures
 from mllm_replica.data.worlds.making import samples
 from mllm_replica.data.worlds.table import WORLDS
 from mllm_replica.scoring.unseen import WAYS, Guesser, Turn, apart, turns_of
@@ -101,7 +102,9 @@ def test_the_same_lines_keep_their_commit_and_others_get_the_new_one(tmp_path, m
 
 
 @pytest.mark.parametrize('name', WORLDS)
-def test_worlds_are_asked_what_their_samples_ask(name):
+def test_worlds_are_asked_what_their_samples_ask(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, 'place_of', lambda part: tmp_path / part)
+    pictures.draw_letters(tmp_path)
     options = dict(tasks=['ground', 'sign'] if name == 'pages' else list(WORLDS[name].tasks)[:2])
     said = [s for sample in samples(name, 'test', 7, 5, **options) for s in sample['conversations']]
     found = turns_of(Source(kind='world', name=name, split='test', size=5, options=options), 7)
