@@ -37,10 +37,10 @@ def compared(
     maps = [claim.scope(scale).stands_for for claim in table.claims if claim.scope(scale).testable]
     if measured is None or not maps:
         return found
-    maps, counts = [measured.stands_for, *maps], {c.key for c in measured.columns if c.counted}
-    for column, ours in dict.fromkeys(pair for names in maps for pair in names.items()):
-        if ours not in counts:
-            found.setdefault(ours, []).append(column)
+    maps, ours = [measured.stands_for, *maps], {c.key for c in measured.columns if not c.counted}
+    for column, stand_in in dict.fromkeys(pair for names in maps for pair in names.items()):
+        if stand_in in ours:
+            found.setdefault(stand_in, []).append(column)
     return found
 
 # %% ../../nbs/foundations/tables/61b_agreement.ipynb #e52fe37c
