@@ -140,7 +140,8 @@ def findings(
         reasons += [word] * (word in ('inconclusive', 'not run') or word == 'not learnt' and not lacking)
         rows = {cell[0] for comparison, _ in compared_parts(v, t) for cell in comparison.cells if len(cell) == 2}
         known = bool(rows) and not reasons and all(_real(paper, table, row, scale) for row in rows)
-        needed = str(seeds_needed(v) or f'> {MOST}') if word == 'inconclusive' and v.chance is not None else ''
+        undecided = word == 'inconclusive' and v.chance is not None and not lacking
+        needed = str(seeds_needed(v) or f'> {MOST}') if undecided else ''
         found.append(Finding(paper, table, v.claim.id, word, '; '.join(reasons), known, needed))
     return found
 
