@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,10 +198,8 @@ def read_gguf(path: Path) -> tuple[LlamaForCausalLM, Any]:
 
     path: of a Llama
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise PackagedError(f'reading this file needs gguf: {INSTALL}') from error
+    if find_spec('gguf') is None:
+        raise PackagedError(f'reading this file needs gguf: {INSTALL}')
     read = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
     found = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
     plain = {name: value for name, value in found.config.to_dict().items() if name != 'quantization_config'}
