@@ -17,7 +17,7 @@ from ..models.configuration import VisionLanguageConfig
 from ..models.vlm import VisionLanguageModel, VisionLanguageOutput, register
 from .abstractor import VisualAbstractor, abstractor_fields
 from .components import ADAPTIVE, Route, adapt_layers
-from .encoder import Owl2VisionModel, WholeCheckpoint
+from .encoder import Owl2VisionConfig, WholeCheckpoint
 from .processor import Owl2Processor
 
 # %% ../../nbs/papers/01_owl2.ipynb #87ea7669
@@ -80,7 +80,7 @@ class Owl2Model(WholeCheckpoint, VisionLanguageModel):
 
         pixel_values: [N,3,height,width]
         """
-        if not isinstance(self.vision_model, Owl2VisionModel):
+        if self.config.vision_config.model_type != Owl2VisionConfig.model_type:
             return super().visual_features(pixel_values)
         return self.vision_model(pixel_values).last_hidden_state
 
