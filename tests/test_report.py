@@ -372,7 +372,7 @@ def test_figure_shows_control_and_real_pictures_beside_the_mean(project):
 
 
 def test_markdown_shows_cells_as_they_are():
-    frame = table_frame('honeybee', '3', 'tiny')[['published']]
+    frame = table_frame('honeybee', '3', 'tiny')[['published']].head(6)
     frame.index = ['a|b', '<img src=x>', '*x*', '_y_', 'line\nbreak', 'c_d']
     lines = markdown(frame).splitlines()
     assert len(lines) == 8 and len({line.replace('\\|', '').count('|') for line in lines}) == 1
