@@ -57,7 +57,7 @@ def unrun(tmp_path, monkeypatch):
     shutil.copy(project_root() / 'settings.ini', tmp_path)
     monkeypatch.setenv('MLLM_REPLICA_ROOT', str(tmp_path))
     monkeypatch.setenv('MLLM_REPLICA_RUNS', str(tmp_path / 'runs'))
-    for module in ('report', 'plain'):
+    for module in ('report', 'plain', 'readme'):
         monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', lambda paper, records: {})
     for cached in project_root, settings:
         cached.cache_clear()

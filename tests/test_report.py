@@ -18,11 +18,11 @@ from mllm_replica.tables import results, validity
 from mllm_replica.tables.effects import effects_figure
 from mllm_replica.tables.published import load_table, tables_of
 from mllm_replica.tables.plain import as_json
+from mllm_replica.tables.readme import matrix
 from mllm_replica.tables.report import (
     escape,
     figure,
     markdown,
-    matrix,
     png,
     scales_run,
     table_frame,
@@ -245,7 +245,7 @@ def test_contradictions_inside_a_paper_are_shown():
 
 
 def test_stale_rows_are_marked(project, monkeypatch):
-    for module in ('report', 'plain'):
+    for module in ('report', 'plain', 'readme'):
         monkeypatch.setattr(f'mllm_replica.tables.{module}.stale', validity.stale)
     digests = {'cabs_144': 'other', 'linear_256': 'digest', 'cabs_256': 'digest', 'resampler_256': 'digest'}
 

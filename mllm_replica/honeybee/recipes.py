@@ -23,8 +23,8 @@ _OWN_MODELS = {
     'fig8': 'honeybee',
 }  # start of the row key
 _UNPUBLISHED = {
-    'lora_r64': 'LoRA is not wired: alpha is not stated',
-    'lora_r256': 'LoRA is not wired: alpha is not stated',
+    'lora_r64': "LoRA's alpha is not stated",
+    'lora_r256': "LoRA's alpha is not stated",
     'image_indicator': 'the indicator tokens are not published',
     'fine_multi_flip': 'the inverted wordings are not published',
     'fine_multi': 'the ten wordings are not published',
