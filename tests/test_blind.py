@@ -11,7 +11,8 @@ from mllm_replica.data.worlds.table import WORLDS
 from mllm_replica.scoring.unseen import WAYS, Guesser, Turn, apart, turns_of
 from mllm_replica.tables import blinding
 from mllm_replica.tables.blind import NAME, blind_line, learnt, read_blind
-from mllm_replica.tables.blinding import SCALES, blind_lines, write_blind
+from mllm_replica.core.settings import CONFIRMING
+from mllm_replica.tables.blinding import blind_lines, write_blind
 from mllm_replica.tables.plain import as_json
 from mllm_replica.tables.published import Claim, Column, Replication, Scope, Table, load_table, tables_of
 from mllm_replica.tables.report import table_frame
@@ -32,7 +33,7 @@ def cells(paper, table, scale):
 def test_every_cell_has_a_number_or_a_reason(paper):
     lines = read_blind(paper)
     wanted = [
-        (t, s, row, c.key) for t in tables_of(paper) for s in SCALES for row, c in cells(paper, t, s)
+        (t, s, row, c.key) for t in tables_of(paper) for s in CONFIRMING for row, c in cells(paper, t, s)
     ]  # in the order of the file
     assert list(lines) == wanted
     assert all(line.how and line.commit and (line.value is None or 0 <= line.value < 1) for line in lines.values())
@@ -83,7 +84,7 @@ def test_a_sample_measured_again_is_equal():
 @pytest.mark.nightly
 @pytest.mark.parametrize('paper', PAPERS)
 def test_everything_measured_again_is_equal(paper):
-    found = [line for t in tables_of(paper) for scale in SCALES for line in blind_lines(paper, t, scale)]
+    found = [line for t in tables_of(paper) for scale in CONFIRMING for line in blind_lines(paper, t, scale)]
     assert found == [line.model_copy(update={'commit': ''}) for line in read_blind(paper).values()]
 
 

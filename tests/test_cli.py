@@ -307,7 +307,7 @@ def test_doctor_tells_what_is_wrong_and_ends_non_zero(project, monkeypatch):
 @pytest.mark.parametrize(
     'line, message',
     [
-        ('scale = tinny', "scale = tinny: Input should be 'smoke', 'tiny', 'small' or 'paper'"),
+        ('scale = tinny', "scale = tinny: Input should be 'smoke', 'tiny', 'sighted', 'small' or 'paper'"),
         ('scale', 'parsing errors'),
         ('', 'scale is missing'),
         ('scale = tiny\nseeds = ten', 'seeds and workers are whole numbers'),

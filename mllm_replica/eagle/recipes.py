@@ -142,8 +142,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
     if table == 'data':
         return 'describes data'
-    if scale == 'small':
-        return 'has no recipe at scale small'
+    if scale in ('sighted', 'small'):
+        return f'has no recipe at scale {scale}'
     if row.key == 'internvit':
         return 'another encoder, of 6B parameters'
     if row.key == 'clip_tiling':

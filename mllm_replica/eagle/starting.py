@@ -25,11 +25,11 @@ def backbones(
 
 
 def _towers(names: dict[str, str], experts: list[dict[str, Any]]) -> dict[str, Any]:
-    "Path of every expert, and of the language model -> what it starts from."
+    "Path of every expert -> what it starts from."
     from mllm_replica.eagle.experts.efficientnet import built_blocks
     from mllm_replica.models.assembly import Tower
 
-    found = {'language_model': Tower(names['text'])}
+    found = {}
     for k, expert in enumerate(experts):
         inner = '.vision_model' if expert['kind'].startswith('clip') else ''
         changed = built_blocks(expert['config']) if expert['kind'] == 'efficientnet_lite' else None
@@ -41,11 +41,11 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
     "Any experts and language model, a drawn fusion and projector."
     from mllm_replica.eagle.model import EagleConfig, EagleModel
     from mllm_replica.eagle.prompts import EagleProcessor
-    from mllm_replica.models.assembly import on_backbones
-    from mllm_replica.models.backbones import backbone_config, backbone_form, backbone_settings, backbone_tokenizer
+    from mllm_replica.models.assembly import on_backbones, text_parts
+    from mllm_replica.models.backbones import backbone_form, backbone_settings
 
     made, names = recipe.model, recipe.model['backbones']
-    size = made['image_size']
+    size, (text, tokenizer, start) = made['image_size'], text_parts(recipe)
     experts = [
         dict(
             name=name,
@@ -59,10 +59,9 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
     config = EagleConfig(
         vision_config=dict(experts=experts, image_size=size),
         connector_config=made['connector'],
-        text_config=backbone_config(names['text']),
+        text_config=text,
     )
-    model = on_backbones(EagleModel, config, _towers(names, experts), recipe)
-    tokenizer = backbone_tokenizer(names['text'])
+    model = on_backbones(EagleModel, config, start | _towers(names, experts), recipe)
     return model, EagleProcessor.from_config(config, tokenizer, **made.get('processor', {}))
 
 
@@ -74,10 +73,10 @@ def from_published(
     from mllm_replica.eagle.model import EagleConfig, EagleModel
     from mllm_replica.eagle.prompts import EagleProcessor
     from mllm_replica.eagle.released import RELEASED, paper_config
-    from mllm_replica.models.assembly import on_backbones
+    from mllm_replica.models.assembly import Tower, on_backbones
     from mllm_replica.models.backbones import backbone_config, backbone_settings, backbone_tokenizer
 
-    if recipe.scale == 'small':
+    if recipe.scale != 'paper':
         return _small(recipe)
     planned, names = paper_config(**recipe.model), backbones(recipe)
     if torch.get_default_device().type == 'meta':
@@ -90,6 +89,7 @@ def from_published(
         connector_config=planned.connector_config,
         text_config=backbone_config(names['text']),
     )
-    model = on_backbones(EagleModel, config, _towers(names, config.vision_config.experts), recipe)
+    towers = {'language_model': Tower(names['text'])} | _towers(names, config.vision_config.experts)
+    model = on_backbones(EagleModel, config, towers, recipe)
     template = _TEMPLATES.get(RELEASED[recipe.model['name']][1], 'vicuna_v1')
     return model, EagleProcessor.from_config(config, backbone_tokenizer(names['text']), template=template)

@@ -9,6 +9,7 @@ from typing import Any
 from ..core.recipe import Recipe
 from .building import load_source
 from .studies import _SMALL_TASKS, _SPATIAL
+from ..training.real import SIGHTED_TASKS
 
 # %% ../../nbs/papers/02_honeybee.ipynb #7922f159
 def _step_gflop(model: Any, processor: Any, recipe: Recipe) -> float:
@@ -46,8 +47,9 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
     found = {'gflop_step': _step_gflop(model, processor, recipe), 'visual_tokens': model.config.visual_token_count()}
     if set(_SPATIAL) <= set(scores):
         found['spatial'] = sum(scores[task] for task in _SPATIAL) / len(_SPATIAL)
-    if set(_SMALL_TASKS) <= set(scores):
-        found['scenes'] = sum(scores[task] for task in _SMALL_TASKS) / len(_SMALL_TASKS)
+    for tasks in (_SMALL_TASKS, SIGHTED_TASKS):
+        if set(tasks) == set(scores):
+            found['scenes'] = sum(scores[task] for task in tasks) / len(tasks)
     if {'name_color', 'name_row'} <= set(scores):
         found['rec'] = (scores['name_color'] + scores['name_row']) / 2
     if recipe.model['connector']['projector_type'] in ('resampler', 'd-abs') and 'test_cell' in recipe.sources:

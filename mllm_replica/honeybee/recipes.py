@@ -10,7 +10,7 @@ from ..core.recipe import Recipe
 from .building import build, load_source  # with `measure` what a unit executes
 from .full import paper_recipe
 from .measures import measure
-from .studies import TINY, small_recipe
+from .studies import TINY, sighted_recipe, small_recipe
 from ..tables.published import Row, runnable
 
 # %% ../../nbs/papers/02_honeybee.ipynb #f1dba5ba
@@ -50,6 +50,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         return "another paper's model"
     if scale == 'small':
         return None if table == '9' else 'has no recipe at scale small'
+    if scale == 'sighted':
+        return None if table in ('3', '8', '9') else 'has no recipe at scale sighted'
     return _UNPUBLISHED.get(row.key)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #c27d90fe
@@ -57,8 +59,8 @@ def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
     "The recipe of a row that can run."
     if scale == 'paper':
         return paper_recipe(table, row, params, seed)
-    if scale == 'small':
-        return small_recipe(table, row, params, seed)
+    if scale in ('sighted', 'small'):
+        return (sighted_recipe if scale == 'sighted' else small_recipe)(table, row, params, seed)
     return TINY[table](table, row, params, scale, seed)
 
 

@@ -14,14 +14,14 @@ def from_published(
 ) -> tuple[Any, Any]:
     "Encoder, language model and a drawn projector; on meta only the shapes."
     import torch
+    from mllm_replica.honeybee.blocks import initialise
     from mllm_replica.honeybee.model import HoneybeeConfig, HoneybeeModel, HoneybeeProcessor, paper_config
     from mllm_replica.models.assembly import named_parts, on_backbones
-    from mllm_replica.models.backbones import backbone_tokenizer
 
     made = recipe.model
     if torch.get_default_device().type == 'meta' and 'size' in made:
         return HoneybeeModel(paper_config(made['size'], made['connector'], made['feature_layer'])), None
-    parts, tokenizer = named_parts(recipe), backbone_tokenizer(made['backbones']['text'])
+    parts = named_parts(recipe)
     config = HoneybeeConfig(
         vision_config=parts.vision,
         text_config=parts.text,
@@ -29,4 +29,8 @@ def from_published(
         feature_layer=made['feature_layer'],
     )
     model = on_backbones(HoneybeeModel, config, parts.towers, recipe)
-    return model, HoneybeeProcessor.from_config(config, tokenizer, **made.get('processor', {}))
+    if recipe.scale == 'sighted' and torch.get_default_device().type != 'meta':
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            initialise(model.abstractor, 'scaled')
+    return model, HoneybeeProcessor.from_config(config, parts.tokenizer, **made.get('processor', {}))

@@ -46,8 +46,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         if row.key in _OTHERS.get(table, ()):
             return 'other data or another model: nothing to vary here'
         return _UNMADE.get(row.key)
-    if scale == 'small':
-        return 'has no recipe at scale small'
+    if scale in ('sighted', 'small'):
+        return f'has no recipe at scale {scale}'
     if table == '1' and (row.key.startswith('aim') or row.key in _OTHERS['1']):
         return 'AIM encoders and other training data have no recipe at scale paper'
     if table == 'fig5' and row.key in _OTHERS['fig5']:

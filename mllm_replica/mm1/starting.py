@@ -25,7 +25,6 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
     "Any encoder and language model, a drawn connector, perhaps experts."
     from mllm_replica.mm1.model import MM1Config, MM1Model, MM1Processor
     from mllm_replica.models.assembly import named_parts, on_backbones
-    from mllm_replica.models.backbones import backbone_tokenizer
 
     made, parts = recipe.model, named_parts(recipe)
     config = MM1Config(
@@ -35,10 +34,9 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
         experts=made.get('experts'),
         feature_layer=made.get('feature_layer', -1),
     )
-    towers = parts.towers | {'language_model': parts.towers['language_model']._replace(grown=r'\.mlp\.')}
+    towers = parts.grown(r'\.mlp\.')
     model = on_backbones(MM1Model, config, towers, recipe, MM1Model._insert_experts if config.experts else None)
-    tokenizer = backbone_tokenizer(made['backbones']['text'])
-    return model, MM1Processor.from_config(config, tokenizer, **made.get('processor', {}))
+    return model, MM1Processor.from_config(config, parts.tokenizer, **made.get('processor', {}))
 
 
 def from_published(
@@ -51,7 +49,7 @@ def from_published(
     from mllm_replica.models.assembly import Tower, at_size, on_backbones
     from mllm_replica.models.backbones import backbone_config, backbone_tokenizer
 
-    if recipe.scale == 'small':
+    if recipe.scale != 'paper':
         return _small(recipe)
     names = backbones(recipe)
     fields = {name: value for name, value in recipe.model.items() if name not in ('preset', 'in_stage')}

@@ -181,8 +181,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         return 'describes data or settings'
     if scale in ('smoke', 'tiny'):
         return None if table in _TINY else 'not testable on small models trained from scratch'
-    if scale == 'small':
-        return 'has no recipe at scale small'
+    if scale in ('sighted', 'small'):
+        return f'has no recipe at scale {scale}'
     if table == 'fig3':
         return 'its rows are benchmarks; the two models are rows of Table 5'
     return None if table in _TINY or 'owl2' in row.key.split('_') else 'another model'

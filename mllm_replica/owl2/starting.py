@@ -20,7 +20,6 @@ def backbones(
 def _small(recipe: Recipe) -> tuple[Any, Any]:
     "Any encoder and language model, with ways and a drawn abstractor."
     from mllm_replica.models.assembly import named_parts, on_backbones
-    from mllm_replica.models.backbones import backbone_tokenizer
     from mllm_replica.owl2.components import adapt_layers
     from mllm_replica.owl2.model import Owl2Config, Owl2Model
     from mllm_replica.owl2.processor import Owl2Processor
@@ -40,8 +39,7 @@ def _small(recipe: Recipe) -> tuple[Any, Any]:
         recipe,
         lambda model: adapt_layers(model.language_model, tuple(config.adaptive)),
     )
-    tokenizer = backbone_tokenizer(made['backbones']['text'])
-    return model, Owl2Processor.from_config(config, tokenizer, **made.get('processor', {}))
+    return model, Owl2Processor.from_config(config, parts.tokenizer, **made.get('processor', {}))
 
 
 def from_published(
@@ -57,7 +55,7 @@ def from_published(
     from mllm_replica.owl2.processor import Owl2Processor
     from mllm_replica.owl2.released import plan_encoder
 
-    if recipe.scale == 'small':
+    if recipe.scale != 'paper':
         return _small(recipe)
     made, names = recipe.model, backbones(recipe)
     config = paper_config(made['image_size'], made['num_queries'], made.get('adaptive'))

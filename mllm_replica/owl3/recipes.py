@@ -151,8 +151,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         if table not in _TINY:
             return 'not testable on small models trained from scratch'
         return None if table in _ABLATIONS or row.key in _ROWS else 'another model: needs its checkpoint'
-    if scale == 'small':
-        return 'has no recipe at scale small'
+    if scale in ('sighted', 'small'):
+        return f'has no recipe at scale {scale}'
     if table == '1':
         return 'describes the data'
     if table == 'readme':

@@ -56,8 +56,9 @@ def _filled(kind: Any, config: Any, towers: dict[str, Any], recipe: Recipe, proc
     from mllm_replica.owl3.components import insert_layers
 
     blocks = '|'.join(map(str, getattr(config, 'hyper_layers', ())))
-    language = towers['language_model']._replace(grown=rf'^model\.layers\.({blocks})\.')
-    towers = towers | {'language_model': language}
+    if 'language_model' in towers:
+        language = towers['language_model']._replace(grown=rf'^model\.layers\.({blocks})\.')
+        towers = towers | {'language_model': language}
     if recipe.model.get('fusion') == 'concat':
         tokenizer = processor.tokenizer
         tokenizer.bos_token = tokenizer.bos_token or tokenizer.pad_token  # as Qwen's configuration says
@@ -76,16 +77,14 @@ def _filled(kind: Any, config: Any, towers: dict[str, Any], recipe: Recipe, proc
 def _small(recipe: Recipe) -> tuple[Any, Any]:
     "Any encoder and language model; the recipe's model has the fields of `Owl3Config` beside their names."
     from mllm_replica.models.assembly import named_parts
-    from mllm_replica.models.backbones import backbone_tokenizer
     from mllm_replica.models.vision import statistics_of
     from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor
 
     made, parts = dict(recipe.model), named_parts(recipe)
     pictures = Owl3ImageProcessor(parts.vision.image_size, **statistics_of(parts.vision))
-    tokenizer = backbone_tokenizer(made.pop('backbones')['text'])
-    processor = Owl3Processor(pictures, tokenizer, **made.pop('processor', {}))
+    processor = Owl3Processor(pictures, parts.tokenizer, **made.pop('processor', {}))
     known = dict(vision_config=parts.vision, text_config=parts.text, feature_layer=made.pop('feature_layer', -2))
-    made.pop('image_size', None)
+    made = {name: value for name, value in made.items() if name not in ('backbones', 'text', 'image_size')}
     kind, config = kind_of(made, known, placeholder_ids=processor.placeholder_ids)
     return _filled(kind, config, parts.towers, recipe, processor)
 
@@ -100,7 +99,7 @@ def from_published(
     from mllm_replica.owl3.processor import Owl3ImageProcessor, Owl3Processor
     from mllm_replica.owl3.released import SIZES, WORDS
 
-    if recipe.scale == 'small':
+    if recipe.scale != 'paper':
         return _small(recipe)
     if torch.get_default_device().type == 'meta':
         return _shapes(recipe), None

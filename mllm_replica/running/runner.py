@@ -142,7 +142,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/foundations/running/72_runner.ipynb #63697f94
-TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'small': None, 'paper': None}  # seconds a unit
+TIMEOUTS = {'smoke': 600.0, 'tiny': 3600.0, 'sighted': 3600.0, 'small': None, 'paper': None}  # seconds a unit
 
 
 def run_tables(

@@ -25,7 +25,7 @@ from ..core import registry
 from ..core.keys import Part, Tree, code_hash, meanings, reach, tree_of_paper
 from ..core.reading import read_yaml
 from ..core.recipe import Recipe
-from ..core.settings import clone, project_root, settings
+from ..core.settings import SCALES, clone, project_root, settings
 from .journal import git_commit, processor
 from .worker import environment
 from ..tables.published import paper_folder, tables_of
@@ -367,7 +367,7 @@ def check(
     found = {}
     for paper in papers:
         for table in tables_of(paper):
-            for scale in ('tiny', 'small', 'paper'):
+            for scale in SCALES[1:]:
                 doubts = stale(paper, read_results(paper, table, scale))
                 found |= {f'{paper}/{table}/{row} at {scale}': reason for row, reason in doubts.items()}
     return found

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..core.reading import read_yaml
 from ..core.recipe import Recipe
 from ..core.registry import PAPERS
-from ..core.settings import Scale, Strict, Trouble, project_root
+from ..core.settings import CONFIRMING, Scale, Strict, Trouble, project_root
 from ..scoring.asked import Asked
 from .columns import Column, Row, Value, asked_of, check_column, check_means, tolerance_of
 
@@ -87,10 +87,10 @@ class Claim(Strict):
         self,
         scale: Scale,
     ) -> Scope:
-        "The claim at one scale: `smoke` never judges, `paper` always can, `small` is as `tiny` unless it is named."
+        "The claim at one scale: `smoke` never judges, `paper` always can, `sighted` and `small` are as `tiny` unless they are named."
         if scale == 'smoke':
             return Scope(testable=False, note='smoke only shows that the machinery runs')
-        found = self.scales.get(scale) or (self.scales.get('tiny') if scale == 'small' else None)
+        found = self.scales.get(scale) or (self.scales.get('tiny') if scale in CONFIRMING else None)
         if found is not None:
             return found
         return Scope(testable=self.test is not None, note=self.reason)
