@@ -51,7 +51,7 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     if scale == 'small':
         return None if table == '9' else 'has no recipe at scale small'
     if scale == 'sighted':
-        return None if table in ('3', '8', '9') else 'has no recipe at scale sighted'
+        return None if table == '9' else 'has no recipe at scale sighted'
     return _UNPUBLISHED.get(row.key)
 
 # %% ../../nbs/papers/02_honeybee.ipynb #c27d90fe

@@ -294,7 +294,7 @@ def sighted_recipe(table: str, row: str, params: dict[str, Any], seed: int) -> R
             'processor': {'style': 'plain'},
         },
         sources={'stamps': sighted_scenes()} | tests,
-        stages=(sighted_stage((r'^abstractor\.', r'^language_model\.'), {'stamps': 1.0}),),
+        stages=(sighted_stage((r'^abstractor\.', r'^language_model\.'), {'stamps': 1.0}, 1500),),
         benchmarks=benchmarks,
         assumptions=('cut-outs on photographs', _ASSUMPTIONS[0], _ASSUMPTIONS[2]),
     )
