@@ -802,10 +802,8 @@ def test_doctor_lists_all_that_is_missing_at_once(place):
         assert topic in done.output
 
 
-@pytest.mark.parametrize(
-    'paper, table, row',
-    [('owl2', '7', 'q64'), pytest.param('eagle', '4', 'chan_concat_2', marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly  # the two tests around it say the rest in less time
+@pytest.mark.parametrize('paper, table, row', [('owl2', '7', 'q64'), ('eagle', '4', 'chan_concat_2')])
 def test_doctor_is_content_with_stand_ins(standins, place, paper, table, row):
     write_data(recipe_of(paper, table, row), place(standins) / 'data')
     done = doctor(paper, table, '--scale', 'paper', '--row', row)
