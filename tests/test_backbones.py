@@ -44,6 +44,7 @@ from mllm_replica.planning.doctor import published_models, stored_data
 from mllm_replica.running import journal, unit
 from mllm_replica.training.adapters import adapters
 from mllm_replica.training.identity import check_stages
+from mllm_replica.training.tiny import DECODER
 
 transformers.logging.set_verbosity_error()
 ROWS = {  # paper -> rows that start from different models or in different ways: (table, row)
@@ -353,6 +354,29 @@ def test_every_paper_learns_with_dinov2_and_smollm2(small_standins, place, tmp_p
     assert all(torch.equal(again[name], tensor.float()) for name, tensor in model.state_dict().items())
     with torch.device('meta'):
         assert type(build(recipe)[0]) is type(model)
+
+
+PLAIN = {'honeybee': dict(style='plain')}  # case -> settings of a processor that says no word of its own
+
+
+@pytest.mark.parametrize('case', PLAIN)
+def test_a_drawn_decoder_learns_behind_dinov2(small_standins, place, tmp_path, monkeypatch, case):
+    "It knows the world's words, starts from the seed alone, and learns with what the paper puts before it."
+    recipe = small_recipe(case)
+    eyes = {part: name for part, name in recipe.model['backbones'].items() if part != 'text'}
+    drawn = recipe.model | dict(backbones=eyes, text=DECODER, processor=PLAIN[case])
+    stage = recipe.stages[0].model_copy(update=dict(trainable=(r'^language_model\.',), precision='fp32'))
+    recipe = recipe.model_copy(update=dict(scale='sighted', model=drawn, stages=(stage,)))
+    place(small_standins)
+    first, again, other = (
+        build(recipe.model_copy(update=dict(seed=seed)))[0].language_model.state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first['lm_head.weight'], other['lm_head.weight'])
+    made = run_small(recipe, place, small_standins, tmp_path / 'unit', monkeypatch)
+    assert made.metrics['asked'].n == 2
+    changed = made.model.language_model.state_dict()
+    assert all(not torch.equal(changed[name], first[name]) for name in first if '_proj' in name)
 
 
 @pytest.mark.parametrize('case', CASES_OF_SMALL)
