@@ -256,6 +256,7 @@ def test_a_picture_of_another_size_interpolates_the_table(standins, place):
 
 
 # --- scale small: encoders that are not CLIP ------------------------------------------------------------------------------
+FUSED = ('seq_append', 'chan_concat', 'llava_hr', 'mini_gemini', 'deform')
 DINO, WORDS, LITE = 'facebook/dinov2-small', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'efficientnet-lite0'
 SMALL = {  # case -> paper, its own settings, what its first stage trains
     'honeybee': (
@@ -415,6 +416,33 @@ def test_an_expert_has_the_weights_of_its_folder_but_for_head_and_stages_not_bui
     assert len(tower.vision_tower['_blocks']) == 5 and tower.grid == 7 and tower.channels == 40
     for key, ours in tower.vision_tower.state_dict().items():
         assert torch.equal(ours.float(), stored[key].to(ours.dtype).float()), key
+
+
+# --- scale sighted: real experts before a drawn decoder ---------------------------------------------------------------
+@pytest.mark.parametrize('row, places', [('chan_concat_2', 64), ('seq_append_2', 128), ('mini_gemini_2', 64)])
+def test_kept_maps_of_frozen_experts_are_as_good_as_pictures(small_standins, place, row, places):
+    place(small_standins)
+    words = {'a': Source(kind='world', name='shelves', size=4)}  # the cut-outs may not be here
+    recipe = recipes_of('eagle').recipe('4', row, 'sighted', 1).model_copy(update={'sources': words})
+    model, processor = build(recipe)
+    model.eval()
+    assert unit.encoder_is_frozen(model, recipe) and recipes_of('eagle').starts(recipe) == []
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.visual_token_count() == processor.visual_tokens == places
+    pixels = torch.randn(2, 3, 112, 112)
+    with torch.inference_mode():
+        kept = model.visual_features(pixels)
+        assert kept.shape == (2, 1, 64 * sum(tower.channels for tower in model.vision_model.vision_towers))
+        torch.testing.assert_close(model.visual_embeds(image_features=kept), model.visual_embeds(pixels))
+
+
+def test_rows_without_real_experts_say_why():
+    eagle = recipes_of('eagle')
+    reasons = {row: why for table in ('4', 'fig4') for row, why in eagle.rows(table, 'sighted').items() if why}
+    assert set(reasons) == {'llava_hr_2'} | {f'{fusion}_3' for fusion in FUSED} | {'x5', 'x6'}
+    assert 'inside the first expert' in reasons['llava_hr_2'] and 'four real experts' in reasons['x6']
+    one, other = (eagle.recipe(*at, 'sighted', 3) for at in (('4', 'chan_concat_2'), ('fig4', 'x2')))
+    assert one.digest() == other.digest()
 
 
 def test_adapters_without_peft_say_what_is_missing(monkeypatch):
