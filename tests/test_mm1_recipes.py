@@ -208,12 +208,3 @@ def test_rows_of_figure_4_with_real_eyes_differ_in_one_thing_each():
     assert made['cabs_224_64'].model | {'image_size': 112} == made['cabs_336_64'].model
     assert all(r.sources == base.sources and r.stages == base.stages for r in made.values())
     assert recipe('connectors', 'cabs_full', 'sighted', 1).digest() == base.digest()
-
-
-@pytest.mark.parametrize(
-    'row, patches, tokens', [('avg_224_64', 16, 16), ('att_336_64', 64, 16), ('cabs_336_144', 64, 64)]
-)
-def test_connectors_read_the_patches_of_a_real_encoder(row, patches, tokens):
-    with torch.device('meta'):
-        config = build(recipe('fig4', row, 'sighted', 0))[0].config
-    assert (config.num_patches, config.visual_token_count()) == (patches, tokens)
