@@ -44,6 +44,7 @@ from mllm_replica.planning.doctor import published_models, stored_data
 from mllm_replica.running import journal, unit
 from mllm_replica.training.adapters import adapters
 from mllm_replica.training.identity import check_stages
+from mllm_replica.training.tiny import DECODER
 
 transformers.logging.set_verbosity_error()
 ROWS = {  # paper -> rows that start from different models or in different ways: (table, row)
@@ -255,6 +256,7 @@ def test_a_picture_of_another_size_interpolates_the_table(standins, place):
 
 
 # --- scale small: encoders that are not CLIP ------------------------------------------------------------------------------
+FUSED = ('seq_append', 'chan_concat', 'llava_hr', 'mini_gemini', 'deform')
 DINO, WORDS, LITE = 'facebook/dinov2-small', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'efficientnet-lite0'
 SMALL = {  # case -> paper, its own settings, what its first stage trains
     'honeybee': (
@@ -355,6 +357,29 @@ def test_every_paper_learns_with_dinov2_and_smollm2(small_standins, place, tmp_p
         assert type(build(recipe)[0]) is type(model)
 
 
+PLAIN = {'honeybee': dict(style='plain')}  # case -> settings of a processor that says no word of its own
+
+
+@pytest.mark.parametrize('case', PLAIN)
+def test_a_drawn_decoder_learns_behind_dinov2(small_standins, place, tmp_path, monkeypatch, case):
+    "It knows the world's words, starts from the seed alone, and learns with what the paper puts before it."
+    recipe = small_recipe(case)
+    eyes = {part: name for part, name in recipe.model['backbones'].items() if part != 'text'}
+    drawn = recipe.model | dict(backbones=eyes, text=DECODER, processor=PLAIN[case])
+    stage = recipe.stages[0].model_copy(update=dict(trainable=(r'^language_model\.',), precision='fp32'))
+    recipe = recipe.model_copy(update=dict(scale='sighted', model=drawn, stages=(stage,)))
+    place(small_standins)
+    first, again, other = (
+        build(recipe.model_copy(update=dict(seed=seed)))[0].language_model.state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first['lm_head.weight'], other['lm_head.weight'])
+    made = run_small(recipe, place, small_standins, tmp_path / 'unit', monkeypatch)
+    assert made.metrics['asked'].n == 2
+    changed = made.model.language_model.state_dict()
+    assert all(not torch.equal(changed[name], first[name]) for name in first if '_proj' in name)
+
+
 @pytest.mark.parametrize('case', CASES_OF_SMALL)
 def test_adapters_learn_and_are_gone_into_the_weights(small_standins, place, tmp_path, monkeypatch, case):
     pytest.importorskip('peft', reason="peft is not installed: `pip install '.[train]'`")
@@ -391,6 +416,33 @@ def test_an_expert_has_the_weights_of_its_folder_but_for_head_and_stages_not_bui
     assert len(tower.vision_tower['_blocks']) == 5 and tower.grid == 7 and tower.channels == 40
     for key, ours in tower.vision_tower.state_dict().items():
         assert torch.equal(ours.float(), stored[key].to(ours.dtype).float()), key
+
+
+# --- scale sighted: real experts before a drawn decoder ---------------------------------------------------------------
+@pytest.mark.parametrize('row, places', [('chan_concat_2', 64), ('seq_append_2', 128), ('mini_gemini_2', 64)])
+def test_kept_maps_of_frozen_experts_are_as_good_as_pictures(small_standins, place, row, places):
+    place(small_standins)
+    words = {'a': Source(kind='world', name='shelves', size=4)}  # the cut-outs may not be here
+    recipe = recipes_of('eagle').recipe('4', row, 'sighted', 1).model_copy(update={'sources': words})
+    model, processor = build(recipe)
+    model.eval()
+    assert unit.encoder_is_frozen(model, recipe) and recipes_of('eagle').starts(recipe) == []
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.visual_token_count() == processor.visual_tokens == places
+    pixels = torch.randn(2, 3, 112, 112)
+    with torch.inference_mode():
+        kept = model.visual_features(pixels)
+        assert kept.shape == (2, 1, 64 * sum(tower.channels for tower in model.vision_model.vision_towers))
+        torch.testing.assert_close(model.visual_embeds(image_features=kept), model.visual_embeds(pixels))
+
+
+def test_rows_without_real_experts_say_why():
+    eagle = recipes_of('eagle')
+    reasons = {row: why for table in ('4', 'fig4') for row, why in eagle.rows(table, 'sighted').items() if why}
+    assert set(reasons) == {'llava_hr_2'} | {f'{fusion}_3' for fusion in FUSED} | {'x5', 'x6'}
+    assert 'inside the first expert' in reasons['llava_hr_2'] and 'four real experts' in reasons['x6']
+    one, other = (eagle.recipe(*at, 'sighted', 3) for at in (('4', 'chan_concat_2'), ('fig4', 'x2')))
+    assert one.digest() == other.digest()
 
 
 def test_adapters_without_peft_say_what_is_missing(monkeypatch):
@@ -802,10 +854,8 @@ def test_doctor_lists_all_that_is_missing_at_once(place):
         assert topic in done.output
 
 
-@pytest.mark.parametrize(
-    'paper, table, row',
-    [('owl2', '7', 'q64'), pytest.param('eagle', '4', 'chan_concat_2', marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly  # the two tests around it say the rest in less time
+@pytest.mark.parametrize('paper, table, row', [('owl2', '7', 'q64'), ('eagle', '4', 'chan_concat_2')])
 def test_doctor_is_content_with_stand_ins(standins, place, paper, table, row):
     write_data(recipe_of(paper, table, row), place(standins) / 'data')
     done = doctor(paper, table, '--scale', 'paper', '--row', row)

@@ -164,7 +164,7 @@ def test_only_fresh_seeds_are_locked(toy):
             lock_table(*TABLE, seeds, 'c')
     with pytest.raises(Trouble, match='seeds 12 have been used'):
         lock_table(*TABLE, [12, 13], 'c', used=[12])
-    with pytest.raises(Trouble, match='locked at tiny and small'):
+    with pytest.raises(Trouble, match='locked at tiny, sighted, small'):
         lock_table('mm1', 'first', 'smoke', [12], 'c')
     assert not locks_path('mm1').exists()
 

@@ -198,3 +198,13 @@ def test_tags_name_the_cell_of_every_patch():
         for cell in range(4):
             tags.names.weight[1 + cell, cell] = tags.names.weight[10 + 5 + cell, cell] = 1.0
         assert tags(patches, labels).loss.item() < 1e-3
+
+
+def test_rows_of_figure_4_with_real_eyes_differ_in_one_thing_each():
+    made = {row: recipe('fig4', row, 'sighted', 1) for row, why in rows('fig4', 'sighted').items() if not why}
+    assert len({r.digest() for r in made.values()}) == 9
+    base = made['cabs_336_144']
+    assert made['cabs_336_64'].model | {'connector': base.model['connector']} == base.model
+    assert made['cabs_224_64'].model | {'image_size': 112} == made['cabs_336_64'].model
+    assert all(r.sources == base.sources and r.stages == base.stages for r in made.values())
+    assert recipe('connectors', 'cabs_full', 'sighted', 1).digest() == base.digest()

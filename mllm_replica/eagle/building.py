@@ -83,7 +83,7 @@ def starts(
     recipe: Recipe,
 ) -> list[str]:
     "What a unit starts from."
-    if 'text' not in recipe.model:
+    if recipe.scale not in _BUILDERS:
         return []  # of published weights
     experts = recipe.model['experts']
     return [*experts, f'reader-{_GRID**2 * (len(experts) if recipe.model["fusion"] == "sequence" else 1)}']
@@ -117,8 +117,10 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
 
     if not scores:
         return {}
+    asked = recipe.sources[recipe.benchmarks[-1].source]
     batch = collate_prompts(
-        [processor.encode(next(samples('shelves', 'test', recipe.seed, 1, tasks=['place'])), training=False)], processor
+        [processor.encode(next(samples(asked.name, 'test', recipe.seed, 1, **asked.options)), training=False)],
+        processor,
     )
     with torch.no_grad():
         flops = count(lambda: model.eval()(**{k: v.to(model.device) for k, v in batch.items()}).logits).forward

@@ -15,6 +15,7 @@ from .building import build, measure, starts, teach  # offered here, too
 from .starting import backbones as backbones
 from .tiny import _ASSUMPTIONS, _CELLS, _CLIP, _NOISE, _TOWERS, _config, _stage
 from ..tables.published import Row, runnable
+from ..training.real import EYES, PIXELS, sighted_questions, sighted_scenes, sighted_stage
 from ..training.tiny import DECODER
 
 # %% ../../nbs/papers/04_eagle.ipynb #20a41c10
@@ -123,6 +124,55 @@ def _varied(table: str, row: str, params: dict[str, Any]) -> dict[str, Any]:
         return dict(experts=_RELEASED[whole][:kept])
     return dict(experts=params['experts'] or _BEST[row])
 
+# %% ../../nbs/papers/04_eagle.ipynb #5e1a90d2
+_EYES = {
+    'clip': ('dinov2', EYES['vision']),
+    'convnext': ('lite0', 'efficientnet-lite0'),
+    'sam': ('lite1', 'efficientnet-lite1'),
+    'eva02': ('lite2', 'efficientnet-lite2'),
+}  # the paper's expert -> what stands in its place
+_LITE = {'stages': 5}  # a cell of the map is 16 pixels
+
+
+def _unseen(row: Row) -> str | None:
+    "Why a row of Table 4 or Figure 4 cannot run at scale `sighted`; None if it can."
+    if row.params.get('fusion') == 'llava_hr':
+        return 'its adapters are inside the first expert, whose maps are computed once'
+    experts = row.params['experts'] or _BEST[row.key]
+    if 'fusion' in row.params and len(experts) > 2:
+        return 'has no recipe at scale sighted'
+    return None if set(experts) <= _EYES.keys() else 'there are four real experts, three of them of one family'
+
+
+def _sighted(table: str, row: str, scale: str, seed: int, experts: Sequence[str], fusion: str = 'channel') -> Recipe:
+    "The recipe of a mixture of real experts before the small decoder."
+    from mllm_replica.eagle.stages import JOINT
+
+    tests, benchmarks = sighted_questions()
+    eyes = dict(_EYES[name] for name in experts)
+    lite = [name for name in eyes if name.startswith('lite')]
+    return Recipe(
+        paper='eagle',
+        table=table,
+        row=row,
+        scale=scale,
+        seed=seed,
+        model={
+            'backbones': eyes,
+            'experts': list(eyes),
+            'image_size': PIXELS,
+            'sizes': dict.fromkeys(lite, 128),
+            'settings': dict.fromkeys(lite, _LITE),
+            'connector': dict(fusion=fusion, grid=PIXELS // 14),
+            'text': DECODER,
+            'processor': {'template': 'words'},
+        },
+        sources={'stamps': sighted_scenes().model_copy(update={'size': 3000})} | tests,
+        stages=(sighted_stage(JOINT['tune_frozen'], {'stamps': 1.0}),),
+        benchmarks=benchmarks,
+        assumptions=('cut-outs on photographs', 'no role words; one joint stage, experts stay frozen'),
+    )
+
 # %% ../../nbs/papers/04_eagle.ipynb #d0b1bec4
 _TINY = ('2', '4', '5', 'experts', 'external', 'fig4')
 _MODELS = {
@@ -142,8 +192,10 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     "Why a row cannot run at a scale; None if it can."
     if table == 'data':
         return 'describes data'
-    if scale in ('sighted', 'small'):
+    if scale == 'small' or scale == 'sighted' and table not in ('4', 'fig4'):
         return f'has no recipe at scale {scale}'
+    if scale == 'sighted':
+        return _unseen(row)
     if row.key == 'internvit':
         return 'another encoder, of 6B parameters'
     if row.key == 'clip_tiling':
@@ -245,11 +297,10 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
 
 def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "The recipe of a row that can run."
-    return (
-        _paper(table, row, params, seed)
-        if scale == 'paper'
-        else _mixture(table, row, scale, seed, **_varied(table, row, params))
-    )
+    if scale == 'paper':
+        return _paper(table, row, params, seed)
+    make = _sighted if scale == 'sighted' else _mixture
+    return make(table, row, scale, seed, **_varied(table, row, params))
 
 
 rows, tables, recipe = runnable('eagle', _reason, _recipe)

@@ -11,7 +11,7 @@ from .building import arrange, build  # with `measure` what a unit executes
 from .data import KINDS
 from .measures import measure
 from .starting import backbones as backbones
-from .studies import TINY
+from .studies import TINY, sighted_recipe
 from ..tables.published import Row, runnable
 
 # %% ../../nbs/papers/03_mm1.ipynb #5e78e3bb
@@ -46,6 +46,8 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
         if row.key in _OTHERS.get(table, ()):
             return 'other data or another model: nothing to vary here'
         return _UNMADE.get(row.key)
+    if scale == 'sighted' and table in ('connectors', 'fig4'):
+        return '16 patches are less than 64 tokens' if row.key.endswith('224_144') else None
     if scale in ('sighted', 'small'):
         return f'has no recipe at scale {scale}'
     if table == '1' and (row.key.startswith('aim') or row.key in _OTHERS['1']):
@@ -99,6 +101,8 @@ def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int)
     "The recipe of a row that can run."
     if scale == 'paper':
         return _paper(table, row, params, seed)
+    if scale == 'sighted':
+        return sighted_recipe(table, row, params, seed)
     return TINY[table](table, row, params, scale, seed)
 
 

@@ -11,6 +11,7 @@ from .stages import _ALL, _stage
 from .starting import from_published
 
 _STRIPES = dict(rows=1, columns=5, colors=8)
+_OBJECTS = ('which', 'where', 'present', 'count')  # questions about scenes that are not about colour
 
 # %% ../../nbs/papers/01_owl2.ipynb #d6d4dd1e
 def _language(recipe: Recipe, config: dict[str, Any], processor: Any) -> dict[str, Any]:
@@ -134,6 +135,8 @@ def measure(model: Any, processor: Any, recipe: Recipe, scores: dict[str, float]
 
     scores: benchmark -> score
     """
+    if recipe.scale == 'sighted':
+        return {'objects': sum(scores[task] for task in _OBJECTS) / len(_OBJECTS)}
     if recipe.model.get('probe'):
         return _probe(model.eval(), processor, recipe)
     return _attention(model.eval(), processor, recipe) if 'language' in recipe.model else {}

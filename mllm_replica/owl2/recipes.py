@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.recipe import Benchmark, Recipe, Source, Stage
 from .building import _STRIPES, build, measure  # offered here, too
+from .sighted import SIGHTED
 from .starting import backbones as backbones
 from mllm_replica.owl2.stages import (
     _ALL,
@@ -182,7 +183,7 @@ def _reason(table: str, row: Row, scale: str) -> str | None:
     if scale in ('smoke', 'tiny'):
         return None if table in _TINY else 'not testable on small models trained from scratch'
     if scale in ('sighted', 'small'):
-        return f'has no recipe at scale {scale}'
+        return None if scale == 'sighted' and table in SIGHTED else f'has no recipe at scale {scale}'
     if table == 'fig3':
         return 'its rows are benchmarks; the two models are rows of Table 5'
     return None if table in _TINY or 'owl2' in row.key.split('_') else 'another model'
@@ -229,7 +230,13 @@ def _paper(table: str, row: str, params: dict[str, Any], seed: int) -> Recipe:
 
 def _recipe(table: str, row: str, params: dict[str, Any], scale: str, seed: int) -> Recipe:
     "The recipe of a row that can run."
-    return _paper(table, row, params, seed) if scale == 'paper' else _TINY[table](table, row, params, scale, seed)
+    if scale == 'paper':
+        return _paper(table, row, params, seed)
+    return (
+        SIGHTED[table](table, row, params, seed)
+        if scale == 'sighted'
+        else _TINY[table](table, row, params, scale, seed)
+    )
 
 
 rows, tables, recipe = runnable('owl2', _reason, _recipe)
