@@ -217,10 +217,12 @@ def agreement_sentence(frame: pd.DataFrame, scale: Scale) -> str:
     first, rest, own, own_rest = (
         _cited(of.get(key)) for key in ((True, True), (True, False), (False, True), (False, False))
     )
+    groups = max(line.groups for line in of.values())
+    spans = f'in brackets 95 % intervals over groups of tables that share no run, {groups} in all'
+    told = spans if any(pd.notna(line.low) for line in of.values()) else 'too few tables for an interval'
     return (
         f'Two rows that a paper orders stand in that order here, at scale `{scale}`, in {first} where our own interval over seeds '
-        f'excludes zero, and in {rest} elsewhere. Without tables whose answer is built in it is {own} and {own_rest}; in brackets '
-        f'95 % intervals over groups of tables that share no run, {max(line.groups for line in of.values())} in all.'
+        f'excludes zero, and in {rest} elsewhere. Without tables whose answer is built in it is {own} and {own_rest}; {told}.'
     )
 
 
@@ -256,7 +258,9 @@ def agreement_figure(frame: pd.DataFrame, title: str = '') -> 'Figure':
             ax.plot([line.low, line.high], [y, y], color=colour, lw=2.2, zorder=3)
             ax.text(1.02, y, f'{line.agree} of {line.pairs}', fontsize=8, color=colour, va='center')
         look = dict(color=colour, marker=marker, s=42, edgecolors='white', linewidths=0.8)
-        ax.scatter([line.share for line, _ in lines], [y for _, y in lines], zorder=4, label=kind, **look)
+        ax.scatter(
+            [line.share for line, _ in lines], [y for _, y in lines], zorder=4, label=kind, clip_on=False, **look
+        )
     ax.axvline(0.5, color='0.4', lw=1, zorder=2)
     ax.axhline(len(PAPERS) - 0.5, color='0.8', lw=1)
     ax.grid(visible=False, axis='y')
