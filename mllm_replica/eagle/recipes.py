@@ -167,7 +167,7 @@ def _sighted(table: str, row: str, scale: str, seed: int, experts: Sequence[str]
             'text': DECODER,
             'processor': {'template': 'words'},
         },
-        sources={'stamps': sighted_scenes().model_copy(update={'size': 3000})} | tests,
+        sources={'stamps': sighted_scenes(3000)} | tests,
         stages=(sighted_stage(JOINT['tune_frozen'], {'stamps': 1.0}),),
         benchmarks=benchmarks,
         assumptions=('cut-outs on photographs', 'no role words; one joint stage, experts stay frozen'),

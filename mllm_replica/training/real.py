@@ -41,24 +41,17 @@ def stamp_questions(
 # %% ../../nbs/foundations/training/49b_real.ipynb #49b51002
 EYES = {'vision': TOWERS['vision']}
 SIGHTED_TASKS = dict(which=0.3, where=0.25, color=0.2, present=0.15, count=0.1)
-_FEW = dict(kinds=8)
+_KINDS = 8
 
 
-def sighted_scenes(turns: int = 6, **options: Any) -> Source:
-    """What decoders of scale `sighted` learn from.
-
-    turns: questions about a picture
-    options: of the world, instead of the usual ones
-    """
-    return stamp_source(SIGHTED_TASKS, 6000, turns=turns, **_FEW | dict(things=[1, 3]) | options)
+def sighted_scenes(size: int = 6000) -> Source:
+    "What decoders of scale `sighted` learn from: six questions a picture."
+    return stamp_source(SIGHTED_TASKS, size, turns=6, kinds=_KINDS, things=[1, 3])
 
 
-def sighted_questions(**options: Any) -> tuple[dict[str, Source], tuple[Benchmark, ...]]:
-    """One benchmark a task, and their sources.
-
-    options: of the world, instead of the usual ones
-    """
-    return stamp_questions(list(SIGHTED_TASKS), 500, words=1, **_FEW | options)
+def sighted_questions() -> tuple[dict[str, Source], tuple[Benchmark, ...]]:
+    "One benchmark a task, and their sources."
+    return stamp_questions(list(SIGHTED_TASKS), 500, words=1, kinds=_KINDS)
 
 
 def sighted_stage(trainable: tuple[str, ...], mixture: dict[str, float], steps: int = 800, **more: Any) -> Stage:
